@@ -1,0 +1,409 @@
+// csrc/cpu/attention.cpp: tree attention. Meaning: reference/attention.py.
+//
+// What     softmax(scale q k^T) v of every query row over the committed slots of its sequence (no mask but the window) and
+//          those rows of the step's tree that its ancestor words name.
+// Tiling   a work item is (sequence, KV head, kRowBlock packed rows of T * Hq/Hkv); it walks tiles of 64 slots: scores with
+//          slots in the lanes, one softmax update a tile, values with the head dimension in the lanes (gemm.h for both).
+// Split    few items: also over chunks of 512 positions, each chunk summed from zero and joined in order. The order of
+//          additions is the same either way, so the split never shows.
+// Bits     row_invariance: weights are 2^(s - m) with an integral m, so rescaling is exact and tile borders leave no trace;
+//          invisible slots add exact zeros; slots add up in order of position.
+// Traffic  4 * D * sizeof(kv) bytes a slot and KV head, paid once for kRowBlock rows; 4 * D operations a slot and row.
+#include "cpu/gemm.h"
+
+namespace ramify::RAMIFY_ISA {
+namespace {
+
+constexpr float kNothing = -1e30f;      // the softmax reference of a row that has seen no slot yet
+constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
+
+// Running softmax of kRowBlock rows: o = sum of 2^(s - m) v, l = sum of 2^(s - m).
+struct State {
+  float *m, *l, *o;
+};
+
+struct Buffers {                        // one thread's scratch
+  float *q, *s, *pieces;
+  State chunk, total;
+  void* keys;
+  static int64_t state_floats(int64_t D) { return kRowBlock * (D + 2); }
+  static int64_t bytes(int64_t D) { return 4 * (kRowBlock * D + kRowBlock * kTile + 2 * state_floats(D) + kTile * D); }
+  static State state_at(float* p) { return {p, p + kRowBlock, p + 2 * kRowBlock}; }
+  Buffers(char* base, int64_t D) {
+    q = reinterpret_cast<float*>(base);
+    s = q + kRowBlock * D;
+    chunk = state_at(s + kRowBlock * kTile);
+    total = state_at(chunk.m + state_floats(D));
+    keys = total.m + state_floats(D);
+  }
+};
+
+struct Item {
+  int64_t b, h, first, rows;            // packed rows [first, first + rows) of KV head h
+  int64_t query, tail;                  // where the sequence's rows begin in ancestors / row_depth, and in tail_depth
+  int64_t prefix;
+};
+
+// Group g of an item holds rows [g * kRows, ...): the unit of one product.
+RAMIFY_INLINE int group_rows(const Item& it, int64_t first) { return int(it.rows - first < kRows ? it.rows - first : kRows); }
+
+void reset(const State& s, int64_t rows, int64_t D) {
+  for (int64_t r = 0; r < rows; ++r) s.m[r] = kNothing, s.l[r] = 0.f;
+  for (int64_t i = 0; i < rows * D; ++i) s.o[i] = 0.f;
+}
+
+RAMIFY_INLINE float power2_of(float i) {
+  float t[L];
+  power2(Vec::set(i)).store(t);
+  return t[0];
+}
+
+// total += part, each scaled to the larger reference: exact but for the one addition.
+void join(const State& total, const State& part, int64_t rows, int64_t D) {
+  for (int64_t r = 0; r < rows; ++r) {
+    if (part.m[r] == kNothing) continue;
+    const float m = total.m[r] > part.m[r] ? total.m[r] : part.m[r];
+    const float ft = power2_of(total.m[r] - m), fp = power2_of(part.m[r] - m);
+    total.m[r] = m, total.l[r] = total.l[r] * ft + part.l[r] * fp;
+    const Vec vt = Vec::set(ft), vp = Vec::set(fp);
+    for (int64_t d = r * D; d < (r + 1) * D; d += L) (Vec::load(total.o + d) * vt + Vec::load(part.o + d) * vp).store(total.o + d);
+  }
+}
+
+// 64 rows of 32-bit units (f32 values or bf16 pairs) at any addresses -> two panels of 32 lanes. `units` is a multiple of 8.
+void transpose(const uint32_t* const* rows, int64_t units, uint32_t* out) {
+  for (int64_t lane = 0; lane < kTile; lane += 8)
+    for (int64_t u = 0; u < units; u += 8) {
+      uint32_t* to = out + lane / kPanel * units * kPanel + u * kPanel + lane % kPanel;
+#if defined(__AVX2__)
+      __m256 r[8], t[8];
+      for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(rows[lane + i] + u));
+      for (int i = 0; i < 8; i += 2) t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]), t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+      for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; ++j) {
+          r[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
+          r[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0xee);
+        }
+      for (int i = 0; i < 4; ++i) {
+        _mm256_storeu_ps(reinterpret_cast<float*>(to + i * kPanel), _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+        _mm256_storeu_ps(reinterpret_cast<float*>(to + (i + 4) * kPanel), _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+      }
+#else
+      for (int i = 0; i < 8; ++i)
+        for (int j = 0; j < 8; ++j) to[j * kPanel + i] = rows[lane + i][u + j];
+#endif
+    }
+}
+
+template <class T, bool kPlain>
+struct Attention {
+  static constexpr bool kPairs = sizeof(T) == 2;
+  static constexpr bool kDot = RAMIFY_BF16_DOT && kPairs;
+  const AttentionArgs& a;
+  Buffers& w;
+  const int64_t D;
+  const T* key_rows[kTile];
+  const T* value_rows[kTile];
+
+  Attention(const AttentionArgs& args, Buffers& buffers) : a(args), w(buffers), D(args.D) {}
+
+  struct Tile {                         // 64 slots, `count` of them live
+    const T *keys, *values;
+    int count;
+  };
+
+  Tile prefix_tile(const Item& it, int64_t slot, int count) {
+    if constexpr (!kPlain) {
+      const int64_t at = a.page_table[it.b * a.table_stride + slot / kTile] * a.page_stride + it.h * kTile * D;
+      return {static_cast<const T*>(a.k) + at, static_cast<const T*>(a.v) + at, count};
+    } else {
+      for (int i = 0; i < kTile; ++i) {
+        const int64_t s = slot + (i < count ? i : count - 1);
+        const int64_t page = a.page_table ? a.page_table[it.b * a.table_stride + s / a.page] : it.b, in = a.page_table ? s % a.page : s;
+        key_rows[i] = static_cast<const T*>(a.k) + page * a.k_stride_b + in * a.k_stride_s + it.h * a.k_stride_h;
+        value_rows[i] = static_cast<const T*>(a.v) + page * a.v_stride_b + in * a.v_stride_s + it.h * a.v_stride_h;
+      }
+      return gathered(count);
+    }
+  }
+
+  Tile tail_tile(const Item& it, int64_t first, int count) {
+    if constexpr (!kPlain) {
+      const int64_t at = (a.tail_page[it.b] + first / kTile) * a.tail_page_stride + it.h * kTile * D;
+      return {static_cast<const T*>(a.tail_k) + at, static_cast<const T*>(a.tail_v) + at, count};
+    } else {
+      for (int i = 0; i < kTile; ++i) {
+        const int64_t t = first + (i < count ? i : count - 1);
+        key_rows[i] = static_cast<const T*>(a.tail_k) + it.b * a.tail_stride_b + t * a.tail_stride_t + it.h * a.tail_stride_h;
+        value_rows[i] = static_cast<const T*>(a.tail_v) + it.b * a.tail_v_stride_b + t * a.tail_v_stride_t + it.h * a.tail_v_stride_h;
+      }
+      return gathered(count);
+    }
+  }
+
+  Tile gathered(int count) {
+    transpose(reinterpret_cast<const uint32_t* const*>(key_rows), D * int64_t(sizeof(T)) / 4, static_cast<uint32_t*>(w.keys));
+    return {static_cast<const T*>(w.keys), nullptr, count};
+  }
+
+  // q * scale * log2(e), packed group by group: scores come out in log2 units.
+  void pack_queries(const Item& it) {
+    const int64_t g = a.Hq / a.Hkv;
+    const float scale = float(a.scale) * kLog2e;
+    for (int64_t first = 0; first < it.rows; first += kRows) {
+      const int rows = group_rows(it, first);
+      for (int m = 0; m < rows; ++m) {
+        const int64_t r = it.first + first + m, t = r / g, head = it.h * g + r % g;
+        const int64_t at = (a.row_start ? (a.row_start[it.b] + t) * a.q_stride_t : it.b * a.q_stride_b + t * a.q_stride_t) + head * a.q_stride_h;
+        const float* f = static_cast<const float*>(a.q) + at;
+        const bf16* h = static_cast<const bf16*>(a.q) + at;
+        const auto value = [&](int64_t d) { return (a.q_dtype == kF32 ? f[d] : widen(h[d])) * scale; };
+        if constexpr (kDot) {
+          uint32_t* out = reinterpret_cast<uint32_t*>(w.q + first * D) + m;
+          for (int64_t d = 0; d < D; d += 2) out[(d >> 1) * rows] = narrow(value(d)) | uint32_t(narrow(value(d + 1))) << 16;
+        } else {
+          float* out = w.q + first * D + m;
+          for (int64_t d = 0; d < D; ++d) out[d * rows] = value(d);
+        }
+      }
+    }
+  }
+
+  template <int M>
+  RAMIFY_INLINE void scores(const float* q, const Tile& tile, float* s) {
+    constexpr int kWide = tile_vectors(M) < kTile / L ? tile_vectors(M) : kTile / L;
+    for (int64_t col = 0; col < tile.count; col += kWide * L) {
+      Vec acc[M][kWide];
+      for (int m = 0; m < M; ++m)
+        for (int n = 0; n < kWide; ++n) acc[m][n] = Vec::set(0.f);
+      const int64_t at = col / kPanel * kPanel * D + col % kPanel * (kPairs ? 2 : 1);
+      if constexpr (kDot) {
+#if RAMIFY_BF16_DOT
+        multiply_bf16<M, kWide>(acc, reinterpret_cast<const uint32_t*>(q), Bf16Panels{tile.keys + at, kPanel * D}, D / 2);
+#endif
+      } else if constexpr (kPairs) {
+        multiply<M, 1>(acc, q, Bf16Panels{tile.keys + at, kPanel * D}, D);
+      } else {
+        multiply<M, 1>(acc, q, F32Panels{tile.keys + at, kPanel * D}, D);
+      }
+      for (int m = 0; m < M; ++m)
+        for (int n = 0; n < kWide; ++n) acc[m][n].store(s + m * kTile + col + n * L);
+    }
+  }
+
+  // Scores of one row -> weights; moves the row's reference when a larger score arrives.
+  RAMIFY_INLINE void softmax(float* s, int count, uint64_t word, const State& st, int64_t row) {
+    const uint64_t full = count == kTile ? ~uint64_t(0) : (uint64_t(1) << count) - 1;
+    word &= full;
+    if (word == 0) {
+      for (int j = 0; j < count; j += L) Vec::set(0.f).store(s + j);
+      return;
+    }
+    const Vec nothing = Vec::set(kNothing);
+    Vec top = nothing;
+    if (word == ~uint64_t(0)) {
+      for (int j = 0; j < kTile; j += L) top = max(top, Vec::load(s + j));
+    } else {
+      for (int j = 0; j < count; j += L) top = max(top, select(uint32_t(word >> j), Vec::load(s + j), nothing));
+    }
+    const float next = __builtin_floorf(hmax(top)) + 1.f;
+    if (next > st.m[row]) {
+      const Vec shrink = power2(Vec::set(st.m[row] - next));
+      for (int64_t d = row * D; d < (row + 1) * D; d += L) (Vec::load(st.o + d) * shrink).store(st.o + d);
+      st.l[row] *= power2_of(st.m[row] - next);
+      st.m[row] = next;
+    }
+    const Vec m = Vec::set(st.m[row]);
+    for (int j = 0; j < count; j += L) {
+      const Vec x = Vec::load(s + j), i = floor(x);
+      const Vec p = exp2_fraction(x - i) * power2(i - m);
+      (word == ~uint64_t(0) ? p : select(uint32_t(word >> j), p, Vec::set(0.f))).store(s + j);
+    }
+  }
+
+  template <int M, int N>
+  RAMIFY_INLINE void values(const float* p, const Tile& tile, float* o, int64_t column) {
+    Vec acc[M][N];
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) acc[m][n] = Vec::load(o + m * D + column + n * L);
+    if constexpr (kPlain) multiply_rows<1, kTile>(acc, p, value_rows, column, tile.count);
+    else if constexpr (kPairs) multiply<1, kTile>(acc, p, Bf16PairRows{tile.values + 2 * column, D}, tile.count);
+    else multiply<1, kTile>(acc, p, F32Rows{tile.values + column, D}, tile.count);
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) acc[m][n].store(o + m * D + column + n * L);
+  }
+
+  // One tile for all rows of the item. words[r] names the slots that row r sees; null: all of them.
+  void visit(const Item& it, const Tile& tile, const uint64_t* words, const State& st) {
+    for (int64_t first = 0; first < it.rows; first += kRows) {
+      const int rows = group_rows(it, first);
+      uint64_t any = words ? 0 : 1;
+      for (int m = 0; words && m < rows; ++m) any |= words[first + m];
+      if (any == 0) continue;
+      float* s = w.s + first * kTile;
+      with_rows(rows, [&]<int M>() {
+        scores<M>(w.q + first * D, tile, s);
+        for (int m = 0; m < M; ++m) softmax(s + m * kTile, tile.count, words ? words[first + m] : ~uint64_t(0), st, first + m);
+        float l[M];                     // slots add up one by one: a row's sum must not depend on which lane a slot lies in
+        for (int m = 0; m < M; ++m) l[m] = st.l[first + m];
+        for (int k = 0; k < tile.count; ++k)
+          for (int m = 0; m < M; ++m) l[m] += s[m * kTile + k];
+        for (int m = 0; m < M; ++m) st.l[first + m] = l[m];
+        int64_t d = 0;
+        constexpr int kWide = tile_vectors(M);
+        for (; d + kWide * L <= D; d += kWide * L) values<M, kWide>(s, tile, st.o + first * D, d);
+        for (; d < D; d += 2 * L) values<M, 2>(s, tile, st.o + first * D, d);
+      });
+    }
+  }
+
+  // Positions [chunk * kChunk, ...) of one item, from zero.
+  void run_chunk(const Item& it, int64_t chunk, const State& st) {
+    const int64_t g = a.Hq / a.Hkv, begin = chunk * kChunk, end = begin + kChunk;
+    reset(st, it.rows, D);
+    int64_t starts[kRowBlock], lowest = 0, highest = 0;   // first position inside each row's window
+    for (int64_t r = 0; r < it.rows; ++r) {
+      const int64_t position = it.prefix + a.row_depth[it.query + (it.first + r) / g];
+      starts[r] = a.window > 0 && position - a.window + 1 > 0 ? position - a.window + 1 : 0;
+      lowest = r == 0 || starts[r] < lowest ? starts[r] : lowest, highest = starts[r] > highest ? starts[r] : highest;
+    }
+    uint64_t words[kRowBlock];
+    for (int64_t slot = begin; slot < end && slot < it.prefix; slot += kTile) {
+      const int count = int(it.prefix - slot < kTile ? it.prefix - slot : kTile);
+      if (slot + count <= lowest && slot >= a.sink) continue;
+      const bool masked = slot < highest;
+      for (int64_t r = 0; masked && r < it.rows; ++r) {
+        words[r] = above(starts[r] - slot) | (a.sink > slot ? ~above(a.sink - slot) : 0);
+      }
+      visit(it, prefix_tile(it, slot, count), masked ? words : nullptr, st);
+    }
+    const int32_t* depth = a.tail_depth + it.tail;
+    for (int64_t first = 0; first < a.tail_len[it.b]; first += kTile) {
+      const int count = int(a.tail_len[it.b] - first < kTile ? a.tail_len[it.b] - first : kTile);
+      uint64_t inside = 0, any = 0;
+      for (int j = 0; j < count; ++j) {
+        const int64_t position = it.prefix + depth[first + j];
+        inside |= uint64_t(position >= begin && position < end) << j;
+      }
+      if (inside == 0) continue;
+      for (int64_t r = 0; r < it.rows; ++r) {
+        const int64_t row = it.query + (it.first + r) / g;
+        words[r] = uint64_t(a.ancestors[row * a.words + first / kTile]) & inside;
+        if (a.window > 0) {
+          for (int j = 0; j < count; ++j) {
+            const int64_t position = it.prefix + depth[first + j];
+            if (position < starts[r] && position >= a.sink) words[r] &= ~(uint64_t(1) << j);
+          }
+        }
+        any |= words[r];
+      }
+      if (any) visit(it, tail_tile(it, first, count), words, st);
+    }
+  }
+
+  // Bits of the slots at or above n.
+  static uint64_t above(int64_t n) { return n <= 0 ? ~uint64_t(0) : n >= kTile ? 0 : ~uint64_t(0) << n; }
+
+  void finish(const Item& it, const State& st) {
+    const int64_t g = a.Hq / a.Hkv;
+    for (int64_t r = 0; r < it.rows; ++r) {
+      const int64_t t = (it.first + r) / g, head = it.h * g + (it.first + r) % g;
+      const int64_t row = a.row_start ? a.row_start[it.b] + t : t, b = a.row_start ? 0 : it.b;
+      const int64_t at = b * a.out_stride_b + row * a.out_stride_t + head * a.out_stride_h;
+      const bool seen = st.m[r] != kNothing;
+      const Vec l = Vec::set(seen ? st.l[r] : 1.f);
+      for (int64_t d = 0; d < D; d += L) {
+        const Vec o = Vec::load(st.o + r * D + d) / l;
+        if (a.q_dtype == kF32) {
+          o.store(static_cast<float*>(a.out) + at + d);
+        } else {
+          float v[L];
+          o.store(v);
+          for (int i = 0; i < L; ++i) static_cast<bf16*>(a.out)[at + d + i] = narrow(v[i]);
+        }
+      }
+      if (a.lse) a.lse[b * a.lse_stride_b + row * a.lse_stride_t + head] = seen ? st.m[r] * kLn2 + log_of(st.l[r]) : -__builtin_inff();
+    }
+  }
+};
+
+int64_t rows_of(const AttentionArgs& a, int64_t b) {
+  if (a.row_start) return a.row_start[b + 1] - a.row_start[b];
+  return a.T < a.tail_len[b] ? a.T : a.tail_len[b];
+}
+
+int64_t blocks_of(const AttentionArgs& a, int64_t b) { return (rows_of(a, b) * (a.Hq / a.Hkv) + kRowBlock - 1) / kRowBlock; }
+
+Item item_at(const AttentionArgs& a, int64_t index) {
+  int64_t b = 0;
+  for (; index >= a.Hkv * blocks_of(a, b); ++b) index -= a.Hkv * blocks_of(a, b);
+  const int64_t blocks = blocks_of(a, b), first = index % blocks * kRowBlock, all = rows_of(a, b) * (a.Hq / a.Hkv);
+  return {b, index / blocks, first, all - first < kRowBlock ? all - first : kRowBlock,
+          a.row_start ? a.row_start[b] : b * a.T, a.tail_offset[b], a.prefix_len[b]};
+}
+
+int64_t chunks_of(const AttentionArgs& a, int64_t b) {
+  int64_t last = a.prefix_len[b];
+  for (int64_t j = 0; j < a.tail_len[b]; ++j) {
+    const int64_t position = a.prefix_len[b] + a.tail_depth[a.tail_offset[b] + j] + 1;
+    last = position > last ? position : last;
+  }
+  return (last + kChunk - 1) / kChunk;
+}
+
+template <class T, bool kPlain>
+void run(const AttentionArgs& a, Team& team) {
+  char* const base = static_cast<char*>(a.scratch);
+  Buffers w(base + team.id * Buffers::bytes(a.D), a.D);
+  float* const pieces = reinterpret_cast<float*>(base + team.size * Buffers::bytes(a.D));
+  Attention<T, kPlain> work{a, w};
+  int64_t items = 0, chunks = 0;
+  for (int64_t b = 0; b < a.B; ++b) {
+    items += a.Hkv * blocks_of(a, b);
+    const int64_t n = chunks_of(a, b);
+    chunks = n > chunks ? n : chunks;
+  }
+  const bool split = chunks > 1 && items < 2 * team.size;
+  for (int64_t next = take(team); next < (split ? items * chunks : items); next = take(team)) {
+    const Item it = item_at(a, split ? next / chunks : next);
+    work.pack_queries(it);
+    if (split) {
+      work.run_chunk(it, next % chunks, Buffers::state_at(pieces + next * Buffers::state_floats(a.D)));
+      continue;
+    }
+    work.run_chunk(it, 0, w.total);
+    for (int64_t c = 1; c < chunks_of(a, it.b); ++c) {
+      work.run_chunk(it, c, w.chunk);
+      join(w.total, w.chunk, it.rows, a.D);
+    }
+    work.finish(it, w.total);
+  }
+  if (!split) return;
+  wait(team);
+  for (int64_t next = take(team); next < items; next = take(team)) {
+    const Item it = item_at(a, next);
+    const State total = Buffers::state_at(pieces + next * chunks * Buffers::state_floats(a.D));
+    for (int64_t c = 1; c < chunks; ++c)
+      join(total, Buffers::state_at(pieces + (next * chunks + c) * Buffers::state_floats(a.D)), it.rows, a.D);
+    work.finish(it, total);
+  }
+}
+
+void attention(const void* p, Team& team) {
+  const AttentionArgs& a = *static_cast<const AttentionArgs*>(p);
+  if (a.kv_dtype == kF32) a.plain ? run<float, true>(a, team) : run<float, false>(a, team);
+  else a.plain ? run<bf16, true>(a, team) : run<bf16, false>(a, team);
+}
+
+int64_t attention_scratch(const void* p, int threads) {
+  const AttentionArgs& a = *static_cast<const AttentionArgs*>(p);
+  const int64_t chunks = (a.max_slots + kChunk - 1) / kChunk;
+  return threads * Buffers::bytes(a.D) + (chunks > 1 ? 2 * threads * chunks * Buffers::state_floats(a.D) * 4 : 0);
+}
+
+}  // namespace
+
+extern const KernelRow attention_kernels[];
+const KernelRow attention_kernels[] = {{kAttention, attention, attention_scratch}, {-1, nullptr, nullptr}};
+
+}  // namespace ramify::RAMIFY_ISA

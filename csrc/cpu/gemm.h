@@ -1,0 +1,151 @@
+// csrc/cpu/gemm.h: the one inner loop of linear layers and attention.
+//
+// What     acc[m][n] += a[m][k] * b[k][n], k in ascending order, one accumulator for each (m, n).
+// Lanes    n: features of a weight panel, slots of a key page, or the head dimension of a value page.
+// Bits     an accumulator's chain of additions depends on k alone, so a row's result is the same in a tile of 1 and of 12
+//          rows and beside any neighbours (row_invariance). Latency is hidden by more rows or more vectors, never by
+//          cutting k.
+// Tiles    kRows rows x 2 vectors fill the registers; fewer rows take more vectors instead.
+#pragma once
+#include "cpu/isa.h"
+
+namespace ramify::RAMIFY_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kRows = 12;         // 24 accumulators of 32 registers
+#elif defined(__AVX2__)
+constexpr int kRows = 6;          // 12 accumulators of 16 registers
+#else
+constexpr int kRows = 4;
+#endif
+
+// Vectors beside each other in a tile of `rows` rows.
+constexpr int tile_vectors([[maybe_unused]] int rows) {
+#if defined(__AVX512F__)
+  return rows <= 2 ? 8 : rows <= 6 ? 4 : 2;
+#elif defined(__AVX2__)
+  return rows <= 1 ? 8 : rows <= 3 ? 4 : 2;
+#else
+  return 2;
+#endif
+}
+
+// Loaders name where b[k][n] lies. `at(n)` returns a cursor for vector n of the tile; f32 cursors give one k a step, pair
+// cursors two.
+
+struct F32Panels {                // weight or key panels, `size` elements from panel to panel
+  static constexpr bool kPairs = false;
+  const float* base;
+  int64_t size;
+  RAMIFY_INLINE const float* at(int n) const { return base + n * L / kPanel * size + n * L % kPanel; }
+  RAMIFY_INLINE int64_t step() const { return kPanel; }
+};
+
+struct Bf16Panels {
+  static constexpr bool kPairs = true;
+  const bf16* base;
+  int64_t size;
+  RAMIFY_INLINE const bf16* at(int n) const { return base + n * L / kPanel * size + n * L % kPanel * 2; }
+  RAMIFY_INLINE int64_t step() const { return 2 * kPanel; }
+};
+
+struct F32Rows {                  // a value page, or any rows at one stride
+  static constexpr bool kPairs = false;
+  const float* base;
+  int64_t stride;
+  RAMIFY_INLINE const float* at(int n) const { return base + n * L; }
+  RAMIFY_INLINE int64_t step() const { return stride; }
+};
+
+struct Bf16PairRows {             // a bf16 value page: [32][D][2]
+  static constexpr bool kPairs = true;
+  const bf16* base;
+  int64_t D;
+  RAMIFY_INLINE const bf16* at(int n) const { return base + n * L * 2; }
+  RAMIFY_INLINE int64_t step() const { return 2 * D; }
+};
+
+// Adds K products to each accumulator; row m's value k is a[k * kStepK + m * kStepM].
+template <int kStepK, int kStepM, int M, int N, class B>
+RAMIFY_INLINE void multiply(Vec (&acc)[M][N], const float* a, const B& b, int64_t K) {
+  const int64_t step = b.step();
+  int64_t offset = 0, k = 0;
+  if constexpr (B::kPairs) {
+    for (; k + 1 < K; k += 2, offset += step, a += 2 * kStepK) {
+      Pairs raw[N];
+      for (int n = 0; n < N; ++n) raw[n] = Pairs::load(b.at(n) + offset);
+      for (int m = 0; m < M; ++m) {
+        const Vec x = Vec::set(a[m * kStepM]);
+        for (int n = 0; n < N; ++n) acc[m][n] = fma(x, raw[n].even(), acc[m][n]);
+      }
+      for (int m = 0; m < M; ++m) {
+        const Vec x = Vec::set(a[kStepK + m * kStepM]);
+        for (int n = 0; n < N; ++n) acc[m][n] = fma(x, raw[n].odd(), acc[m][n]);
+      }
+    }
+    if (k < K) {
+      for (int n = 0; n < N; ++n) {
+        const Vec w = Pairs::load(b.at(n) + offset).even();
+        for (int m = 0; m < M; ++m) acc[m][n] = fma(Vec::set(a[m * kStepM]), w, acc[m][n]);
+      }
+    }
+  } else {
+    for (; k < K; ++k, offset += step, a += kStepK) {
+      Vec w[N];
+      for (int n = 0; n < N; ++n) w[n] = Vec::load(b.at(n) + offset);
+      for (int m = 0; m < M; ++m) {
+        const Vec x = Vec::set(a[m * kStepM]);
+        for (int n = 0; n < N; ++n) acc[m][n] = fma(x, w[n], acc[m][n]);
+      }
+    }
+  }
+}
+
+// The same sum over rows at any addresses: values of a cache that is not ours. rows[k] points at this head's D values.
+template <int kStepK, int kStepM, int M, int N, class T>
+RAMIFY_INLINE void multiply_rows(Vec (&acc)[M][N], const float* a, const T* const* rows, int64_t column, int64_t K) {
+  for (int64_t k = 0; k < K; ++k, a += kStepK) {
+    const T* p = rows[k] + column;
+    Vec w[N];
+    for (int n = 0; n < N; ++n) w[n] = Vec::load(p + n * L);
+    for (int m = 0; m < M; ++m) {
+      const Vec x = Vec::set(a[m * kStepM]);
+      for (int n = 0; n < N; ++n) acc[m][n] = fma(x, w[n], acc[m][n]);
+    }
+  }
+}
+
+#if defined(__AVX512BF16__)
+#define RAMIFY_BF16_DOT 1
+// Both operands in bf16 pairs: a[(k / 2) * M + m] holds two neighbours of row m. Only for sums along K or D, whose pairs are
+// the same for every row; sums along slots never pair, or a row's pairs would depend on where its ancestors lie.
+template <int M, int N>
+RAMIFY_INLINE void multiply_bf16(Vec (&acc)[M][N], const uint32_t* a, const Bf16Panels& b, int64_t pairs) {
+  const int64_t step = b.step();
+  for (int64_t k = 0, offset = 0; k < pairs; ++k, offset += step, a += M) {
+    __m512i w[N];
+    for (int n = 0; n < N; ++n) w[n] = _mm512_loadu_si512(b.at(n) + offset);
+    for (int m = 0; m < M; ++m) {
+      const __m512bh x = (__m512bh)_mm512_set1_epi32(int(a[m]));
+      for (int n = 0; n < N; ++n) acc[m][n].v = _mm512_dpbf16_ps(acc[m][n].v, (__m512bh)w[n], x);
+    }
+  }
+}
+#else
+#define RAMIFY_BF16_DOT 0
+#endif
+
+// Calls f<M>() with M = rows, for 1 <= rows <= kRows.
+template <int M = kRows, class F>
+RAMIFY_INLINE void with_rows(int rows, F&& f) {
+  if constexpr (M == 1) {
+    f.template operator()<1>();
+  } else {
+    if (rows == M) f.template operator()<M>();
+    else with_rows<M - 1>(rows, static_cast<F&&>(f));
+  }
+}
+
+}  // namespace
+}  // namespace ramify::RAMIFY_ISA

@@ -1,0 +1,1 @@
+"""Triton kernels, imported as `ramify.kernels`: one file per op family, named as in `csrc/cpu` and `csrc/cuda`."""
