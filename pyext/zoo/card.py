@@ -1,0 +1,54 @@
+"""The model card of a zoo model: what it is, what it read, how well it predicts, how to make it again."""
+
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+from ramify.zoo import corpus
+
+CARD = """---
+license: apache-2.0
+library_name: transformers
+tags: [ramify, python, tiny]
+---
+# ramify zoo: {name}
+
+A {millions:.1f} M parameter Llama that continues Python source, trained from nothing by `python -m ramify.zoo.train` so that
+ramify's demo, tests and benchmarks decode real text with real weights and no download. It knows no facts and follows no
+instructions: use it to see decoding methods work, not to write software.
+
+| | |
+|---|---|
+| parameters | {parameters:,} (bf16; tied embeddings; head size 64; 2,048 positions) |
+| vocabulary | byte-level BPE, 4,096 tokens, shared by target and drafter |
+| training text | sources of the Python {python} standard library{packages}: {unique:.1f} M tokens |
+| training length | {tokens:.1f} M tokens, cosine schedule, {autocast}, {hours:.1f} hours |
+| held-out loss | **{nats:.3f} nats a token**, {bits:.3f} bits a byte, over {held:,} tokens of the held-out modules |
+| held-out modules | {modules} (and every file named after them) |
+
+To train it again: `pip install ramify[zoo]`, then `python -m ramify.zoo.train --out zoo --tokens {tokens_flag}{package_flags}`.
+The training text is licensed under the PSF licence; the weights are released with ramify under Apache-2.0.
+"""
+
+
+def write_card(folder: Path, summary: dict, packages: Sequence[str] = ()) -> None:
+    """Write README.md into a model's folder from its training summary."""
+    (folder / "README.md").write_text(
+        CARD.format(
+            name=summary["name"],
+            millions=summary["parameters"] / 1e6,
+            parameters=summary["parameters"],
+            python=platform.python_version(),
+            packages="".join(f", {name}" for name in packages),
+            unique=summary["unique_tokens"] / 1e6,
+            tokens=summary["tokens"] / 1e6,
+            autocast=summary["autocast"],
+            hours=summary["seconds"] / 3600,
+            nats=summary["held_out"]["nats_per_token"],
+            bits=summary["held_out"]["bits_per_byte"],
+            held=summary["held_out"]["tokens"],
+            modules=", ".join(f"`{name}`" for name in corpus.HELD_OUT),
+            tokens_flag=f"{summary['tokens']:.3g}",
+            package_flags="".join(f" --package {name}" for name in packages),
+        )
+    )
