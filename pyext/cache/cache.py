@@ -1,0 +1,102 @@
+"""Cache: the sequences of one generation, each a list of pages and a length. Commit is the only place where it grows."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ramify.cache.arena import PAGE, Arena
+
+
+class Cache:
+    """Slots 0 .. B-1, one per sequence, over the pages of an arena.
+
+    lengths int32 [B]: committed tokens of each slot, both what attention walks and what RoPE counts (no policy evicts yet).
+    page_table int32 [B, P]: page of every 64 slots of a sequence.
+    """
+
+    def __init__(self, arena: Arena, capacities: Sequence[int], release=None):
+        self.arena, self._release = arena, release
+        self.capacities = np.array(capacities, np.int64)
+        self.lengths = np.zeros(len(capacities), np.int32)
+        self.page_table = np.zeros((len(capacities), max(1, -(-int(self.capacities.max()) // PAGE))), np.int32)
+        self._pages: list[list[int]] = [[] for _ in capacities]
+        self._live = len(capacities)
+
+    def of(self, slots: Sequence[int]) -> "CacheView":
+        """The named slots, in this order, as one step sees them."""
+        return CacheView(self, slots)
+
+    def reserve(self, slot: int, length: int) -> None:
+        """Give a slot the pages of `length` tokens. Raises ValueError beyond its capacity."""
+        pages = self._pages[slot]
+        need = -(-length // PAGE)
+        if need <= len(pages):
+            return
+        if length > self.capacities[slot]:
+            raise ValueError(
+                f"Cache: {length} tokens in slot {slot}; takes at most {self.capacities[slot]}. Ask new_cache for a larger capacity."
+            )
+        while len(pages) < need:
+            page = self.arena.free_pages.pop()
+            self.page_table[slot, len(pages)] = page
+            pages.append(page)
+
+    def free(self, slots: Sequence[int]) -> None:
+        """Give the slots' pages back. Freeing a slot twice is fine; the last one gives the arena back to its model."""
+        for slot in slots:
+            if self.capacities[slot] < 0:
+                continue
+            self.arena.flush()
+            self.arena.free_pages += self._pages[slot]
+            self._pages[slot], self.lengths[slot], self.capacities[slot] = [], 0, -1
+            self._live -= 1
+        if self._live == 0 and self._release is not None:
+            self._release(self.arena)
+            self._release = None
+
+
+class CacheView:
+    """Some slots of a cache in the order of a step's sequences. draft_page int32 [B] is set by the step that filled the draft region."""
+
+    __slots__ = ("_single", "cache", "draft_page", "slots")
+
+    def __init__(self, cache: Cache, slots: Sequence[int]):
+        self.cache, self.slots = cache, list(slots)
+        self._single = self.slots[0] if len(self.slots) == 1 else None
+        self.draft_page: np.ndarray | None = None
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Committed tokens of each sequence, int32 [B] (a copy)."""
+        return self.cache.lengths[self.slots]
+
+    def commit(self, paths: Sequence[np.ndarray]) -> None:
+        """Append draft rows paths[b] (ascending rows of the last forward's tree) to each sequence; the other rows are forgotten.
+
+        Raises ValueError without a forward before it, or beyond a slot's capacity; nothing is appended then.
+        """
+        if self.draft_page is None:
+            raise ValueError("CacheView.commit: no forward has filled the draft region of this view; run model.forward(tree, view) first.")
+        cache = self.cache
+        for slot, path in zip(self.slots, paths, strict=True):
+            cache.reserve(slot, int(cache.lengths[slot]) + len(path))
+        for b, (slot, path) in enumerate(zip(self.slots, paths, strict=True)):
+            count = len(path)
+            if count == 0:
+                continue
+            begin = int(cache.lengths[slot])
+            if count == 1:
+                target = cache.page_table[slot, begin // PAGE] * PAGE + begin % PAGE
+            else:
+                at = np.arange(begin, begin + count)
+                target = cache.page_table[slot, at // PAGE] * PAGE + at % PAGE
+            cache.arena.note(path + self.draft_page[b] * PAGE, target)
+            cache.lengths[slot] = begin + count
+
+    def crop(self, lengths: Sequence[int]) -> None:
+        """Forget committed tokens at the end: sequence b keeps its first lengths[b]. Raises ValueError for more than it has."""
+        for slot, length in zip(self.slots, lengths, strict=True):
+            have = int(self.cache.lengths[slot])
+            if not 0 <= length <= have:
+                raise ValueError(f"CacheView.crop: length is {length} for slot {slot}; takes 0 to {have}. Commit to make it longer.")
+            self.cache.lengths[slot] = length

@@ -1,0 +1,167 @@
+"""A Hugging Face checkpoint folder as canonical tensors: checked against its config on opening, read one layer at a time.
+
+Canonical names: `embed`, `final_norm`, `lm_head` (absent when tied), and per layer `layers.<i>.` + attn_norm, q, k, v, o,
+q_bias, k_bias, v_bias, o_bias, q_norm, k_norm, mlp_norm, gate, up, down, gate_bias, up_bias, down_bias. Matrices are
+[out, in], vectors [out]. Which of them a model has follows from its config alone.
+"""
+
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ramify.errors import CheckpointError
+from ramify.model.config import ModelConfig, read_json
+
+log = logging.getLogger("ramify")
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # older files carry the table that `rope` computes
+
+
+def expected(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Every tensor of a model: canonical name -> (Hugging Face name, shape), in the order in which a step uses them."""
+    c, hidden = config, config.hidden_size
+    q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    table: dict[str, tuple[str, tuple[int, ...]]] = {"embed": ("model.embed_tokens.weight", (c.vocab_size, hidden))}
+    for i in range(c.num_layers):
+
+        def add(short: str, theirs: str, *shape: int, biased: bool = False, i: int = i) -> None:
+            table[f"layers.{i}.{short}"] = (f"model.layers.{i}.{theirs}.weight", shape)
+            if biased:
+                table[f"layers.{i}.{short}_bias"] = (f"model.layers.{i}.{theirs}.bias", shape[:1])
+
+        add("attn_norm", "input_layernorm", hidden)
+        add("q", "self_attn.q_proj", q_size, hidden, biased=c.qkv_bias)
+        add("k", "self_attn.k_proj", kv_size, hidden, biased=c.qkv_bias)
+        add("v", "self_attn.v_proj", kv_size, hidden, biased=c.qkv_bias)
+        if c.qk_norm:
+            add("q_norm", "self_attn.q_norm", c.head_dim)
+            add("k_norm", "self_attn.k_norm", c.head_dim)
+        add("o", "self_attn.o_proj", hidden, q_size, biased=c.o_bias)
+        add("mlp_norm", "post_attention_layernorm", hidden)
+        add("gate", "mlp.gate_proj", c.inner_size, hidden, biased=c.mlp_bias)
+        add("up", "mlp.up_proj", c.inner_size, hidden, biased=c.mlp_bias)
+        add("down", "mlp.down_proj", hidden, c.inner_size, biased=c.mlp_bias)
+    table["final_norm"] = ("model.norm.weight", (hidden,))
+    if not c.tied_embeddings:
+        table["lm_head"] = ("lm_head.weight", (c.vocab_size, hidden))
+    return table
+
+
+class Checkpoint:
+    """An opened folder. Nothing is read but headers until a tensor is asked for; then its bytes come through a memory map.
+
+    Raises CheckpointError, naming file and tensor, for anything missing, cut short or of another shape or dtype than the
+    config makes it, and UnsupportedModelError for a config that ramify does not run (see `ModelConfig.from_dict`).
+    """
+
+    def __init__(self, folder: str | Path, finite: bool = False, name: str | None = None) -> None:
+        """`finite=True` also checks every tensor that is read for NaN and infinity. name: config.name, else that of the folder."""
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise CheckpointError(f"load: {self.folder} is no folder; takes a folder with config.json and safetensors.")
+        self.config = ModelConfig.from_folder(self.folder, name)
+        self.finite = finite
+        self._table = expected(self.config)
+        self._where = self._locate()
+        self._check_headers()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Canonical names of all tensors, in order of use."""
+        return tuple(self._table)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor by canonical name: float32 or bfloat16 as stored; float16 comes as float32, which loses nothing."""
+        if name not in self._table:
+            raise KeyError(f"Checkpoint.tensor: {name} is no tensor of {self.config.architecture} under this config.")
+        theirs, _ = self._table[name]
+        file = self._where[theirs]
+        with _opened(file) as shard:
+            tensor: Tensor = shard.get_tensor(theirs)
+        if tensor.dtype == torch.float16:
+            tensor = tensor.float()
+        if self.finite and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f'load: {file.name}, tensor "{theirs}" holds NaN or infinity; takes finite weights. Fetch it again.')
+        return tensor
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        """The tensors of one layer by short name ("q", "down", ...)."""
+        prefix = f"layers.{index}."
+        return {name.removeprefix(prefix): self.tensor(name) for name in self._table if name.startswith(prefix)}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors by canonical name, in order of use, each read when it is reached."""
+        for name in self._table:
+            yield name, self.tensor(name)
+
+    def _locate(self) -> dict[str, Path]:
+        """Hugging Face name -> file, from the single file or from the index of the shards."""
+        single, index = self.folder / SINGLE, self.folder / INDEX
+        if single.is_file():
+            with _opened(single) as shard:
+                return dict.fromkeys(shard.keys(), single)
+        if not index.is_file():
+            pickled = sorted(p.name for p in self.folder.glob("pytorch_model*"))
+            hint = f"{pickled[0]} is not read: save it again with safe_serialization." if pickled else "Fetch the checkpoint again."
+            raise CheckpointError(f"load: {self.folder} has neither {SINGLE} nor {INDEX}. {hint}")
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f'load: {index} has no "weight_map". Fetch the file again.')
+        where = {str(name): self.folder / Path(str(file)).name for name, file in weight_map.items()}
+        for name, file in where.items():
+            if not file.is_file():
+                raise CheckpointError(f'load: {file.name}, tensor "{name}" is missing: {INDEX} names a file that is not there. Fetch it.')
+        return where
+
+    def _check_headers(self) -> None:
+        """Every tensor of the table is there, with its shape and a dtype that is read; the others are logged once."""
+        shards: dict[Path, list[tuple[str, tuple[int, ...]]]] = {}
+        for theirs, shape in self._table.values():
+            if theirs not in self._where:
+                raise CheckpointError(f'load: {self.folder.name}, tensor "{theirs}" is missing; config.json asks for it. Fetch it again.')
+            shards.setdefault(self._where[theirs], []).append((theirs, shape))
+        for file, wanted in shards.items():
+            with _opened(file) as shard:
+                present = set(shard.keys())
+                for theirs, shape in wanted:
+                    _check_header(file, shard, present, theirs, shape)
+        extra = sorted(set(self._where) - {theirs for theirs, _ in self._table.values()})
+        extra = [name for name in extra if not IGNORED.search(name) and not (name == "lm_head.weight" and self.config.tied_embeddings)]
+        if extra:
+            log.warning("load: %s has %d tensors that its config does not use, %s first", self.folder, len(extra), extra[0])
+
+
+def _check_header(file: Path, shard: safe_open, present: set[str], name: str, shape: tuple[int, ...]) -> None:
+    if name not in present:
+        raise CheckpointError(f'load: {file.name}, tensor "{name}" is missing; {INDEX} says it is there. Fetch the file again.')
+    header = shard.get_slice(name)
+    stored = tuple(header.get_shape())
+    if stored != shape:
+        raise CheckpointError(
+            f'load: {file.name}, tensor "{name}" is {list(stored)}; config.json makes it {list(shape)}. '
+            "Fetch config.json and weights of one and the same model."
+        )
+    if header.get_dtype() not in STORED:
+        raise CheckpointError(
+            f'load: {file.name}, tensor "{name}" is {header.get_dtype()}; takes {", ".join(STORED)}. Fetch the unquantised checkpoint.'
+        )
+
+
+def _opened(file: Path) -> safe_open:
+    """A safetensors file, or CheckpointError with what is wrong with it and what to do."""
+    try:
+        return safe_open(str(file), framework="pt", device="cpu")
+    except (SafetensorError, OSError, ValueError) as problem:
+        size = file.stat().st_size
+        with file.open("rb") as raw:
+            pointer = raw.read(24).startswith(b"version https://git-lfs")
+        damage = f"({size:,} bytes) is cut short or damaged ({problem}). Fetch it again."
+        what = "is a Git LFS pointer and not the weights. Run git lfs pull." if pointer else damage
+        raise CheckpointError(f"load: {file.name} in {file.parent} {what}") from None

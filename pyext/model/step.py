@@ -1,0 +1,261 @@
+"""One step of the model over at most `rows` packed rows, captured as a list of kernel calls.
+
+`capture` runs the model's description once, in Python: each line of it makes one kernel call over fixed buffers. What changes from
+step to step (row count, tokens, positions, lengths, trees, page tables) is read through pointers, so replaying the list is one
+native call. Running the same list one call at a time is the eager mode, and gives the same bits.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ramify import native
+from ramify.cache.arena import Arena
+from ramify.model.config import ModelConfig
+from ramify.model.weights import Linear, Weights
+
+WORDS = 8  # ancestor words of a row in the step's own buffers: a prefill chunk of 512 rows is the widest tree
+
+
+class Inputs:
+    """What a step reads through pointers: int32 arrays, sized for `rows` packed rows of `sequences` sequences."""
+
+    def __init__(self, rows: int, sequences: int, pages: int):
+        def ints(*shape: int, dtype: type = np.int32) -> np.ndarray:
+            return np.zeros(shape, dtype)
+
+        self.count = ints(1)  # rows of this step
+        self.tokens, self.position, self.draft_slot, self.depth = (ints(rows) for _ in range(4))
+        self.tail_depth = ints(rows)
+        self.row_start, self.tail_offset = ints(sequences + 1), ints(sequences + 1)
+        self.prefix, self.tail, self.draft_page = (ints(sequences) for _ in range(3))
+        self.page_table = ints(sequences, pages)
+        self.ancestors = ints(rows, WORDS, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What of the model a captured step computes."""
+
+    rows: int
+    sequences: int
+    layers: tuple[int, int]
+    head: bool
+    topk: int
+    taps: tuple[int, ...]
+
+
+class Step:
+    """A captured step: its inputs, its outputs and its program. Outputs hold until the next replay."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, rope: tuple[torch.Tensor, torch.Tensor], arena: Arena, plan: Plan, pages: int):
+        self.plan, self.threads = plan, native.threads()
+        self.inputs = Inputs(plan.rows, plan.sequences, pages)
+        self.inputs.count[0] = plan.rows  # scratch is sized for the widest step
+        capture = _Capture(config, weights, rope, arena, plan, self.inputs, pages)
+        capture.model()
+        self.x, self.outputs, self.taps = capture.x.numpy(), capture.outputs, capture.taps
+        self.calls = capture.calls
+        self.program = native.Program(capture.calls, (capture, self.inputs))
+
+    def run(self, eager: bool = False) -> None:
+        """Compute the step: one native call, or one per kernel."""
+        if eager:
+            for args in self.calls:
+                native.run(args)
+        else:
+            self.program.replay(self.threads)
+
+
+class _Capture:
+    """Records the calls of one step. Activations are f32 whatever the weights are."""
+
+    def __init__(self, config, weights, rope, arena, plan, inputs, pages):
+        self.config, self.weights, self.arena, self.plan, self.inputs = config, weights, arena, plan, inputs
+        self.cos, self.sin = rope
+        self.max_slots = pages * native.TILE + plan.rows
+        self.calls: list = [arena.commit_args]
+        self.outputs: dict[str, np.ndarray] = {}
+        self.taps: dict[int, np.ndarray] = {}
+        self._keep: list = []
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+        c, rows = config, plan.rows
+        self.q_size, self.kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        self.x = self._buffer(rows, c.hidden_size)
+        self.qkv = self._buffer(rows, self.q_size + 2 * self.kv_size)
+        self.attention_out = self._buffer(rows, self.q_size)
+        self.gate_up = self._buffer(rows, 2 * c.inner_size)
+
+    def model(self) -> None:
+        """The model, line by line."""
+        first, last = self.plan.layers
+        if first == 0:
+            self.embed()
+        for i in range(first, last):
+            self.tap(i)
+            layer = self.weights.layers[i]
+            self.linear(self.x, layer.qkv, self.qkv, prologue=native.RMS_NORM, norm=layer.attn_norm)
+            self.rope_append(i)
+            self.attention(i)
+            self.linear(self.attention_out, layer.o, self.x, residual=self.x)
+            self.linear(self.x, layer.gate_up, self.gate_up, prologue=native.RMS_NORM, norm=layer.mlp_norm)
+            self.linear(self.gate_up, layer.down, self.x, prologue=native.SILU_MUL, residual=self.x)
+        self.tap(last)
+        if self.plan.head:
+            self.head()
+        self._share_scratch()
+
+    def embed(self) -> None:
+        table = self.weights.embed
+        self._call(
+            native.EmbedArgs(
+                tokens=_address(self.inputs.tokens),
+                table=table.data_ptr(),
+                dtype=native.DTYPES[table.dtype],
+                V=self.config.vocab_size,
+                hidden=self.config.hidden_size,
+                out=self.x.data_ptr(),
+                out_stride=self.x.stride(0),
+            )
+        )
+
+    def linear(self, x: torch.Tensor, layer: Linear, out: torch.Tensor, *, prologue=native.COPY, norm=None, residual=None, **stats) -> None:
+        self._call(
+            native.LinearArgs(
+                x=x.data_ptr(),
+                x_stride=x.stride(0),
+                K=layer.K,
+                N=layer.N,
+                weight=layer.packed.data_ptr(),
+                dtype=native.DTYPES[layer.packed.dtype],
+                prologue=prologue,
+                norm_weight=native.pointer(norm),
+                eps=self.config.norm_eps,
+                bias=native.pointer(layer.bias),
+                residual=native.pointer(residual),
+                residual_stride=0 if residual is None else residual.stride(0),
+                out=out.data_ptr(),
+                out_stride=out.stride(0),
+                **stats,
+            )
+        )
+
+    def rope_append(self, i: int) -> None:
+        c, arena, layer, size = self.config, self.arena, self.weights.layers[i], self.arena.draft_k.element_size()
+        offset = i * arena.draft_pages * arena.page_elements * size
+        self._call(
+            native.RopeAppendArgs(
+                qkv=self.qkv.data_ptr(),
+                stride=self.qkv.stride(0),
+                Hq=c.num_heads,
+                Hkv=c.num_kv_heads,
+                D=c.head_dim,
+                q_norm=native.pointer(layer.q_norm),
+                k_norm=native.pointer(layer.k_norm),
+                eps=c.norm_eps,
+                cos=self.cos.data_ptr(),
+                sin=self.sin.data_ptr(),
+                position=_address(self.inputs.position),
+                draft_slot=_address(self.inputs.draft_slot),
+                kv_dtype=native.DTYPES[arena.page_format.dtype],
+                k=arena.draft_k.data_ptr() + offset,
+                v=arena.draft_v.data_ptr() + offset,
+                page_stride=arena.page_elements,
+            )
+        )
+
+    def attention(self, i: int) -> None:
+        c, arena, inputs = self.config, self.arena, self.inputs
+        size, D = arena.k.element_size(), c.head_dim
+        committed, draft = (i * pages * arena.page_elements * size for pages in (arena.pages, arena.draft_pages))
+        self._call(
+            native.AttentionArgs(
+                row_start=_address(inputs.row_start),
+                B=self.plan.sequences,
+                Hq=c.num_heads,
+                Hkv=c.num_kv_heads,
+                D=D,
+                q=self.qkv.data_ptr(),
+                q_stride_t=self.qkv.stride(0),
+                q_stride_h=D,
+                out=self.attention_out.data_ptr(),
+                out_stride_t=self.attention_out.stride(0),
+                out_stride_h=D,
+                scale=D**-0.5,
+                window=c.sliding_windows[i] or 0,
+                prefix_len=_address(inputs.prefix),
+                tail_len=_address(inputs.tail),
+                ancestors=_address(inputs.ancestors),
+                words=WORDS,
+                row_depth=_address(inputs.depth),
+                tail_depth=_address(inputs.tail_depth),
+                tail_offset=_address(inputs.tail_offset),
+                kv_dtype=native.DTYPES[arena.page_format.dtype],
+                k=arena.k.data_ptr() + committed,
+                v=arena.v.data_ptr() + committed,
+                page_stride=arena.page_elements,
+                page_table=_address(inputs.page_table),
+                table_stride=inputs.page_table.shape[1],
+                page=native.TILE,
+                tail_k=arena.draft_k.data_ptr() + draft,
+                tail_v=arena.draft_v.data_ptr() + draft,
+                tail_page_stride=arena.page_elements,
+                tail_page=_address(inputs.draft_page),
+                max_slots=self.max_slots,
+            ),
+            counted=False,
+        )
+
+    def head(self) -> None:
+        rows, k, layer = self.plan.rows, self.plan.topk, self.weights.lm_head
+        logits, top, lse = self._buffer(rows, layer.N), self._buffer(rows), self._buffer(rows)
+        argmax = torch.zeros(rows, dtype=torch.int32)
+        ids, values = torch.zeros(rows, k, dtype=torch.int32), self._buffer(rows, k)
+        self.linear(
+            self.x,
+            layer,
+            logits,
+            prologue=native.RMS_NORM,
+            norm=self.weights.final_norm,
+            argmax=argmax.data_ptr(),
+            top=top.data_ptr(),
+            lse=lse.data_ptr(),
+            topk=k,
+            topk_ids=ids.data_ptr(),
+            topk_values=values.data_ptr(),
+        )
+        named = {"argmax": argmax, "top": top, "lse": lse, "logits": logits, "topk_ids": ids, "topk_values": values}
+        self.outputs = {name: tensor.numpy() for name, tensor in named.items()}
+
+    def tap(self, i: int) -> None:
+        if i not in self.plan.taps:
+            return
+        out = self._buffer(self.plan.rows, self.config.hidden_size)
+        self._call(
+            native.CopyRowsArgs(x=self.x.data_ptr(), x_stride=self.x.stride(0), width=out.shape[1], out=out.data_ptr(), out_stride=out.stride(0))
+        )
+        self.taps[i] = out.numpy()
+
+    def _buffer(self, *shape: int) -> torch.Tensor:
+        tensor = torch.zeros(*shape)
+        self._keep.append(tensor)
+        return tensor
+
+    def _call(self, args, counted: bool = True) -> None:
+        if counted:
+            args.rows = _address(self.inputs.count)
+        self.calls.append(args)
+
+    def _share_scratch(self) -> None:
+        """One scratch for all calls: they run one after another."""
+        users = [args for args in self.calls if hasattr(args, "scratch")]
+        size = max(native.scratch_bytes(args) for args in users) if users else 0
+        self._scratch = torch.empty(size + 64, dtype=torch.uint8)
+        address = (self._scratch.data_ptr() + 63) // 64 * 64
+        for args in users:
+            args.scratch = address
+
+
+def _address(array: np.ndarray) -> int:
+    return array.ctypes.data

@@ -1,0 +1,25 @@
+"""The meaning of every op in plain torch: the oracle of every test, and the backend of last resort.
+
+Written to be read. Any float dtype, float64 included: a test compares a kernel with these functions in double.
+"""
+
+from ramify.reference.attention import merge_states, tree_attention
+from ramify.reference.glue import embed, rms_norm, rope, silu_mul
+from ramify.reference.kv import kv_append, kv_commit
+from ramify.reference.linear import linear
+from ramify.reference.verify import row_stats, topk_logits, verify_greedy
+
+__all__ = [
+    "embed",
+    "kv_append",
+    "kv_commit",
+    "linear",
+    "merge_states",
+    "rms_norm",
+    "rope",
+    "row_stats",
+    "silu_mul",
+    "topk_logits",
+    "tree_attention",
+    "verify_greedy",
+]

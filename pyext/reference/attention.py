@@ -1,0 +1,98 @@
+"""tree_attention and merge_states in plain torch: what every attention kernel has to compute.
+
+Source: tree attention of SpecInfer (arXiv 2305.09781) and Medusa (arXiv 2401.10774); merging of partial softmaxes as in
+online softmax (arXiv 1805.02867).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ramify.reference._math import wide
+
+
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tail_k: Tensor,
+    tail_v: Tensor,
+    ancestors: Tensor,
+    prefix_len: Tensor,
+    *,
+    page_table: Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    sink: int | None = None,
+    tail_rows: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of T tree rows over a committed prefix and over their own ancestors.
+
+    Row i of sequence b sees the slots below prefix_len[b] and those tail rows j whose bit is set in ancestors[b, i]. Its
+    position is prefix_len[b] + (number of its ancestors, itself included) - 1; under a window, a key at position p is seen
+    when p > position - window or p < sink. Rows from tail_rows[b] on give 0 and a lse of -inf.
+
+    q [B, T, Hq, D]; k, v [B, S, Hkv, D], or [pages, page, Hkv, D] with page_table [B, P]; tail_k, tail_v [B, T, Hkv, D];
+    ancestors int64 [B, T, W]; prefix_len, tail_rows [B]. Returns o [B, T, Hq, D] in q's dtype (, lse [B, T, Hq], natural
+    logarithm, float32 or wider). Values outside the visible slots may be anything, NaN included.
+    """
+    B, T, Hq, D = q.shape
+    Hkv, dtype = tail_k.shape[2], wide(q)
+    scale = 1 / math.sqrt(D) if scale is None else scale
+    out = torch.zeros(B, T, Hq, D, dtype=dtype, device=q.device)
+    lse = torch.full((B, T, Hq), -torch.inf, dtype=dtype, device=q.device)
+    bits = ancestor_bits(ancestors, T)
+    for b in range(B):
+        n, rows = int(prefix_len[b]), T if tail_rows is None else int(tail_rows[b])
+        if rows == 0:
+            continue
+        keys = torch.cat([_slots(k, page_table, b, n), tail_k[b, :rows]]).to(dtype)
+        values = torch.cat([_slots(v, page_table, b, n), tail_v[b, :rows]]).to(dtype)
+        tail = bits[b, :rows, :rows]
+        seen = torch.cat([tail.new_ones(rows, n), tail], dim=1)  # [rows, n + rows]
+        if window is not None:
+            row_at = n + tail.sum(1) - 1
+            key_at = torch.cat([torch.arange(n, device=q.device), row_at])
+            seen &= (key_at > row_at[:, None] - window) | (key_at < (sink or 0))
+        used = seen.any(0)[:, None, None]  # 0 * NaN is NaN: what nobody sees must not reach the products
+        keys, values = keys.masked_fill(~used, 0), values.masked_fill(~used, 0)
+        grouped = q[b, :rows].to(dtype).reshape(rows, Hkv, Hq // Hkv, D)
+        scores = torch.einsum("rhgd,shd->hgrs", grouped, keys) * scale
+        scores = scores.masked_fill(~seen, -torch.inf)
+        total = scores.logsumexp(-1)  # [Hkv, g, rows]; finite, since a row sees itself
+        weights = (scores - total[..., None]).exp()
+        out[b, :rows] = torch.einsum("hgrs,shd->rhgd", weights, values).reshape(rows, Hq, D)
+        lse[b, :rows] = total.permute(2, 0, 1).reshape(rows, Hq)
+    out = out.to(q.dtype)
+    return (out, lse) if return_lse else out
+
+
+def merge_states(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
+    """One attention over two disjoint sets of keys, from the attention over each.
+
+    o1, o2 [..., D] and lse1, lse2 [...], natural logarithm. A side that saw nothing has a lse of -inf, and its o may be
+    anything; two such sides give 0 and -inf. Returns o [..., D] in o1's dtype and lse [...].
+    """
+    dtype = wide(o1)
+    lse = torch.logaddexp(lse1.to(dtype), lse2.to(dtype))
+    out = torch.zeros_like(o1, dtype=dtype)
+    for o, part in ((o1, lse1), (o2, lse2)):
+        weight = torch.where(part == -torch.inf, 0.0, (part.to(dtype) - lse).exp())[..., None]
+        out += torch.where(weight == 0, 0.0, weight * o.to(dtype))
+    return out.to(o1.dtype), lse
+
+
+def ancestor_bits(ancestors: Tensor, T: int) -> Tensor:
+    """Ancestor words int64 [B, T, W] as bool [B, T, T]: [b, i, j] is True when row i sees row j."""
+    shifts = torch.arange(64, device=ancestors.device)
+    return ((ancestors[..., None] >> shifts) & 1).bool().flatten(-2)[..., :T]
+
+
+def _slots(cache: Tensor, page_table: Tensor | None, b: int, n: int) -> Tensor:
+    """The first n slots of sequence b, [n, Hkv, D]."""
+    if page_table is None:
+        return cache[b, :n]
+    page = cache.shape[1]
+    return cache[page_table[b, : -(-n // page)].long()].flatten(0, 1)[:n]
