@@ -1,0 +1,108 @@
+"""One picture per benchmark, drawn from its JSON document. matplotlib is imported when a picture is asked for."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+OURS, PEER, FAINT = "#0b6e99", "#8a8a8a", "#c9c9c9"
+
+
+def tree_attention(doc: dict[str, Any], path: Path) -> None:
+    """Time over tree rows, one panel per head shape, dtype and context: the best torch way, ramify, the floor."""
+    plt = _pyplot()
+    rows = [row for row in doc["rows"] if row["status"] == "ok"]
+    kinds = list(dict.fromkeys((row["shape"]["size"], row["shape"]["dtype"]) for row in rows))
+    contexts = sorted({row["shape"]["context"] for row in rows})
+    figure, axes = plt.subplots(len(kinds) or 1, len(contexts) or 1, figsize=(3.3 * len(contexts) + 1, 2.7 * len(kinds) + 0.9), squeeze=False)
+    for (size, dtype), line in zip(kinds, axes):
+        for context, panel in zip(contexts, line):
+            here = [r for r in rows if (r["shape"]["size"], r["shape"]["dtype"], r["shape"]["context"]) == (size, dtype, context)]
+            for name in dict.fromkeys(row["provider"] for row in here):
+                mine = [row for row in here if row["provider"] == name]
+                if not mine[0]["baseline"]:
+                    _line(panel, mine, name, OURS, "-", 2.2)
+            torch = [r for r in here if r["baseline"]]
+            best = [min((r for r in torch if r["shape"]["T"] == T), key=lambda r: r["us"]["median"]) for T in _values(torch)]
+            _line(panel, best, "best torch way", PEER, "-", 1.6)
+            floor = [next(row for row in here if row["shape"]["T"] == T) for T in _values(here)]
+            panel.plot(_values(here), [row["floor_us"] / 1e3 for row in floor], color="black", linestyle=":", linewidth=1.2, label="floor of this machine")
+            panel.set(xscale="log", yscale="log", title=f"{size}, {dtype} cache, context {context}")
+            panel.set_xticks(_values(here), [str(T) for T in _values(here)])
+            panel.minorticks_off()
+            panel.set_xlabel("tree rows T")
+        line[0].set_ylabel("ms per call")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False)
+    figure.tight_layout(rect=(0, 0.03, 1, 0.95 if len(kinds) > 1 else 0.9))
+    _caption(figure, doc)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def end_to_end(doc: dict[str, Any], path: Path) -> None:
+    """Tokens a second of every way to decode, one panel per model, one bar per temperature."""
+    plt = _pyplot()
+    rows = [row for row in doc["rows"] if row["status"] == "ok"]
+    models = list(dict.fromkeys(row["shape"]["model"] for row in rows))
+    counts = [len({row["provider"] for row in rows if row["shape"]["model"] == model}) for model in models]
+    figure, axes = plt.subplots(
+        len(models) or 1, 1, figsize=(8.4, 0.52 * sum(counts) + 1.1 * len(models) + 0.6), squeeze=False, height_ratios=counts or None
+    )
+    for model, panel in zip(models, axes[:, 0]):
+        here = [row for row in rows if row["shape"]["model"] == model]
+        names = list(dict.fromkeys(row["provider"] for row in here))
+        temperatures = sorted({row["shape"]["temperature"] for row in here})
+        height = 0.8 / len(temperatures)
+        fastest = max(row["tokens_per_second"] for row in here)
+        for number, temperature in enumerate(temperatures):
+            for row in (row for row in here if row["shape"]["temperature"] == temperature):
+                place = names.index(row["provider"]) + (number - (len(temperatures) - 1) / 2) * height
+                colour = OURS if row["backend"].startswith("ramify") else PEER
+                panel.barh(place, row["tokens_per_second"], 0.92 * height, color=colour, alpha=1 if number == 0 else 0.5)
+                text = f" {row['tokens_per_second']:.0f}  ({row['ratio']:.1f}x)" if "ratio" in row else f" {row['tokens_per_second']:.0f}"
+                panel.text(row["tokens_per_second"], place, text, va="center", fontsize=8)
+        panel.set_yticks(range(len(names)), names)
+        panel.invert_yaxis()
+        panel.set_xlim(0, 1.18 * fastest)
+        panel.set_title(here[0].get("model_title", model), loc="left", fontsize=10)
+        panel.tick_params(axis="y", length=0)
+    axes[-1, 0].set_xlabel("new tokens per second, prompt included; in brackets: times the fastest plain transformers generate")
+    _temperature_legend(plt, axes[0, 0], sorted({row["shape"]["temperature"] for row in rows}))
+    figure.tight_layout(rect=(0, 0.6 / figure.get_figheight() / 2, 1, 1))
+    _caption(figure, doc)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _temperature_legend(plt: Any, panel: Any, temperatures: list[float]) -> None:
+    if len(temperatures) > 1:
+        patches = [plt.Rectangle((0, 0), 1, 1, color=OURS, alpha=1 if number == 0 else 0.5) for number in range(len(temperatures))]
+        panel.legend(patches, [f"temperature {value:g}" for value in temperatures], frameon=False, loc="lower right", fontsize=8)
+
+
+def _line(panel: Any, rows: list[dict], name: str, colour: str, style: str, width: float) -> None:
+    rows = sorted(rows, key=lambda row: row["shape"]["T"])
+    x = [row["shape"]["T"] for row in rows]
+    panel.plot(x, [row["us"]["median"] / 1e3 for row in rows], style, color=colour, linewidth=width, marker="o", markersize=3.5, label=name)
+    panel.fill_between(x, [row["us"]["p20"] / 1e3 for row in rows], [row["us"]["p80"] / 1e3 for row in rows], color=colour, alpha=0.2, linewidth=0)
+
+
+def _values(rows: Iterable[dict]) -> list[int]:
+    return sorted({row["shape"]["T"] for row in rows})
+
+
+def _caption(figure: Any, doc: dict[str, Any]) -> None:
+    """Where the numbers come from: a picture travels without its JSON."""
+    where = doc["environment"]
+    text = f"{where['cpu']}, {where['threads']} threads, {where['isa']}; medians of interleaved runs, {where['date'][:10]}, commit {where['commit'] or 'none'}"
+    figure.text(0.01, 0.008, text + ("; QUICK RUN, NOT A MEASUREMENT" if doc["options"]["quick"] else ""), fontsize=7, color="#555555")
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "axes.titlesize": 9})
+    return plt

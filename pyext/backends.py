@@ -1,0 +1,288 @@
+"""Which kernel runs an op: one table of (op, device, dtype, sizes) -> cpu | triton | cuda | reference.
+
+The table is asked at call time and answers with a reason for every row that does not fit. Nothing is chosen silently:
+`ramify.backend` and RAMIFY_BACKEND force a choice, `ramify.explain` prints it, and an op that falls back to the reference
+says so once through `logging`.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from math import prod
+from types import ModuleType, TracebackType
+from typing import Any
+
+import torch
+
+from ramify.checks import one_of
+
+BACKENDS = ("cpu", "triton", "cuda", "reference")
+"""In order of preference."""
+
+DEVICE_OF = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+"""The device whose tensors a backend takes; the reference takes any."""
+
+HEAD_SIZES = (64, 96, 128, 256)
+MAX_TOPK = 32
+
+log = logging.getLogger("ramify")
+
+_F32_BF16 = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A row of the table: what one kernel takes."""
+
+    op: str
+    backend: str
+    dtypes: tuple[torch.dtype, ...]
+    limits: Mapping[str, Collection] = field(default_factory=dict)
+
+    def why_not(self, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) -> str:
+        """Why this kernel does not take the call; empty when it does."""
+        if device != DEVICE_OF[self.backend]:
+            return f"tensors are on {device}"
+        if dtype not in self.dtypes:
+            return f"dtype is {_short(dtype)}, takes {_spell(map(_short, self.dtypes))}"
+        for name, taken in self.limits.items():
+            if name in sizes and sizes[name] not in taken:
+                values = f"{taken[0]} to {taken[-1]}" if isinstance(taken, range) else _spell(map(_short, taken))
+                return f"{name} is {_short(sizes[name])}, takes {values}"
+        return missing(self.backend)
+
+
+TABLE = (
+    Kernel("tree_attention", "cpu", _F32_BF16, {"D": HEAD_SIZES, "kv": _F32_BF16}),
+    Kernel("linear", "cpu", _F32_BF16, {"weight": _F32_BF16}),
+    Kernel("rms_norm", "cpu", _F32_BF16),
+    Kernel("rope", "cpu", _F32_BF16, {"rotary": ("whole head",)}),
+    Kernel("silu_mul", "cpu", _F32_BF16),
+    Kernel("embed", "cpu", _F32_BF16, {"out": _F32_BF16}),
+    Kernel("row_stats", "cpu", _F32_BF16),
+    Kernel("topk_logits", "cpu", _F32_BF16, {"k": range(1, MAX_TOPK + 1)}),
+)
+"""Everything that runs on a kernel. An op without a row here runs in plain torch on every device."""
+
+PLAIN = ("merge_states", "kv_append", "kv_commit", "verify_greedy")
+"""Ops on small or user-owned tensors whose reference is as good as a kernel: they have none yet."""
+
+OPS = tuple(dict.fromkeys([*(row.op for row in TABLE), *PLAIN]))
+
+_native: ModuleType | None = None
+_forced: str | None = None
+_environment_read = False
+_chosen: dict[tuple, str] = {}
+_said: set[tuple] = set()
+
+
+class backend:
+    """Force a backend for the whole process: `ramify.backend("reference")`, or until a `with` block ends.
+
+    name: "cpu", "triton", "cuda" or "reference"; None lets the table choose again. An op that the forced backend cannot run
+    raises ValueError with the reason. RAMIFY_BACKEND does the same from outside.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        if name is not None:
+            one_of("name", name, BACKENDS, "backend")
+        self._before = forced()
+        _force(name)
+
+    def __enter__(self) -> "backend":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        _force(self._before)
+
+
+def forced() -> str | None:
+    """The backend that `ramify.backend` or RAMIFY_BACKEND forces, or None."""
+    global _environment_read, _forced
+    if not _environment_read:
+        name = os.environ.get("RAMIFY_BACKEND") or None
+        if name is not None:
+            one_of("RAMIFY_BACKEND", name, BACKENDS)
+        _forced, _environment_read = name, True
+    return _forced
+
+
+def choose(op: str, device: str, dtype: torch.dtype, **sizes: Any) -> str:
+    """The backend that runs `op` on tensors of this device, dtype and sizes.
+
+    Raises ValueError when a forced backend cannot. The first fallback of an op and dtype to the reference is logged.
+    """
+    key = (op, device, dtype, *sizes.items())
+    name = _chosen.get(key)
+    if name is None:
+        name = _chosen[key] = _decide(op, device, dtype, sizes)
+    return name
+
+
+def reasons(op: str, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) -> dict[str, str]:
+    """Backend -> why it cannot run this call, empty if it can; in order of preference, the reference last."""
+    rows = {row.backend: row.why_not(device, dtype, sizes) for row in TABLE if row.op == op}
+    return {name: rows.get(name, "no such kernel") for name in BACKENDS[:-1]} | {"reference": ""}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found. `bytes` and `flops` are the least any kernel can do; None where a shape was not given."""
+
+    op: str
+    backend: str
+    why: str
+    others: dict[str, str]
+    bytes: int | None
+    flops: int | None
+
+    def __str__(self) -> str:
+        lines = [f"{self.op} runs on {self.backend}: {self.why}"]
+        lines += [f"  {name} does not: {reason}" for name, reason in self.others.items()]
+        if self.bytes is None:
+            lines.append(f"  floor: not known; give the shapes of {', '.join(FLOORS[self.op][0])}")
+        else:
+            lines.append(f"  floor: {self.bytes:,} bytes, {self.flops:,} flops")
+        return "\n".join(lines)
+
+
+def explain(op: str, *shapes: Collection[int], dtype: torch.dtype = torch.float32, device: str = "cpu", **sizes: Any) -> Explanation:
+    """Which kernel would run `op`, why, why no other one, and its floor.
+
+    shapes: of the first tensors of the op, in its own order; `dtype` and `device` are those of its rows. Further facts by
+    name: D= of a head, kv= and weight= dtypes, k= of a top-k. Nothing runs. Raises ValueError for an unknown op.
+    """
+    one_of("op", op, OPS, "explain")
+    if op == "tree_attention" and shapes:
+        sizes.setdefault("D", tuple(shapes[0])[-1])
+    why = reasons(op, device, dtype, sizes)
+    takes = [name for name, reason in why.items() if not reason]
+    name = forced() if forced() and op not in PLAIN else takes[0]
+    if name not in takes:
+        raise ValueError(f'explain: backend "{name}" is forced and cannot run {op} ({why[name]}); takes {_spell(takes)}.')
+    if forced() == name:
+        because = "it is forced"
+    elif op in PLAIN:
+        because = "plain torch is its only form"
+    elif name == "reference":
+        because = "no kernel takes the call"
+    else:
+        because = f"first that takes {_short(dtype)} on {device}" + (f", at {_level()}" if name == "cpu" else "")
+    needed, floor = FLOORS[op]
+    moved, flops = floor(dtype.itemsize, sizes, *map(tuple, shapes)) if len(shapes) >= len(needed) else (None, None)
+    others = {other: reason or f"{name} comes first" for other, reason in why.items() if other != name}
+    return Explanation(op, name, because, others, moved, flops)
+
+
+def _attention_floor(item: int, sizes: Mapping[str, Any], q: tuple, k: tuple, *_: tuple) -> tuple[int, int]:
+    kv = sizes["kv"].itemsize if "kv" in sizes else item
+    slots = prod(k) // (q[0] * k[-2] * k[-1])  # of one sequence, paged or not
+    return 2 * prod(k) * kv + 2 * prod(q) * item, 4 * prod(q) * slots
+
+
+def _linear_floor(item: int, sizes: Mapping[str, Any], x: tuple, weight: tuple, *_: tuple) -> tuple[int, int]:
+    stored = sizes["weight"].itemsize if "weight" in sizes else item
+    rows = prod(x[:-1])
+    return prod(weight) * stored + (prod(x) + rows * weight[0]) * item, 2 * rows * prod(weight)
+
+
+FLOORS: dict[str, tuple[tuple[str, ...], Callable[..., tuple[int, int]]]] = {
+    "tree_attention": (("q", "k"), _attention_floor),
+    "linear": (("x", "weight"), _linear_floor),
+    "merge_states": (("o1",), lambda item, sizes, o, *_: (3 * prod(o) * item + 12 * prod(o[:-1]), 3 * prod(o))),
+    "rms_norm": (("x",), lambda item, sizes, x, *_: (2 * prod(x) * item, 4 * prod(x))),
+    "rope": (("x",), lambda item, sizes, x, *_: (2 * prod(x) * item, 3 * prod(x))),
+    "silu_mul": (("x",), lambda item, sizes, x, *_: (3 * prod(x) // 2 * item, 3 * prod(x))),
+    "embed": (("ids", "table"), lambda item, sizes, ids, table, *_: (2 * prod(ids) * table[-1] * item, 0)),
+    "row_stats": (("logits",), lambda item, sizes, x, *_: (prod(x) * item + 12 * x[0], 3 * prod(x))),
+    "topk_logits": (("logits",), lambda item, sizes, x, *_: (prod(x) * item + 8 * x[0] * sizes.get("k", 1), prod(x))),
+    "verify_greedy": (("tokens",), lambda item, sizes, tokens, *_: (12 * prod(tokens), 0)),
+    "kv_append": (("k",), lambda item, sizes, k, *_: (4 * prod(k) * item, 0)),
+    "kv_commit": (
+        ("tail_k", "tail_v", "k_cache", "v_cache", "path"),
+        lambda item, sizes, k, v, kc, vc, path, *_: (4 * prod(path) * prod(k[2:]) * item, 0),
+    ),
+}
+"""Op -> (shapes its floor needs, floor(itemsize, sizes, *shapes) -> least bytes moved, least flops)."""
+
+
+def params(op: str) -> list:
+    """pytest parameters, one per backend of `op`, each with .name and .device; one that cannot run here is skipped and says why."""
+    import pytest
+
+    rows = [row for row in TABLE if row.op == op]
+    marks = {row.backend: missing(row.backend) for row in rows} | {"reference": ""}
+    return [
+        pytest.param(TestBackend(name, DEVICE_OF.get(name, "cpu")), id=name, marks=[pytest.mark.skip(reason=why)] if why else [])
+        for name, why in marks.items()
+    ]
+
+
+@dataclass(frozen=True)
+class TestBackend:
+    """What a test of an op runs on."""
+
+    __test__ = False  # not a test class, whatever pytest reads into the name
+
+    name: str
+    device: str
+
+
+def _decide(op: str, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) -> str:
+    why = reasons(op, device, dtype, sizes)
+    name = forced()
+    if name is not None and (op not in PLAIN or name == "reference"):
+        if why[name]:
+            can = _spell(other for other, reason in why.items() if not reason)
+            raise ValueError(
+                f'{op}: backend "{name}" was forced and cannot run this call ({why[name]}); takes {can}. Use ramify.backend(None).'
+            )
+        return name
+    name = next(other for other, reason in why.items() if not reason)
+    if name == "reference" and op not in PLAIN and (op, dtype) not in _said:
+        _said.add((op, dtype))
+        told = "; ".join(f"{other}: {reason}" for other, reason in why.items() if reason and reason != "no such kernel")
+        log.warning("%s on %s %s runs on the reference (%s).", op, device, _short(dtype), told)
+    return name
+
+
+def _force(name: str | None) -> None:
+    global _environment_read, _forced
+    _forced, _environment_read = name, True
+    _chosen.clear()
+
+
+@lru_cache
+def missing(name: str) -> str:
+    """Why a backend cannot run on this machine at all; empty when it can."""
+    if name != "cpu":
+        return "not part of this build"
+    if find_spec("ramify._cpu") is None:
+        return "ramify._cpu is not built"
+    native()  # a module that is there and does not load is a fault to be seen, not a reason to fall back
+    return ""
+
+
+def native() -> ModuleType:
+    """ramify.native, on first use: importing ramify must not load the kernels, and a build without them must still import."""
+    global _native
+    if _native is None:
+        _native = import_module("ramify.native")
+    return _native
+
+
+def _level() -> str:
+    return native().isa()
+
+
+def _short(value: object) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def _spell(values: Any) -> str:
+    *most, last = [str(v) for v in values]
+    return f"{', '.join(most)} or {last}" if most else last

@@ -1,0 +1,68 @@
+"""Argument checks shared by everyone, with one wording: who, what came, what is taken.
+
+Each returns the value it was given, so a check can stand where the value is used.
+"""
+
+import math
+from collections.abc import Collection
+from numbers import Integral, Real
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def show(value: Any, limit: int = 60) -> str:
+    """A value as an error message quotes it: strings in double quotes, long things cut."""
+    text = f'"{value}"' if isinstance(value, str) else repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def at_least(name: str, value: Any, low: float, caller: str = "") -> Any:
+    """A number not below `low`. TypeError if it is no number, ValueError if it is too small or NaN."""
+    number(name, value, caller)
+    if not value >= low:
+        raise ValueError(f"{_who(caller)}{name} is {value}; takes {low} or more.")
+    return value
+
+
+def between(name: str, value: Any, low: float, high: float, caller: str = "") -> Any:
+    """A number in [low, high]."""
+    number(name, value, caller)
+    if not low <= value <= high:
+        raise ValueError(f"{_who(caller)}{name} is {value}; takes {low} to {high}.")
+    return value
+
+
+def number(name: str, value: Any, caller: str = "") -> Any:
+    """A real number that is finite; bool is refused."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{_who(caller)}{name} is {show(value)}; takes a number.")
+    if not math.isfinite(value):
+        raise ValueError(f"{_who(caller)}{name} is {value}; takes a finite number.")
+    return value
+
+
+def whole(name: str, value: Any, low: int | None = None, caller: str = "") -> int:
+    """A whole number (Python or numpy), not below `low`, as an int."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{_who(caller)}{name} is {show(value)}; takes a whole number.")
+    if low is not None and value < low:
+        raise ValueError(f"{_who(caller)}{name} is {value}; takes {low} or more.")
+    return int(value)
+
+
+def one_of(name: str, value: T, choices: Collection[T], caller: str = "") -> T:
+    """One of a few values."""
+    if value not in choices:
+        raise ValueError(f"{_who(caller)}{name} is {show(value)}; takes {' or '.join(show(c) for c in choices)}.")
+    return value
+
+
+def same_length(name: str, values: Any, other: str, others: Any, caller: str = "") -> None:
+    """Two sized things of equal length."""
+    if len(values) != len(others):
+        raise ValueError(f"{_who(caller)}{name} has {len(values)} entries and {other} has {len(others)}; takes equal numbers.")
+
+
+def _who(caller: str) -> str:
+    return f"{caller}: " if caller else ""

@@ -1,0 +1,130 @@
+"""Methods beside plain decoding of the same model: interleaved runs, medians, and whether the text is the same."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ramify.cli.table import table
+
+PHASES = ("draft", "forward", "verify", "commit")
+
+
+@dataclass
+class Measured:
+    """Every run of one method on one prompt. Figures are medians over the runs."""
+
+    name: str
+    lossless: bool
+    outs: list[Any] = field(default_factory=list)
+
+    @property
+    def last(self) -> Any:
+        """The newest output; text and steps are those of every other run, since the seed is."""
+        return self.outs[-1]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens emitted a second of decoding."""
+        return statistics.median(out.stats.tokens_per_second for out in self.outs)
+
+    @property
+    def spread(self) -> float:
+        """Fastest less slowest run, as a share of the median."""
+        rates = [out.stats.tokens_per_second for out in self.outs]
+        return (max(rates) - min(rates)) / self.tokens_per_second if self.tokens_per_second else 0.0
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase."""
+        return {phase: statistics.median(out.stats.seconds[phase] for out in self.outs) for phase in PHASES}
+
+    def parts_from(self, other: "Measured") -> int | None:
+        """Index of the first token that differs from the other's text, or None where the texts are the same."""
+        mine, theirs = list(self.last.token_ids), list(other.last.token_ids)
+        if mine == theirs:
+            return None
+        return next((i for i, (a, b) in enumerate(zip(mine, theirs)) if a != b), min(len(mine), len(theirs)))
+
+    def record(self) -> dict[str, Any]:
+        """What was measured of the method alone, as JSON values."""
+        return {
+            "name": self.name,
+            "lossless": self.lossless,
+            "tokens_per_second": self.tokens_per_second,
+            "tokens_per_step": float(self.last.stats.tokens_per_step),
+            "steps": int(self.last.stats.steps),
+            "seconds": self.seconds,
+            "text": self.last.text,
+        }
+
+
+def measure(run: Callable[[str], Any], methods: Sequence[tuple[str, bool]], repeat: int, progress: Callable[[str], None]) -> list[Measured]:
+    """`repeat` rounds of `run(name)` over the (name, lossless) pairs: A B C A B C, so that a slow moment of the machine meets them all."""
+    found = [Measured(name, lossless) for name, lossless in methods]
+    for index in range(repeat):
+        for each in found:
+            progress(f"run {index + 1} of {repeat}: {each.name}")
+            each.outs.append(run(each.name))
+    progress("")
+    return found
+
+
+def records(found: Sequence[Measured]) -> list[dict[str, Any]]:
+    """The `methods` of the JSON object; the first one is what the others are compared with."""
+    plain = found[0]
+    compared = []
+    for each in found:
+        record = each.record()
+        record["identical"] = each.parts_from(plain) is None
+        record["speedup"] = _ratio(each.tokens_per_second, plain.tokens_per_second)
+        compared.append(record)
+    return compared
+
+
+def wrong(found: Sequence[Measured], temperature: float) -> list[str]:
+    """Names of methods that claim to be lossless, decode greedily, and gave another text."""
+    return [each.name for each in found if temperature == 0 and each.lossless and each.parts_from(found[0]) is not None]
+
+
+def describe(found: Sequence[Measured], temperature: float) -> str:
+    """The table that a person reads, the first difference where there is one, and a verdict as the last line."""
+    plain = found[0]
+    heading = ["method", "lossless", "identical", "tok/s", "speedup", "spread", "tok/step", "steps", *(f"{phase} %" for phase in PHASES)]
+    rows = []
+    for each in found:
+        total = sum(each.seconds.values())
+        parted = each.parts_from(plain)
+        rows.append(
+            [
+                each.name,
+                "yes" if each.lossless else "no",
+                "-" if each is plain else "yes" if parted is None else f"no @ {parted}",
+                f"{each.tokens_per_second:.1f}",
+                f"{_ratio(each.tokens_per_second, plain.tokens_per_second):.2f}x",
+                f"{each.spread:.0%}",
+                f"{each.last.stats.tokens_per_step:.2f}",
+                str(each.last.stats.steps),
+                *(f"{100 * _ratio(each.seconds[phase], total):.1f}" for phase in PHASES),
+            ]
+        )
+    return "\n".join([table(heading, rows), "", *_remarks(found, temperature)])
+
+
+def _remarks(found: Sequence[Measured], temperature: float) -> list[str]:
+    plain = found[0]
+    parted = [each for each in found if each.parts_from(plain) is not None]
+    lines = []
+    if temperature > 0 and any(each.lossless for each in parted):
+        lines.append("Sampled: a lossless method keeps the distribution of the text; only some keep the text of a seed as well.")
+    if bad := wrong(found, temperature):
+        lines.append(f"check failed: {', '.join(bad)} should have given the text of plain decoding.")
+    best = max(found, key=lambda each: each.tokens_per_second)
+    same = "same text" if best.parts_from(plain) is None else "another text"
+    times = _ratio(best.tokens_per_second, plain.tokens_per_second)
+    lines.append("verdict: plain is the fastest here" if best is plain else f"verdict: {best.name}, {times:.2f}x plain, {same}")
+    return lines
+
+
+def _ratio(value: float, base: float) -> float:
+    return value / base if base else 0.0

@@ -1,0 +1,137 @@
+"""`ramify env`: what is installed, what the CPU can do, which kernel would run, and which environment variables are in force."""
+
+import argparse
+import json
+import os
+import platform
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ramify.cli.table import table
+
+PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "transformers", "triton")
+VARIABLES = re.compile(r"(RAMIFY|OMP|GOMP|MKL|KMP|CUDA)_\w+|CUDACXX|XDG_CACHE_HOME")
+
+
+def add_parser(commands: Any) -> None:
+    """Add `env` to the subcommands."""
+    parser = commands.add_parser("env", help="versions, CPU, kernels and variables", description="What ramify finds on this machine.")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the environment."""
+    found = environment()
+    print(json.dumps(found, indent=2) if args.json else describe(found))
+    return 0
+
+
+def environment() -> dict[str, Any]:
+    """Everything that `ramify env` prints, as plain JSON values. Reads files and versions; starts nothing on a GPU."""
+    import torch
+
+    import ramify
+
+    return {
+        "ramify": ramify.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()}",
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "cpu": cpu(),
+        "cuda": cuda(),
+        "threads": torch.get_num_threads(),
+        "openmp": openmp(),
+        "kernels": kernels(),
+        "variables": {name: value for name, value in sorted(os.environ.items()) if VARIABLES.fullmatch(name)},
+    }
+
+
+def cpu() -> dict[str, Any]:
+    """The processor, the cores this process may use, the instruction set levels that run here, and the one taken."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found: dict[str, Any] = {"model": _cpu_model(), "cores": os.cpu_count(), "usable": usable, "levels": {}, "level": None}
+    try:
+        from ramify import native
+    except ImportError as error:
+        return {**found, "missing": f"ramify._cpu: {error}"}
+    return {**found, "levels": native.levels(), "level": native.isa()}
+
+
+def cuda() -> dict[str, Any]:
+    """What the CUDA module and its driver say. `state` is the one-line answer."""
+    try:
+        from ramify import _cuda
+    except ImportError:
+        return {"built": False, "state": "ramify._cuda was not built"}
+    probe = _cuda.probe()
+    state = f"{probe['devices']} device(s)" if probe["error"] == 0 else f"no device: {probe['message']}"
+    return {"built": True, "state": state, **probe}
+
+
+def openmp() -> list[str]:
+    """File names of the OpenMP runtimes in this process; more than one means idle threads that fight for the cores."""
+    try:
+        maps = Path("/proc/self/maps").read_text().split()
+    except OSError:
+        return []
+    return sorted({Path(part).name for part in maps if re.search(r"/lib(g|i|)omp", part)})
+
+
+def kernels() -> list[dict[str, Any]]:
+    """One row per op: why each backend cannot take its float32 form on the CPU ("" where it can), and the one taken."""
+    import torch
+
+    from ramify import backends
+
+    rows = []
+    for op in backends.OPS:
+        why = backends.reasons(op, "cpu", torch.float32, {})
+        taken = backends.forced() or next(name for name, reason in why.items() if not reason)
+        rows.append({"op": op, "taken": taken, "why_not": {name: reason for name, reason in why.items() if reason}})
+    return rows
+
+
+def describe(found: dict[str, Any]) -> str:
+    """The environment as a person reads it."""
+    cpu, cuda = found["cpu"], found["cuda"]
+    packages = "   ".join(f"{name} {version}" for name, version in found["packages"].items())
+    runs = " ".join(level for level, can in cpu["levels"].items() if can)
+    cannot = " ".join(level for level, can in cpu["levels"].items() if not can)
+    lines = [
+        f"ramify {found['ramify']}   python {found['python']}   {packages}",
+        f"cpu     {cpu['model']}, {cpu['usable']} of {cpu['cores']} cores usable, {found['threads']} threads",
+        f"levels  {runs or 'none: ' + cpu.get('missing', '')}; {cpu['level']} taken"
+        + (f"; not on this machine: {cannot}" if cannot else ""),
+        f"openmp  {', '.join(found['openmp']) or 'not known'}"
+        + ("" if len(found["openmp"]) < 2 else "   more than one: expect slow steps"),
+        f"cuda    {cuda['state']}",
+        "",
+    ]
+    names = [name for name in ("cpu", "triton", "cuda", "reference")]
+    rows = []
+    for row in found["kernels"]:
+        cells = ["-" if name in row["why_not"] else (cpu["level"] or "yes") if name == "cpu" else "yes" for name in names]
+        rows.append([row["op"], *cells, row["taken"]])
+    lines.append(table(["op", *names, "taken here"], rows, left=6))
+    lines.append("")
+    lines += [f"{name}={value}" for name, value in found["variables"].items()] or ["no variable of RAMIFY_*, OMP_*, MKL_*, CUDA_* is set"]
+    lines.append('Why not another kernel: ramify.explain("tree_attention", ...) in Python.')
+    return "\n".join(lines)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()

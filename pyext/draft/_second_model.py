@@ -1,0 +1,173 @@
+"""A draft model and its cache, kept in step with the target's text.
+
+The text of a slot is what its cache holds plus `pending` tokens; the newest token is the next root and belongs to neither. A step feeds
+pending tokens as a chain above the root, so catching up costs no forward of its own. Rows that were run and then accepted are committed;
+accepted rows that were never run (the last guess of a chain) become pending.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ramify.decode.output import Request
+from ramify.decode.sampling import Sampling
+from ramify.draft.base import Drafter
+from ramify.tree import MAX_ROWS, TokenTree
+
+if TYPE_CHECKING:
+    from ramify.verify import Verdict
+
+_FEW = 24
+"""So many pending tokens ride along with the root; more are fed by a prefill of their own."""
+
+
+class Guessing:
+    """One slot's tree while it grows, in rows of the draft model: pending tokens, root, then guesses that were run."""
+
+    __slots__ = ("slot", "tokens", "parents", "head", "row_of", "fed")
+
+    def __init__(self, slot: int, pending: Sequence[int], root: int) -> None:
+        self.slot = slot
+        self.tokens = [*pending, root]
+        self.parents = list(range(-1, len(pending)))
+        self.head = len(pending)  # the root's row here
+        self.row_of: dict[int, int] = {}  # node of the proposal -> row here, for nodes that were run
+        self.fed = 0  # rows that the model has run
+
+    def add(self, node: int, token: int, parent: int) -> None:
+        """Run `node` of the proposal in the next forward; parent: a row here."""
+        self.row_of[node] = len(self.tokens)
+        self.tokens.append(token)
+        self.parents.append(parent)
+
+
+class SecondModel:
+    """The draft model of one call to generate; slots are those of the call."""
+
+    def __init__(self, model: Any, requests: Sequence[Request]) -> None:
+        self.model = model
+        self.limit = model.config.max_positions
+        self.cache = model.new_cache([min(r.capacity, self.limit) for r in requests])
+        self.pending: dict[int, list[int]] = {}
+        self._length: dict[int, int] = {}  # committed tokens
+        self._run: dict[int, Guessing] = {}
+
+    def begin(self, slots: Sequence[int], prompts: Sequence[list[int]]) -> None:
+        """Feed every prompt but its last token."""
+        for slot, prompt in zip(slots, prompts, strict=True):
+            self.pending[slot], self._length[slot] = list(prompt[:-1]), 0
+        self._prefill(slots, few=0)
+
+    def end(self, slots: Sequence[int]) -> None:
+        """Free these slots; those that never began or have ended are left alone."""
+        live = [slot for slot in slots if self.pending.pop(slot, None) is not None]
+        for slot in live:
+            self._run.pop(slot, None)
+        self.cache.free(live)
+
+    def start(self, slots: Sequence[int], roots: Sequence[int], rows: Sequence[int]) -> list[Guessing]:
+        """Open a tree for every slot that may guess: more than one row allowed, and positions left in the draft model."""
+        self._run.clear()
+        able = [i for i, slot in enumerate(slots) if rows[i] > 1 and self._room(slot, rows[i])]
+        self._prefill([slots[i] for i in able], few=_FEW)
+        for i in able:
+            self._run[slots[i]] = Guessing(slots[i], self.pending[slots[i]], roots[i])
+        return list(self._run.values())
+
+    def forward(self, trees: Sequence[Guessing], topk: int = 0, logits: bool = False) -> tuple[Any, list[int]]:
+        """Run the rows that were added since; returns the StepOut and where each tree's last row lies in it."""
+        tree = TokenTree.from_parents([t.tokens for t in trees], [t.parents for t in trees])
+        first = np.array([t.fed for t in trees], np.int32)
+        view = self.cache.of([t.slot for t in trees])
+        out = self.model.forward(tree, view, first=first if first.any() else None, topk=topk, logits=logits)
+        ends, end = [], 0
+        for t in trees:
+            end += len(t.tokens) - t.fed
+            ends.append(end - 1)
+            t.fed = len(t.tokens)
+        return out, ends
+
+    def settle(self, slots: Sequence[int], emitted: Sequence[list[int]], roots: Sequence[int], paths: Sequence[Any] | None) -> None:
+        """Follow what was emitted. paths: accepted nodes when the verified tree is the one that was run, None when it is another's."""
+        run, keep = [], []
+        for i, slot in enumerate(slots):
+            if not len(emitted[i]):
+                continue
+            guessing = self._run.get(slot)
+            new = [roots[i], *emitted[i][:-1]]  # what the text has gained that a cache may hold
+            if guessing is None or paths is None:
+                self.pending[slot] += new
+                continue
+            rows = list(range(guessing.head + 1))
+            for node in paths[i][1:]:
+                row = guessing.row_of.get(int(node))
+                if row is None:
+                    break
+                rows.append(row)
+            run.append(slot)
+            keep.append(np.array(rows, np.int32))
+            self._length[slot] += len(rows)
+            self.pending[slot] = new[len(rows) - guessing.head :]
+        if run:
+            self.cache.of(run).commit(keep)
+        self._run.clear()
+
+    def _room(self, slot: int, rows: int) -> bool:
+        return self._length[slot] + len(self.pending[slot]) + rows < self.limit
+
+    def _prefill(self, slots: Sequence[int], few: int) -> None:
+        behind = [slot for slot in slots if len(self.pending[slot]) > few and len(self.pending[slot]) < self.limit]
+        if behind:
+            self.model.prefill([self.pending[slot] for slot in behind], self.cache, slots=behind)
+            for slot in behind:
+                self._length[slot] += len(self.pending[slot])
+                self.pending[slot] = []
+
+
+class ModelDrafter(Drafter):
+    """A drafter that guesses with a second model of the same vocabulary. A subclass has the field `model` and supplies `propose`.
+
+    `last`, the tree that it proposed last, tells its own verdicts from those on another drafter's tree.
+    """
+
+    model: Any
+    second: SecondModel
+    last: TokenTree | None = None
+
+    def bind(self, model: Any, requests: Sequence[Request]) -> None:
+        """Make the draft model's cache, with a slot per request."""
+        if self.model is None:
+            raise ValueError(f"{self.name}: model is None; takes the loaded draft model. generate(drafter=...) sets it.")
+        self.second = SecondModel(self.model, requests)
+        self.params = [r.params for r in requests]
+        self.text: dict[int, list[int]] = {}
+        self.last = None
+
+    def begin(self, slots: Sequence[int], prompts: Sequence[list[int]]) -> None:
+        """Feed the prompts to the draft model."""
+        for slot, prompt in zip(slots, prompts, strict=True):
+            self.text[slot] = list(prompt)
+        self.second.begin(slots, prompts)
+
+    def observe(self, slots: Sequence[int], tree: TokenTree, out: Any, verdict: "Verdict") -> None:
+        """Commit the rows of the draft model that were accepted; what it has not run waits for the next step."""
+        for slot, tokens in zip(slots, verdict.emitted, strict=True):
+            self.text[slot] += tokens
+        roots = tree.tokens[tree.row_start[:-1]].tolist()
+        self.second.settle(slots, verdict.emitted, roots, verdict.path if tree is self.last else None)
+        self.last = None
+
+    def end(self, slots: Sequence[int]) -> None:
+        """Free the slots."""
+        for slot in slots:
+            self.text.pop(slot, None)
+        self.second.end(slots)
+
+    def sampling(self, slots: Sequence[int]) -> Sampling:
+        """The parameters and texts of these slots, to process the draft model's logits like the target's."""
+        return Sampling([self.params[slot] for slot in slots], [self.text[slot] for slot in slots])
+
+
+ROOM = MAX_ROWS - _FEW - 1
+"""Most guesses that the draft model may run in one step, pending tokens and root aside."""

@@ -1,0 +1,164 @@
+"""Auto: every drafter at hand, and each step the one that has paid best; plain decoding where none pays.
+
+The choice is a bandit's with known costs: each drafter has its own measured size policy, which says how many tokens per second its best
+width brings; the best one drafts, the others watch. A drafter nobody has met is expected to be decent and so is tried at once; one that
+fell behind is tried again at growing intervals, within a share of the time.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ramify.decode.output import Request
+from ramify.draft.base import Drafter, Wants, drafter
+from ramify.registry import drafter as drafters
+from ramify.size.base import SizePolicy
+from ramify.size.measured import Measured
+from ramify.tree import TokenTree
+
+if TYPE_CHECKING:
+    from ramify.decode.clock import Clock
+    from ramify.verify import Verdict
+
+_FIRST, _LAST = 24, 512  # steps between two visits to drafters that are behind
+_VISIT = 3  # steps of a visit
+
+
+class Arm:
+    """A drafter, its size policy, and whether it has begun: those with a model of their own begin when they are first chosen."""
+
+    def __init__(self, drafter: Drafter, lazy: bool) -> None:
+        self.drafter, self.lazy, self.begun = drafter, lazy, False
+        self.size = Measured(about=f"auto {drafter.name}")
+
+
+@drafter("auto", lossless=True, trained=False, takes_model="maybe")
+@dataclass
+class Auto(Drafter):
+    """Picks among the drafters that need no training (and the draft model's, when there is one) by measured cost and acceptance.
+
+    model: a draft model, or None. share: of the time, for visits to drafters that are behind.
+    """
+
+    model: Any = None
+    share: float = 0.02
+    arms: list[Arm] = field(default_factory=list, init=False, repr=False)
+    wants: Wants = field(default=Wants(), init=False, repr=False)
+    chosen: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        for cls in drafters.all():
+            needs = getattr(cls, "takes_model", "no") == "yes"
+            if getattr(cls, "portfolio", False) and not (needs and self.model is None):
+                self.arms.append(Arm(cls(model=self.model) if needs else cls(), lazy=needs))
+        wants = [arm.drafter.wants for arm in self.arms]
+        self.wants = Wants(
+            topk=max(w.topk for w in wants),
+            taps=tuple(sorted({layer for w in wants for layer in w.taps})),
+            logits=any(w.logits for w in wants),
+            prompt=any(w.prompt for w in wants),
+        )
+
+    def size_policy(self) -> SizePolicy:
+        """The policy that chooses drafter and width together."""
+        return _AutoSize(self)
+
+    def bind(self, model: Any, requests: Sequence[Request]) -> None:
+        """Bind every drafter."""
+        self.text: dict[int, list[int]] = {}
+        for arm in self.arms:
+            arm.begun = False
+            arm.drafter.bind(model, requests)
+
+    def begin(self, slots: Sequence[int], prompts: Sequence[list[int]]) -> None:
+        """Begin those that watch from the start."""
+        for slot, prompt in zip(slots, prompts, strict=True):
+            self.text[slot] = list(prompt)
+        for arm in self.arms:
+            if arm.begun or not arm.lazy:
+                arm.begun = True
+                arm.drafter.begin(slots, prompts)
+
+    def read(self, slot: int, tokens: Sequence[int], out: Any) -> None:
+        """Show the prompt to those that want it."""
+        for arm in self.arms:
+            if arm.drafter.wants.prompt:
+                arm.drafter.read(slot, tokens, out)
+
+    def propose(self, slots: Sequence[int], roots: Sequence[int], rows: Sequence[int]) -> TokenTree:
+        """The chosen drafter's tree; the roots alone when no rows are left for guesses."""
+        if max(rows) == 1:
+            return TokenTree.roots(roots)
+        arm = self.arms[self.chosen]
+        if not arm.begun:
+            arm.begun = True
+            arm.drafter.begin(slots, [self.text[slot] for slot in slots])
+        return arm.drafter.propose(slots, roots, rows)
+
+    def observe(self, slots: Sequence[int], tree: TokenTree, out: Any, verdict: "Verdict") -> None:
+        """All that have begun see every step."""
+        for slot, tokens in zip(slots, verdict.emitted, strict=True):
+            self.text[slot] += tokens
+        for arm in self.arms:
+            if arm.begun:
+                arm.drafter.observe(slots, tree, out, verdict)
+
+    def end(self, slots: Sequence[int]) -> None:
+        """End the slots everywhere."""
+        for slot in slots:
+            self.text.pop(slot, None)
+        for arm in self.arms:
+            if arm.begun:
+                arm.drafter.end(slots)
+
+
+class _AutoSize(SizePolicy):
+    """Chooses the drafter, then lets that drafter's own policy choose the width."""
+
+    def __init__(self, auto: Auto) -> None:
+        self.auto = auto
+        self.wait, self.since, self.visit = _FIRST, 0, 0
+        self.spent = self.lost = 0.0
+        self.home = self.next = 0
+
+    def bind(self, model: Any, requests: Sequence[Request]) -> None:
+        """Bind every drafter's policy."""
+        for arm in self.auto.arms:
+            arm.size.bind(model, requests)
+
+    def rows(self, live: Sequence[int], lengths: Sequence[int]) -> list[int]:
+        """Choose the drafter of most tokens per second, or a visit to another; then its width."""
+        arms, batch = self.auto.arms, len(live)
+        self.since += 1
+        if not self.visit:
+            rates = [arm.size.rate(batch) for arm in arms]
+            self.home = self.auto.chosen = rates.index(max(rates))
+            if len(arms) > 1 and self.since > self.wait and self.lost <= self.share():
+                self.next = (self.next + 1) % len(arms)
+                self.next = (self.next + 1) % len(arms) if self.next == self.home else self.next
+                self.auto.chosen, self.visit, self.since = self.next, _VISIT, 0
+        size = arms[self.auto.chosen].size
+        if self.visit:
+            return [size.revisit(batch)] * batch
+        return size.rows(live, lengths)
+
+    def observe(self, tree: TokenTree, verdict: "Verdict", clock: "Clock") -> None:
+        """The chosen drafter's policy learns; a visit's loss is written down."""
+        arms, batch = self.auto.arms, tree.B
+        size = arms[self.auto.chosen].size
+        seconds = clock.draft.last + clock.forward.last + clock.verify.last + clock.commit.last
+        self.spent += seconds
+        size.observe(tree, verdict, clock)
+        if not self.visit:
+            return
+        tokens = sum(map(len, verdict.path)) / batch
+        home = arms[self.home].size.rate(batch)
+        self.lost += max(0.0, seconds - tokens / home)
+        self.visit -= 1
+        if not self.visit:
+            won = size.rate(batch) > home
+            self.wait = _FIRST if won else min(2 * self.wait, _LAST)
+
+    def share(self) -> float:
+        """Seconds that visits may cost so far."""
+        return self.auto.share * self.spent

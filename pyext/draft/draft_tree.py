@@ -1,0 +1,222 @@
+"""Draft tree: a small model grows the likeliest tree level by level, the target checks all of it in one step.
+
+Source: the growth is that of EAGLE-2 (Li et al. 2024) with exact selection; the static trees of drawn guesses are Sequoia's (Chen et al.
+2024). Exact. Needs a second model. Wins over the chain where the small model's second and third guesses are often right and the target's
+step costs little more for more rows; one forward of the small model per level.
+
+A node's odds are the draft model's probability of the whole path. Of all nodes within `depth`, `width` and `frontier`, the rows are those
+of the highest odds, highest first: a child never has better odds than its parent, so every prefix of the rows is a tree, the best of its
+size. Guesses are deterministic (above temperature 0 the token that the request's own dice choose in the draft model stands first among
+its siblings), so no q is kept and the text is that of plain decoding. With `stochastic` children are draws without replacement in a
+tree whose shape was fixed before the draws, for recursive rejection: exact in law, not equal in text.
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from ramify.checks import between, whole
+from ramify.decode.sampling import Sampling, draw_children
+from ramify.draft._second_model import ROOM, Guessing, ModelDrafter
+from ramify.draft.base import drafter
+from ramify.size.base import SizePolicy
+from ramify.size.fixed import Fixed
+from ramify.tree import TokenTree
+
+DRAW_ODDS = (0.65, 0.15, 0.07, 0.04, 0.03, 0.02, 0.01, 0.01)
+"""How often the n-th draw without replacement is the one accepted, roughly: shapes the static trees of `stochastic`."""
+
+
+@drafter("draft_tree", lossless=True, trained=True, portfolio=True, takes_model="yes", source="Li et al. 2024; Chen et al. 2024")
+@dataclass
+class DraftTree(ModelDrafter):
+    """The most likely tree in the eyes of a second model.
+
+    model: the loaded draft model. depth: levels, each a forward of it. width: children of a node. frontier: nodes of a level that it runs.
+    min_odds: paths less likely than this are no rows. stochastic: draw guesses from the processed q; texts are then reproducible with a
+    fixed size policy only.
+    """
+
+    model: Any = None
+    depth: int = 7
+    width: int = 6
+    frontier: int = 12
+    min_odds: float = 0.02
+    stochastic: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("depth", "width", "frontier"):
+            whole(field, getattr(self, field), 1, "draft_tree")
+        between("min_odds", self.min_odds, 0, 1, "draft_tree")
+        if (self.depth - 1) * self.frontier > ROOM:
+            raise ValueError(f"draft_tree: depth is {self.depth} and frontier {self.frontier}; takes (depth - 1) * frontier up to {ROOM}.")
+
+    def size_policy(self) -> SizePolicy | None:
+        """Rows must not depend on the clock where the text depends on the rows."""
+        return Fixed(16) if self.stochastic else None
+
+    def propose(self, slots: Sequence[int], roots: Sequence[int], rows: Sequence[int]) -> TokenTree:
+        """Grow all sequences' trees together, one level per forward of the draft model."""
+        drawing = self.stochastic and any(self.params[slot].temperature > 0 for slot in slots)
+        dice = any(self.params[slot].needs_logits for slot in slots)
+        run = self.second.start(slots, roots, rows)
+        sampling = self.sampling([t.slot for t in run])
+        most = dict(zip(slots, rows, strict=True))
+        kind = _Drawn if drawing else _Likely
+        growing = {t.slot: kind(self, t, sampling, b, most[t.slot]) for b, t in enumerate(run)}
+        for level in range(1, self.depth + 1):
+            if not run:
+                break
+            starts = [t.fed for t in run]
+            out, ends = self.second.forward(run, topk=0 if drawing else min(self.width, self.model.config.vocab_size), logits=dice)
+            for t, start, end in zip(run, starts, ends, strict=True):
+                growing[t.slot].grow(out, end - len(t.tokens) + 1 + start, start, last=level == self.depth)
+            run = [t for t in run if t.fed < len(t.tokens)]
+        tokens, parents, laws = [], [], []
+        for slot, root in zip(slots, roots, strict=True):
+            t, p, q = growing[slot].finish(root) if slot in growing else ([root], [-1], [None])
+            tokens.append(t)
+            parents.append(p)
+            laws += q
+        mode, q = "det", None
+        if drawing:
+            zero = np.zeros(self.model.config.vocab_size)
+            mode, q = "wor", np.stack([zero if law is None else law for law in laws]).astype(np.float32)
+        self.last = TokenTree.from_parents(tokens, parents, mode, q)
+        return self.last
+
+
+class _Likely:
+    """One sequence's candidates, best first by path odds."""
+
+    def __init__(self, settings: DraftTree, run: Guessing, sampling: Sampling, b: int, rows: int) -> None:
+        self.settings, self.run, self.sampling, self.b, self.rows = settings, run, sampling, b, rows
+        self.temperature = sampling.params[b].temperature
+        self.nodes: list[tuple[float, int, int, int]] = []  # (-odds, place among all candidates, token, parent candidate); sorts best first
+        self.fresh: list[int] = [-1]  # candidates that the coming forward runs, in its row order; -1 is the root
+
+    def grow(self, out: Any, at: int, start: int, last: bool) -> None:
+        """Take in the children of the rows that were run (StepOut rows at `at` plus their number), choose what to run next."""
+        first = len(self.nodes)
+        skip = max(0, self.run.head - start)  # pending rows above the root have no children
+        for i, node in enumerate(self.fresh):
+            above = 1.0 if node < 0 else -self.nodes[node][0]
+            for token, odds in self._children(out, at + skip + i, node):
+                if above * odds >= self.settings.min_odds or (node < 0 and len(self.nodes) == first):
+                    self.nodes.append((-above * odds, len(self.nodes), token, node))
+        self.fresh = []
+        if last or len(self.nodes) == first:
+            return
+        best = heapq.nsmallest(self.rows - 1, self.nodes)
+        chosen = [node for node in best if node[1] >= first][: self.settings.frontier]
+        for _, place, token, parent in sorted(chosen, key=lambda node: node[1]):
+            above = self.run.head if parent < 0 else self.run.row_of[parent]
+            self.run.add(place, token, above)
+            self.fresh.append(place)
+
+    def finish(self, root: int) -> tuple[list[int], list[int], list[None]]:
+        """The best candidates as tokens and parents, in the order of their odds; `run` then speaks of these rows."""
+        best = heapq.nsmallest(self.rows - 1, self.nodes)
+        row_of = {-1: 0, **{place: row for row, (_, place, _, _) in enumerate(best, 1)}}
+        self.run.row_of = {row_of[place]: row for place, row in self.run.row_of.items() if place in row_of}
+        tokens = [root, *(token for _, _, token, _ in best)]
+        parents = [-1, *(row_of[parent] for *_, parent in best)]
+        return tokens, parents, [None] * len(tokens)
+
+    def _children(self, out: Any, row: int, node: int) -> list[tuple[int, float]]:
+        ids, values = out.topk_ids[row].tolist(), out.topk_values[row].astype(np.float64)
+        if not self.sampling.params[self.b].needs_logits:
+            return list(zip(ids, np.exp(values - float(out.lse[row])).tolist(), strict=True))
+        drawn = self.sampling.choose(self.b, out, row, self._path(node))
+        if self.temperature == 0:  # a repetition penalty moved the arg-max; the odds of the others are good enough as they are
+            odds = np.exp(values - float(out.lse[row])).tolist()
+        else:
+            w = np.exp((values - values[0]) / self.temperature)
+            odds = (w / w.sum()).tolist()
+        likely = dict(zip(ids, odds, strict=True))
+        # The dice fall alike in both models where their laws are alike, so what they choose here is likelier than its own probability.
+        sure = min(likely.pop(drawn, 0.0), 1.0) ** 0.5 if drawn in likely else odds[-1] ** 0.5
+        rest = sum(likely.values())
+        scale = (1 - sure) / rest if rest > 0 else 0.0
+        children = [(drawn, sure), *((token, value * scale) for token, value in likely.items())]
+        return sorted(children, key=lambda child: -child[1])[: self.settings.width]
+
+    def _path(self, node: int) -> list[int]:
+        path = []
+        while node >= 0:
+            _, _, token, node = self.nodes[node]
+            path.append(token)
+        return path[::-1]
+
+
+class _Drawn:
+    """One sequence's static tree, filled with draws without replacement."""
+
+    def __init__(self, settings: DraftTree, run: Guessing, sampling: Sampling, b: int, rows: int) -> None:
+        self.run, self.sampling, self.b = run, sampling, b
+        self.parents = static_tree(rows, settings.depth, settings.width)
+        self.kids: list[list[int]] = [[] for _ in self.parents]
+        for row, parent in enumerate(self.parents[1:], 1):
+            self.kids[parent].append(row)
+        self.token: dict[int, int] = {}
+        self.law: dict[int, np.ndarray] = {}
+        self.fresh = [0]
+
+    def grow(self, out: Any, at: int, start: int, last: bool) -> None:
+        """Draw the children of the rows that were run; those that have children of their own run next."""
+        skip = max(0, self.run.head - start)
+        drawn: list[int] = []
+        params, text = self.sampling.params[self.b], self.sampling.text[self.b]
+        for i, row in enumerate(self.fresh):
+            path = self._path(row)
+            law = self.sampling.probabilities(self.b, out.logits[at + skip + i], path)
+            self.law[row] = law
+            tokens = draw_children(law, len(self.kids[row]), "wor", params.seed, len(text) + len(path), row)
+            for kid, token in zip(self.kids[row], tokens, strict=False):  # fewer tokens when the support of q ran out
+                self.token[kid] = token
+                drawn.append(kid)
+        self.fresh = [] if last else [row for row in sorted(drawn) if self.kids[row]]
+        for row in self.fresh:
+            parent = self.parents[row]
+            self.run.add(row, self.token[row], self.run.row_of[parent] if parent else self.run.head)
+
+    def finish(self, root: int) -> tuple[list[int], list[int], list[np.ndarray | None]]:
+        """The rows that were filled, in the order of the static tree."""
+        rows = [0, *sorted(self.token)]
+        place = {row: i for i, row in enumerate(rows)}
+        self.run.row_of = {place[row]: at for row, at in self.run.row_of.items()}
+        return (
+            [root, *(self.token[row] for row in rows[1:])],
+            [-1, *(place[self.parents[row]] for row in rows[1:])],
+            [self.law.get(row) for row in rows],
+        )
+
+    def _path(self, row: int) -> list[int]:
+        path = []
+        while row > 0:
+            path.append(self.token[row])
+            row = self.parents[row]
+        return path[::-1]
+
+
+@lru_cache(maxsize=512)
+def static_tree(rows: int, depth: int, width: int, odds: tuple[float, ...] = DRAW_ODDS) -> list[int]:
+    """Parents of the tree of `rows` rows that has most expected accepted tokens when the n-th child is the right one with odds[n].
+
+    Best first: the row of highest path odds is added next, so smaller trees are prefixes of larger ones. Fewer rows if depth ends it.
+    """
+    parents = [-1]
+    heap = [(-odds[0], 0, 0, 1)]  # (-odds of the path, parent row, rank, depth)
+    while heap and len(parents) < rows:
+        minus, parent, rank, level = heapq.heappop(heap)
+        row = len(parents)
+        parents.append(parent)
+        if rank + 1 < min(width, len(odds)):
+            heapq.heappush(heap, (minus / odds[rank] * odds[rank + 1], parent, rank + 1, level))
+        if level < depth:
+            heapq.heappush(heap, (minus * odds[0], row, 0, level + 1))
+    return parents

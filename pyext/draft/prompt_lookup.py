@@ -1,0 +1,122 @@
+"""Prompt lookup: guess that a repeated n-gram goes on as it did before, and once a copy is running let it run.
+
+Source: Saxena 2023 (prompt lookup decoding); the running copy and the unique-anchor rule are those of Ge et al. 2022 (input-guided
+aggressive decoding). Exact with any exact verifier. No weights. Wins where the answer copies the prompt or itself.
+Cost: one dict probe per n-gram length and sequence; no tensor is touched before the tree is built.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ramify.checks import one_of, whole
+from ramify.decode.output import Request
+from ramify.draft.base import Drafter, drafter
+from ramify.tree import TokenTree
+
+if TYPE_CHECKING:
+    from ramify.verify import Verdict
+
+
+@dataclass(slots=True)
+class _Source:
+    """A text and where each of its n-grams goes on; `cursor` is where the running copy reads next, -1 when none runs."""
+
+    text: list[int] = field(default_factory=list)
+    after: dict[tuple[int, ...], int] = field(default_factory=dict)
+    twice: set[tuple[int, ...]] = field(default_factory=set)
+    cursor: int = -1
+
+
+@drafter("prompt_lookup", lossless=True, trained=False, portfolio=True, source="Saxena 2023; Ge et al. 2022")
+@dataclass
+class PromptLookup(Drafter):
+    """One chain per sequence: what followed an earlier occurrence of its last tokens.
+
+    longest, shortest: lengths of the n-grams that may match. anchor: "latest" tries the longest n-gram first and takes its latest
+    occurrence; "unique" tries the shortest first and takes the first that occurs exactly once. copy_on: while the text keeps agreeing
+    with the place it is copied from, go on there, whatever other places match. A copy ends before an end-of-text token.
+    """
+
+    longest: int = 3
+    shortest: int = 1
+    anchor: str = "latest"
+    copy_on: bool = True
+    _sources: dict[int, _Source] = field(default_factory=dict, init=False, repr=False)
+    _eos: frozenset[int] = field(default=frozenset(), init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        whole("shortest", self.shortest, 1, "prompt_lookup")
+        whole("longest", self.longest, self.shortest, "prompt_lookup")
+        one_of("anchor", self.anchor, ("latest", "unique"), "prompt_lookup")
+
+    def bind(self, model: Any, requests: Sequence[Request]) -> None:
+        """Learn which tokens end a text."""
+        self._eos = frozenset(model.config.eos_token_ids)
+
+    def begin(self, slots: Sequence[int], prompts: Sequence[list[int]]) -> None:
+        """Index each prompt."""
+        for slot, prompt in zip(slots, prompts, strict=True):
+            self._sources[slot] = _Source()
+            self._extend(self._sources[slot], prompt)
+
+    def propose(self, slots: Sequence[int], roots: Sequence[int], rows: Sequence[int]) -> TokenTree:
+        """Chains of the running copies; a sequence without a match is its root alone."""
+        return TokenTree.chains(roots, [self._guess(self._sources[slot], n - 1) for slot, n in zip(slots, rows, strict=True)])
+
+    def observe(self, slots: Sequence[int], tree: TokenTree, out: Any, verdict: "Verdict") -> None:
+        """Index what was emitted, and move or end the running copy."""
+        for slot, tokens in zip(slots, verdict.emitted, strict=True):
+            source = self._sources[slot]
+            self._extend(source, tokens)
+            if source.cursor >= 0:
+                begin = source.cursor
+                source.cursor = begin + len(tokens) if source.text[begin : begin + len(tokens)] == tokens else -1
+
+    def end(self, slots: Sequence[int]) -> None:
+        """Drop the texts."""
+        for slot in slots:
+            self._sources.pop(slot, None)
+
+    def _extend(self, source: _Source, tokens: Sequence[int]) -> None:
+        text, after, twice = source.text, source.after, source.twice
+        unique = self.anchor == "unique"
+        for token in tokens:
+            end = len(text)
+            for n in range(self.shortest, min(self.longest, end) + 1):
+                gram = tuple(text[end - n :])
+                if unique and gram in after:
+                    twice.add(gram)
+                after[gram] = end  # written one token late, so a suffix never matches itself
+            text.append(token)
+
+    def _guess(self, source: _Source, count: int) -> list[int]:
+        if count < 1:
+            return []
+        if source.cursor < 0 or not self.copy_on:
+            source.cursor = self._anchor(source)
+        if source.cursor < 0:
+            return []
+        text, start = source.text, source.cursor
+        guess = text[start : start + count]
+        for i in range(start + len(guess), start + count):  # past its end the copy reads itself, so a period of two fills any width
+            guess.append(guess[i - len(text)])
+        if not self._eos.isdisjoint(guess):
+            guess = guess[: next(i for i, token in enumerate(guess) if token in self._eos)]
+        return guess
+
+    def _anchor(self, source: _Source) -> int:
+        text, after = source.text, source.after
+        lengths = range(self.shortest, min(self.longest, len(text)) + 1)
+        if self.anchor == "latest":
+            for n in reversed(lengths):
+                if (start := after.get(tuple(text[-n:]))) is not None:
+                    return start
+            return -1
+        for n in lengths:
+            gram = tuple(text[-n:])
+            if gram not in after:
+                return -1
+            if gram not in source.twice:
+                return after[gram]
+        return -1

@@ -1,0 +1,27 @@
+"""Ops: plain tensors in, plain tensors out. Each is also torch.ops.ramify.<name> and works under torch.compile.
+
+They take the user's own tensors, whose outer strides are free (the last axis must be dense), accept `out=`, and run on the
+kernel that `ramify.explain` names.
+"""
+
+from ramify.ops.attention import merge_states, tree_attention
+from ramify.ops.glue import embed, rms_norm, rope, silu_mul
+from ramify.ops.kv import kv_append, kv_commit
+from ramify.ops.linear import linear
+from ramify.ops.verify import RowStats, row_stats, topk_logits, verify_greedy
+
+__all__ = [
+    "RowStats",
+    "embed",
+    "kv_append",
+    "kv_commit",
+    "linear",
+    "merge_states",
+    "rms_norm",
+    "rope",
+    "row_stats",
+    "silu_mul",
+    "topk_logits",
+    "tree_attention",
+    "verify_greedy",
+]

@@ -1,0 +1,190 @@
+"""From tensors to the argument structs of the CPU kernels (csrc/common/args.h).
+
+The f32 kernels of glue and linear take rows; other dtypes and layouts are brought into that form here, row by row, so that it
+cannot matter which other rows a call holds. Checked tensors only: below this line a wrong number is a wrong address.
+"""
+
+from ctypes import Structure, addressof, c_int32
+
+import torch
+from torch import Tensor
+
+from ramify.backends import native
+
+Outputs = tuple[Tensor, ...]
+
+
+def linear(outs: Outputs, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> None:
+    """activation(x W^T + bias) + residual; the weight is packed first."""
+    n = native()
+    x, packed, out = _rows(x), n.pack_weight(weight), _target(outs[0])
+    bias = None if bias is None else bias.float().contiguous()
+    residual = None if residual is None else _rows(residual)
+    rows = c_int32(x.shape[0])
+    args = n.LinearArgs(rows=addressof(rows), x=x.data_ptr(), x_stride=x.stride(0), K=x.shape[1], N=weight.shape[0])
+    args.weight, args.dtype, args.bias = packed.data_ptr(), n.DTYPES[weight.dtype], n.pointer(bias)
+    args.prologue, args.activation = n.COPY, n.SILU if activation == "silu" else n.NO_ACTIVATION
+    if residual is not None:
+        args.residual, args.residual_stride = residual.data_ptr(), residual.stride(0)
+    args.out, args.out_stride = out.data_ptr(), out.stride(0)
+    _run_with_scratch(args)
+    _store(out, outs[0])
+
+
+def rms_norm(outs: Outputs, x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> None:
+    """Normed rows into outs[0]; with a residual, x + residual into outs[1]."""
+    n = native()
+    if residual is not None:
+        # Added here, not in the kernel: the sum is rounded to its dtype before it is normed, and is never read unrounded.
+        x = torch.add(x, residual, out=outs[1])
+    x, weight, out = _rows(x), weight.float().contiguous(), _target(outs[0])
+    rows = c_int32(x.shape[0])
+    args = n.RmsNormArgs(rows=addressof(rows), x=x.data_ptr(), x_stride=x.stride(0), hidden=x.shape[1], weight=weight.data_ptr(), eps=eps)
+    args.out, args.out_stride = out.data_ptr(), out.stride(0)
+    n.run(args)
+    _store(out, outs[0])
+
+
+def rope(outs: Outputs, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
+    """x [..., H, D] rotated into outs[0]."""
+    n = native()
+    heads, D = x.shape[-2:]
+    x = x.reshape(-1, heads, D).float()
+    cos, sin, positions, out = cos.contiguous(), sin.contiguous(), positions.reshape(-1).int(), _target(outs[0])
+    rows = c_int32(x.shape[0])
+    args = n.RopeArgs(rows=addressof(rows), x=x.data_ptr(), x_stride_t=x.stride(0), x_stride_h=x.stride(1), H=heads, D=D)
+    args.cos, args.sin, args.position = cos.data_ptr(), sin.data_ptr(), positions.data_ptr()
+    args.out, args.out_stride_t, args.out_stride_h = out.data_ptr(), heads * D, D
+    n.run(args)
+    _store(out, outs[0])
+
+
+def silu_mul(outs: Outputs, x: Tensor) -> None:
+    """silu(gate) * up of rows that hold both."""
+    n = native()
+    x, out = _rows(x), _target(outs[0])
+    rows = c_int32(x.shape[0])
+    args = n.SiluMulArgs(rows=addressof(rows), x=x.data_ptr(), x_stride=x.stride(0), K=x.shape[1] // 2)
+    args.out, args.out_stride = out.data_ptr(), out.stride(0)
+    n.run(args)
+    _store(out, outs[0])
+
+
+def embed(outs: Outputs, ids: Tensor, table: Tensor) -> None:
+    """Rows of the table, widened."""
+    n = native()
+    ids, table, out = ids.reshape(-1).int(), table.contiguous(), _target(outs[0])
+    rows = c_int32(ids.shape[0])
+    args = n.EmbedArgs(rows=addressof(rows), tokens=ids.data_ptr(), table=table.data_ptr(), dtype=n.DTYPES[table.dtype])
+    args.V, args.hidden = table.shape
+    args.out, args.out_stride = out.data_ptr(), out.stride(0)
+    n.run(args)
+    _store(out, outs[0])
+
+
+def row_stats(outs: Outputs, logits: Tensor) -> None:
+    """Arg-max, log-sum-exp and maximum of each row."""
+    _stats(logits, *outs)
+
+
+def topk_logits(outs: Outputs, logits: Tensor, k: int) -> None:
+    """The k largest of each row: values, ids."""
+    R = logits.shape[0]
+    values, ids = torch.empty(R, k), torch.empty(R, k, dtype=torch.int32)
+    _stats(logits, torch.empty(R, dtype=torch.int32), torch.empty(R), torch.empty(R), values, ids)
+    outs[0].copy_(values)
+    outs[1].copy_(ids)
+
+
+def tree_attention(
+    outs: Outputs,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tail_k: Tensor,
+    tail_v: Tensor,
+    ancestors: Tensor,
+    prefix_len: Tensor,
+    page_table: Tensor | None,
+    scale: float,
+    window: int,
+    sink: int,
+    tail_rows: Tensor | None,
+) -> None:
+    """o and lse, straight into the outputs; rows that are not in use are cleared first."""
+    n = native()
+    out, lse = outs
+    B, T, Hq, D = q.shape
+    ancestors = ancestors.contiguous()
+    depth = (_popcount(ancestors).sum(-1) - 1).int()
+    offset = torch.arange(0, B * T, T, dtype=torch.int32)
+    if tail_rows is None:
+        tail_rows = torch.full((B,), T, dtype=torch.int32)
+    else:
+        out.zero_()
+        lse.fill_(-torch.inf)
+    args = n.AttentionArgs(B=B, T=T, Hq=Hq, Hkv=tail_k.shape[2], D=D, scale=scale, window=window, sink=sink)
+    args.q, args.q_dtype = q.data_ptr(), n.DTYPES[q.dtype]
+    args.q_stride_b, args.q_stride_t, args.q_stride_h, _ = q.stride()
+    args.out = out.data_ptr()
+    args.out_stride_b, args.out_stride_t, args.out_stride_h, _ = out.stride()
+    args.lse = lse.data_ptr()
+    args.lse_stride_b, args.lse_stride_t, _ = lse.stride()
+    args.prefix_len, args.tail_len = prefix_len.data_ptr(), tail_rows.data_ptr()
+    args.ancestors, args.words = ancestors.data_ptr(), ancestors.shape[2]
+    args.row_depth = args.tail_depth = depth.data_ptr()
+    args.tail_offset = offset.data_ptr()
+    args.kv_dtype, args.plain = n.DTYPES[k.dtype], 1
+    args.k, args.v = k.data_ptr(), v.data_ptr()
+    args.k_stride_b, args.k_stride_s, args.k_stride_h, _ = k.stride()
+    args.v_stride_b, args.v_stride_s, args.v_stride_h, _ = v.stride()
+    if page_table is not None:
+        args.page_table, args.table_stride, args.page = page_table.data_ptr(), page_table.stride(0), k.shape[1]
+    args.tail_k, args.tail_v = tail_k.data_ptr(), tail_v.data_ptr()
+    args.tail_stride_b, args.tail_stride_t, args.tail_stride_h, _ = tail_k.stride()
+    args.tail_v_stride_b, args.tail_v_stride_t, args.tail_v_stride_h, _ = tail_v.stride()
+    args.max_slots = int(prefix_len.max()) + T
+    _run_with_scratch(args)
+
+
+def _stats(logits: Tensor, argmax: Tensor, lse: Tensor, top: Tensor, values: Tensor | None = None, ids: Tensor | None = None) -> None:
+    n = native()
+    rows = c_int32(logits.shape[0])
+    args = n.RowStatsArgs(rows=addressof(rows), logits=logits.data_ptr(), dtype=n.DTYPES[logits.dtype], V=logits.shape[1])
+    args.stride = logits.stride(0)
+    args.argmax, args.top, args.lse = argmax.data_ptr(), top.data_ptr(), lse.data_ptr()
+    if values is not None and ids is not None:
+        args.topk, args.topk_values, args.topk_ids = values.shape[1], values.data_ptr(), ids.data_ptr()
+    _run_with_scratch(args)
+
+
+def _run_with_scratch(args: Structure) -> None:
+    scratch = native().with_scratch(args)
+    native().run(args)
+    del scratch  # named, so that it lives until here
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [..., K] as f32 [M, K]; a view where strides and dtype allow."""
+    return x.reshape(-1, x.shape[-1]).float()
+
+
+def _target(out: Tensor) -> Tensor:
+    """f32 rows [M, N] for a kernel to write: `out` itself where it is such a thing, else a buffer."""
+    if out.dtype == torch.float32 and out.is_contiguous():
+        return out.view(-1, out.shape[-1])
+    return torch.empty(out.numel() // out.shape[-1], out.shape[-1])
+
+
+def _store(rows: Tensor, out: Tensor) -> None:
+    """What a kernel wrote into `_target(out)` is in `out` afterwards."""
+    if rows.data_ptr() != out.data_ptr():
+        out.copy_(rows.view(out.shape))
+
+
+def _popcount(words: Tensor) -> Tensor:
+    """Set bits of each int64: pairs, nibbles, bytes, then the sum of the bytes. Masks undo the sign that >> drags along."""
+    x = words - ((words >> 1) & 0x5555555555555555)
+    x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return (x * 0x0101010101010101) >> 56

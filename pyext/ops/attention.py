@@ -1,0 +1,174 @@
+"""tree_attention over the user's own tensors, and merge_states for whoever splits the keys."""
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ramify import reference
+from ramify.checks import number, whole
+from ramify.ops import _native
+from ramify.ops._checks import FLOATS, INT32, INT64, MAX_ROWS, Shapes, check_cache, outputs
+from ramify.ops._library import Op
+
+
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tail_k: Tensor,
+    tail_v: Tensor,
+    ancestors: Tensor,
+    prefix_len: Tensor,
+    *,
+    page_table: Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    sink: int | None = None,
+    tail_rows: Tensor | None = None,
+    return_lse: bool = False,
+    out: Tensor | tuple[Tensor, Tensor] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of T tree rows over a committed prefix, without a mask, and over their own ancestors.
+
+    q [B, T, Hq, D] float, T at most 256; k, v [B, S, Hkv, D], or [pages, page, Hkv, D] with page_table int32 [B, P];
+    tail_k, tail_v [B, T, Hkv, D]: keys and values of the rows themselves; k, v and the tail share one float dtype.
+    ancestors int64 [B, T, W]: bit j & 63 of word j >> 6 of row i is set when row i sees row j; itself always, a later row never.
+    prefix_len int32 [B]: slots of k and v that every row sees. scale: 1 / sqrt(D) by default.
+    window: a row at position p sees keys above p - window; a row's position is prefix_len + its ancestors without itself.
+    sink: with a window, the first slots that stay visible. tail_rows int32 [B]: rows in use; the others give 0 and -inf.
+
+    Returns o [B, T, Hq, D] in q's dtype (, lse float32 [B, T, Hq], natural logarithm, with return_lse). Slots that no row sees
+    may hold anything. Raises ValueError for shapes and values, lengths and bits included where the tensors are on the CPU;
+    TypeError for dtypes. Source: arXiv 2305.09781; the softmax is the integer-reference one that makes rows independent.
+    """
+    check = Shapes("tree_attention")
+    check("q", q, "B T Hq D", FLOATS)
+    check("tail_k", tail_k, "B T Hkv D", FLOATS)
+    check("tail_v", tail_v, "B T Hkv D", (tail_k.dtype,))
+    check_cache(check, "k", k, "v", v, page_table)
+    check.same_dtype("k", k, "tail_k", tail_k.dtype)
+    check("ancestors", ancestors, "B T W", INT64)
+    check("prefix_len", prefix_len, "B", INT32)
+    if tail_rows is not None:
+        check("tail_rows", tail_rows, "B", INT32)
+    _, T, Hq, D = q.shape
+    Hkv = tail_k.shape[2]
+    if Hkv == 0 or Hq % Hkv:
+        raise ValueError(
+            f"tree_attention: q has {Hq} heads and k has {Hkv}; q heads must be a multiple of k heads. "
+            "Axes are q [B, T, Hq, D], k [B, S, Hkv, D]."
+        )
+    if T > MAX_ROWS:
+        raise check.fail(f"q has {T} rows a sequence", f"1 to {MAX_ROWS}", "Lower the rows of the tree, or feed them in chunks.")
+    if 64 * ancestors.shape[2] < T:
+        raise check.fail(f"ancestors has {ancestors.shape[2]} words a row", f"{-(-T // 64)} for {T} rows")
+    scale = 1 / math.sqrt(D) if scale is None else float(number("scale", scale, "tree_attention"))
+    window = 0 if window is None else whole("window", window, 1, "tree_attention")
+    sink = 0 if sink is None else whole("sink", sink, 0, "tree_attention")
+    outs = outputs("tree_attention", out, 2 if return_lse else 1)
+    if outs is not None:
+        check.out("out", outs[0], q.shape, q.dtype)
+        if return_lse:
+            check.out("out[1]", outs[1], q.shape[:3], torch.float32)
+        else:
+            outs = (outs[0], q.new_empty(q.shape[:3], dtype=torch.float32))
+    result = _tree_attention(q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows, out=outs)
+    return result if return_lse else result[0]
+
+
+def merge_states(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, *, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """One attention over two disjoint sets of keys, from the attention over each.
+
+    o1, o2 [..., D] of one float dtype; lse1, lse2 [...] float32, natural logarithm. A side that saw no key has a lse of -inf, and its
+    o may be anything. Returns o [..., D] in o1's dtype and lse float32 [...]; `out` takes the same pair. Raises ValueError for
+    shapes, TypeError for dtypes. Source: arXiv 1805.02867.
+    """
+    check = Shapes("merge_states")
+    check("o1", o1, "... D", FLOATS)
+    check("o2", o2, "... D", (o1.dtype,))
+    check.same_shape("o2", o2, "o1", o1.shape)
+    for name, lse in (("lse1", lse1), ("lse2", lse2)):
+        check(name, lse, "...", (torch.float32,), dense=False)
+        check.same_shape(name, lse, "o1 without its last axis", o1.shape[:-1])
+    outs = outputs("merge_states", out, 2)
+    if outs is not None:
+        check.out("out[0]", outs[0], o1.shape, o1.dtype)
+        check.out("out[1]", outs[1], o1.shape[:-1], torch.float32)
+    return _merge_states(o1, lse1, o2, lse2, out=outs)
+
+
+def _check_values(q: Tensor, k: Tensor, ancestors: Tensor, prefix_len: Tensor, page_table: Tensor | None, tail_rows: Tensor | None) -> None:
+    """Lengths fit their tensors and every used row sees itself and no later row. On the CPU only: reading costs nothing there."""
+    if q.device.type != "cpu":
+        return
+    T = q.shape[1]
+    slots = k.shape[1] * (1 if page_table is None else page_table.shape[1])
+    for name, lengths, most in (("prefix_len", prefix_len, slots), ("tail_rows", tail_rows, T)):
+        if lengths is None:
+            continue
+        for b, n in enumerate(lengths.tolist()):
+            if not 0 <= n <= most:
+                raise ValueError(f"tree_attention: {name}[{b}] is {n}; takes 0 to {most}.")
+    if page_table is not None:
+        for b, n in enumerate(prefix_len.tolist()):
+            pages = page_table[b, : -(-n // k.shape[1])]
+            if n and not (0 <= int(pages.min()) and int(pages.max()) < k.shape[0]):
+                raise ValueError(f"tree_attention: page_table[{b}] names a page that k lacks; takes 0 to {k.shape[0] - 1}.")
+    own, later = _row_masks(T, ancestors.shape[2])
+    wrong = ((ancestors & own) != own) | ((ancestors & later) != 0)
+    if tail_rows is not None:
+        wrong &= (torch.arange(T) < tail_rows[:, None])[..., None]
+    if wrong.any():
+        b, i, w = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"tree_attention: word {w} of ancestors[{b}, {i}] is {int(ancestors[b, i, w]) % 2**64:#x}; "
+            "takes the row's own bit and bits of rows before it. Order the rows so that a parent stands before its child."
+        )
+
+
+@lru_cache(maxsize=64)
+def _row_masks(T: int, W: int) -> tuple[Tensor, Tensor]:
+    """Words [T, W] of each row's own bit, and of the rows after it."""
+    bit = torch.arange(64 * W)
+    row = torch.arange(T)[:, None]
+    weight = torch.ones(64, dtype=torch.int64) << torch.arange(64)
+
+    def words(bits: Tensor) -> Tensor:
+        return (bits.view(T, W, 64) * weight).sum(-1)
+
+    return words(bit == row), words(bit > row)
+
+
+def _reference(q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows):
+    _check_values(q, k, ancestors, prefix_len, page_table, tail_rows)
+    return reference.tree_attention(
+        q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table=page_table, scale=scale, window=window or None, sink=sink,
+        tail_rows=tail_rows, return_lse=True,
+    )  # fmt: skip
+
+
+def _cpu(outs, q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows):
+    _check_values(q, k, ancestors, prefix_len, page_table, tail_rows)
+    _native.tree_attention(outs, q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows)
+
+
+_tree_attention = Op(
+    "tree_attention",
+    "Tensor q, Tensor k, Tensor v, Tensor tail_k, Tensor tail_v, Tensor ancestors, Tensor prefix_len, "
+    "Tensor? page_table, float scale, int window, int sink, Tensor? tail_rows",
+    ["out", "lse_out"],
+    allocate=lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)),
+    sizes=lambda q, k, *_: {"dtype": q.dtype, "D": q.shape[3], "kv": k.dtype},
+    reference=_reference,
+    cpu=_cpu,
+)
+_merge_states = Op(
+    "merge_states",
+    "Tensor o1, Tensor lse1, Tensor o2, Tensor lse2",
+    ["out", "lse_out"],
+    allocate=lambda o1, lse1, o2, lse2: (o1.new_empty(o1.shape), lse1.new_empty(lse1.shape)),
+    sizes=lambda o1, *_: {"dtype": o1.dtype},
+    reference=reference.merge_states,
+)

@@ -1,0 +1,136 @@
+"""Names to methods: one registry per kind, one decorator per registry, and no list kept by hand.
+
+A method called `prompt_lookup` lives in `draft/prompt_lookup.py` and is imported when somebody first asks for it; a plugin's class is found the same
+way once its file was imported. A registry is its own decorator:
+
+    @drafter("prompt_lookup", lossless=True, trained=False, source="Saxena 2023")
+    class PromptLookup(Drafter): ...
+
+    drafter.get("prompt_lookup")              # the class
+    drafter.build("prompt_lookup:longest=4")  # an instance, options read from the fields of the dataclass
+"""
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+class Registry:
+    """The methods of one kind. `package` is where the built-in ones live, one module each, named like the method."""
+
+    def __init__(self, kind: str, package: str) -> None:
+        self.kind = kind
+        self.package = package
+        self._found: dict[str, Any] = {}
+
+    def __call__(
+        self, name: str, *, lossless: bool = True, trained: bool = False, source: str = "", **facts: Any
+    ) -> Callable[[Method], Method]:
+        """Register a class or function as `name`; sets .name .kind .lossless .trained .source .summary and every extra fact on it."""
+
+        def register(method: Method) -> Method:
+            where = (method.__module__, method.__qualname__)
+            other = self._found.get(name)
+            if other is not None and (other.__module__, other.__qualname__) != where:
+                raise ValueError(f'{self.kind}: name is "{name}"; {other.__module__}.{other.__qualname__} has it already. Choose another name.')
+            built_in = f"{self.package}.{name}"
+            if other is None and method.__module__ != built_in and _exists(built_in):
+                raise ValueError(f'{self.kind}: name is "{name}"; {built_in} is a built-in of that name. Choose another name.')
+            summary = (method.__doc__ or "").strip().partition("\n")[0]
+            told = {"name": name, "kind": self.kind, "lossless": lossless, "trained": trained, "source": source, "summary": summary, **facts}
+            for key, value in told.items():
+                setattr(method, key, value)
+            self._found[name] = method
+            return method
+
+        return register
+
+    def get(self, name: str, caller: str = "", noun: str = "") -> Any:
+        """The class or function of that name. ValueError names the nearest known name; `caller` and `noun` phrase it in the user's words."""
+        if not isinstance(name, str):
+            raise TypeError(f"{caller or self.kind}: {noun or self.kind} is {type(name).__name__}; takes a name. Known: {', '.join(self.names())}.")
+        if name not in self._found and name.isidentifier() and _exists(f"{self.package}.{name}"):
+            importlib.import_module(f"{self.package}.{name}")
+        if name not in self._found:
+            raise ValueError(self._unknown(name, caller or self.kind, noun or self.kind))
+        return self._found[name]
+
+    def build(self, spec: str, caller: str = "", noun: str = "", **options: Any) -> Any:
+        """An instance from "name" or "name:key=value,key=value"; keyword options are added. Unknown options are refused by name."""
+        if not isinstance(spec, str):
+            return self.get(spec, caller, noun)  # raises
+        name, _, tail = spec.partition(":")
+        cls = self.get(name, caller, noun)
+        for part in filter(None, tail.split(",")):
+            key, equals, value = part.partition("=")
+            if not equals:
+                raise ValueError(f'{caller or self.kind}: option of "{name}" is "{part}"; takes key=value. {_takes(cls)}')
+            options[key.strip()] = _literal(value.strip())
+        known = _options(cls)
+        for key in options:
+            if known is not None and key not in known:
+                near = difflib.get_close_matches(key, known, 1)
+                hint = f'; nearest is "{near[0]}"' if near else ""
+                raise ValueError(f'{caller or self.kind}: "{name}" has no option "{key}"{hint}. {_takes(cls)}')
+        return cls(**options)
+
+    def names(self) -> list[str]:
+        """Every known name, sorted; imports the built-in modules of this kind."""
+        if _exists(self.package):
+            for module in pkgutil.iter_modules(importlib.import_module(self.package).__path__):
+                if not module.name.startswith("_"):
+                    importlib.import_module(f"{self.package}.{module.name}")
+        return sorted(self._found)
+
+    def all(self) -> list[Any]:
+        """Every registered class or function, by name."""
+        return [self._found[name] for name in self.names()]
+
+    def _unknown(self, name: str, caller: str, noun: str) -> str:
+        known = self.names()
+        near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+        hint = f'nearest is "{near[0]}"' if near else f"known: {', '.join(known) or 'none'}"
+        where = "ramify.methods() lists all" if self.kind == "drafter" else f"{self.package} holds the built-in ones"
+        return f'{caller}: {noun} "{name}" is not known; {hint}. {where}; a plugin needs --plugin FILE.'
+
+
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _options(cls: Any) -> list[str] | None:
+    return [f.name for f in fields(cls) if f.init] if is_dataclass(cls) else None
+
+
+def _takes(cls: Any) -> str:
+    known = _options(cls)
+    return f"Options: {', '.join(known)}." if known else "It takes no options."
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+
+
+drafter = Registry("drafter", "ramify.draft")
+verifier = Registry("verifier", "ramify.verify")
+size_policy = Registry("size_policy", "ramify.size")
+cache_policy = Registry("cache_policy", "ramify.cache")
+page_format = Registry("page_format", "ramify.cache")
+
+
+def methods() -> list[dict[str, Any]]:
+    """Every decoding method, by name: name, kind, lossless, trained, source, summary. `generate(method=)` takes these names and "auto"."""
+    return [{key: getattr(method, key) for key in ("name", "kind", "lossless", "trained", "source", "summary")} for method in drafter.all()]

@@ -1,0 +1,141 @@
+"""What a step costs on this machine: seconds of a target step by rows, measured once, kept on disk, corrected while decoding."""
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import ramify
+from ramify.tree import MAX_ROWS, TokenTree
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""Rows at which steps are measured: those for which the model layer is captured."""
+
+_CONTEXT = 256  # committed tokens while measuring; how cost grows with context is left to the corrections
+_REPEAT = 5
+_PATIENCE = 0.5  # seconds; wider steps than the first that takes longer are extrapolated
+_RATE = 0.1
+
+_tables: WeakKeyDictionary[Any, "CostTable"] = WeakKeyDictionary()
+
+
+class CostTable:
+    """Seconds of a step by its rows: linear between the buckets, and beyond the last two as between them."""
+
+    def __init__(self, seconds: Sequence[float], rows: Sequence[int] = BUCKETS) -> None:
+        self.rows = list(rows)
+        self.seconds = [max(float(s), 1e-9) for s in seconds]
+
+    def at(self, rows: float) -> float:
+        """Seconds of a step of so many rows (of all sequences together)."""
+        k, share = self._place(rows)
+        return self.seconds[k] + share * (self.seconds[k + 1] - self.seconds[k])
+
+    def observe(self, rows: int, seconds: float) -> None:
+        """Move the two nearest buckets a little towards what a step really took. One step counts at most for a factor of two."""
+        k, share = self._place(rows)
+        share = min(share, 1.0)
+        factor = min(max(seconds / self.at(rows), 0.5), 2.0) - 1
+        self.seconds[k] *= 1 + _RATE * (1 - share) * factor
+        self.seconds[k + 1] *= 1 + _RATE * share * factor
+
+    def _place(self, rows: float) -> tuple[int, float]:
+        k = 0
+        while k < len(self.rows) - 2 and rows > self.rows[k + 1]:
+            k += 1
+        return k, (rows - self.rows[k]) / (self.rows[k + 1] - self.rows[k])
+
+
+def cost_table(model: Any) -> CostTable:
+    """The table of this model on this machine: from this process, from disk, or measured now (about a second) and written to disk.
+
+    A model without a `fingerprint` (str: what was loaded, in which format) is measured once per process and never written.
+    """
+    table = _tables.get(model)
+    if table is None:
+        path = _path(model)
+        seconds = _read(path) if path else None
+        if seconds is None:
+            seconds = measure(model)
+            if path:
+                _write(path, seconds)
+        table = _tables[model] = CostTable(seconds)
+    return table
+
+
+def measure(model: Any) -> list[float]:
+    """Seconds of a step of each bucket: the fastest of a few chains after a context of some hundred tokens."""
+    config = model.config
+    context = max(1, min(_CONTEXT, config.max_positions - MAX_ROWS - 1))
+    tokens = [(i * 7919) % config.vocab_size for i in range(MAX_ROWS + context)]
+    cache = model.new_cache([context])
+    model.prefill([tokens[:context]], cache, slots=[0])
+    view, seconds = cache.of([0]), []
+    for rows in BUCKETS:
+        if context + rows > config.max_positions or (seconds and seconds[-1] > _PATIENCE):
+            seconds.append(2 * seconds[-1] if seconds else 1.0)
+            continue
+        tree = TokenTree.chains([tokens[context]], [tokens[context + 1 : context + rows]])
+        best = float("inf")
+        for _ in range(_REPEAT):
+            begun = perf_counter()
+            model.forward(tree, view)
+            best = min(best, perf_counter() - begun)
+            if best > _PATIENCE:
+                break
+        seconds.append(best)
+    cache.free([0])
+    return seconds
+
+
+def cache_folder() -> Path:
+    """Where measured costs are kept: $XDG_CACHE_HOME/ramify or ~/.cache/ramify."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ramify"
+
+
+def _path(model: Any) -> Path | None:
+    fingerprint = getattr(model, "fingerprint", None)
+    if not fingerprint:
+        return None
+    threads = os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    machine = [platform.machine(), _cpu_name(), os.environ.get("RAMIFY_ISA", ""), os.environ.get("RAMIFY_BACKEND", ""), str(threads)]
+    key = json.dumps([ramify.__version__, str(fingerprint), str(getattr(model, "device", "cpu")), machine])
+    return cache_folder() / f"step-cost-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _read(path: Path) -> list[float] | None:
+    try:
+        kept = json.loads(path.read_text())
+        seconds = [float(s) for s in kept["seconds"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None  # not there, or damaged: measure again
+    good = kept.get("rows") == list(BUCKETS) and len(seconds) == len(BUCKETS) and all(0 < s < 1e6 for s in seconds)
+    return seconds if good else None
+
+
+def _write(path: Path, seconds: list[float]) -> None:
+    """Whole or not at all, so that processes which measure together never read half a file. A folder that refuses is not an error."""
+    temporary = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            temporary = file.name
+            json.dump({"rows": list(BUCKETS), "seconds": seconds}, file)
+        os.replace(temporary, path)
+    except OSError:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)

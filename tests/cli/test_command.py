@@ -1,0 +1,81 @@
+"""The command itself, in processes of its own: help, version, env, broken pipes, tracebacks on request."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import ramify
+from ramify.cli import main
+from ramify.cli.table import table
+
+
+def ramify_command(*argv, **options):
+    """The finished process of `ramify ARGV`."""
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **options.pop("env", {})}
+    return subprocess.run([sys.executable, "-m", "ramify", *argv], capture_output=True, text=True, env=environment, **options)
+
+
+def test_version_and_help_load_no_torch():
+    code = (
+        "import sys\nfrom ramify.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "assert 'torch' not in sys.modules"
+    )
+    for argv in (["--version"], ["--help"], ["generate", "--help"]):
+        done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout, done.stderr
+    assert ramify.__version__ in ramify_command("--version").stdout
+
+
+@pytest.mark.parametrize("argv", [[], ["generat"], ["env", "--what"]])
+def test_usage_errors_are_one_line(argv, capsys):
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("ramify")
+
+
+def test_env_json():
+    done = ramify_command("env", "--json", env={"RAMIFY_ISA": "portable", "OMP_NUM_THREADS": "1"})
+    found = json.loads(done.stdout)
+    assert done.returncode == 0 and done.stderr == ""
+    assert found["ramify"] == ramify.__version__ and "torch" in found["packages"]
+    assert found["cpu"]["level"] == "portable" and found["cpu"]["levels"]["portable"] is True
+    assert found["threads"] == 1 and len(found["openmp"]) == 1
+    assert found["variables"]["RAMIFY_ISA"] == "portable" and "built" in found["cuda"]
+    ops = {row["op"]: row for row in found["kernels"]}
+    assert {"tree_attention", "linear", "rms_norm", "verify_greedy"} <= set(ops)
+    assert all(row["taken"] not in row["why_not"] for row in ops.values())
+
+
+def test_env_for_a_person():
+    done = ramify_command("env")
+    assert done.returncode == 0
+    assert "tree_attention" in done.stdout and "taken here" in done.stdout and ramify.__version__ in done.stdout
+
+
+def test_env_with_a_level_that_is_not_there():
+    done = ramify_command("env", env={"RAMIFY_ISA": "avx9000"})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "avx9000" in done.stderr and "RAMIFY_ISA" in done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} -m ramify env --json | head -c 1 > {os.devnull}; exit ${{PIPESTATUS[0]}}",
+        shell=True,
+        executable="/bin/bash",
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode in (0, 141) and done.stderr == ""
+
+
+def test_traceback_on_request():
+    assert "Traceback" in ramify_command("generate", env={"RAMIFY_TRACEBACK": "1"}).stderr
+    assert "Traceback" not in ramify_command("generate").stderr
+
+
+def test_table_columns():
+    assert table(["name", "n"], [["a", "1"], ["long one", "100"]]) == "name        n\na           1\nlong one  100"

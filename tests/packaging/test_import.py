@@ -1,0 +1,88 @@
+"""`import ramify` is cheap, silent and leaves no trace; one OpenMP runtime serves torch and ramify in either order."""
+
+import os
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+import ramify
+
+
+def python(code, **environment):
+    """Standard output of a fresh interpreter that runs `code`."""
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **environment}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tempfile.gettempdir())
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_takes_less_than_300_ms_after_torch():
+    code = "import time, torch; t = time.perf_counter(); import ramify; dir(ramify); print(time.perf_counter() - t)"
+    assert min(float(python(code)) for _ in range(3)) < 0.3
+
+
+def test_import_only_imports(tmp_path):
+    code = """if True:
+        import sys, ramify
+        heavy = {"torch", "transformers", "matplotlib", "rich", "triton", "tokenizers", "tqdm"} & set(sys.modules)
+        print(sorted(heavy), [name for name in sys.modules if name.startswith("ramify.")])
+    """
+    assert python(code, HOME=str(tmp_path), XDG_CACHE_HOME=str(tmp_path)).strip() == "[] []"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_parts_that_generate_need_no_transformers_and_touch_no_gpu():
+    code = """if True:
+        import sys, torch, ramify
+        ramify.generate, ramify.load, ramify.methods()
+        heavy = {"transformers", "matplotlib", "rich"} & set(sys.modules)
+        print(sorted(heavy), torch.cuda.is_initialized())
+    """
+    assert python(code).strip() == "[] False"
+
+
+@pytest.mark.parametrize("order", ["import torch, ramify._cpu", "import ramify._cpu, torch"])
+def test_one_openmp_runtime(order):
+    code = f"""if True:
+        {order}
+        torch.ones(512, 512) @ torch.ones(512, 512)
+        maps = open("/proc/self/maps").read().split()
+        print(len({{part for part in maps if "gomp" in part or "iomp" in part or "libomp" in part}}))
+    """
+    assert python(code).strip() == "1"
+
+
+PUBLIC = [
+    *(
+        "CheckpointError",
+        "CustomGenerate",
+        "TokenTree",
+        "UnsupportedModelError",
+        "backend",
+        "cache_policy",
+        "drafter",
+        "explain",
+        "generate",
+    ),
+    *("load", "methods", "page_format", "size_policy", "verifier", "ops", "reference", "testing", "kernels", "__version__"),
+]
+
+
+def test_public_names():
+    """A name that is added or taken away is a decision: make it here as well."""
+    assert sorted(ramify.__all__) == sorted(PUBLIC)
+    assert set(ramify.__all__) <= set(dir(ramify))
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_name_resolves(name):
+    if name == "CustomGenerate":
+        pytest.importorskip("transformers")
+    assert getattr(ramify, name) is not None
+
+
+def test_unknown_name():
+    with pytest.raises(AttributeError, match="no attribute 'generat'"):
+        _ = ramify.generat
