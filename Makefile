@@ -10,7 +10,8 @@ TORCH_PIP     ?=
 VENV          ?= .venv
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
+RESULTS := benchmarks/results
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 
 .PHONY: demo test test-slow lint format bench docs zoo clean
@@ -38,8 +39,8 @@ format: $(VENV)/.test
 	$(BIN)/clang-format -i $(CSRC)
 
 bench: $(VENV)/.built $(VENV)/.bench
-	$(BIN)/python benchmarks/end_to_end.py
-	$(BIN)/python benchmarks/tree_attention.py
+	$(BIN)/python -m benchmarks.end_to_end --json $(RESULTS)/end_to_end.json --plot $(RESULTS)/end_to_end.png
+	$(BIN)/python -m benchmarks.tree_attention --json $(RESULTS)/tree_attention.json --plot $(RESULTS)/tree_attention.png
 
 docs: $(VENV)/.built
 	$(BIN)/python -m ramify.docs README.md

@@ -65,6 +65,7 @@ class Plan:
     dirty: float = 0.03  # a burst whose threads were kept off a core for more than this share is dropped
     enough: int = 3  # clean bursts that a peer needs; rounds are added, up to twice as many, until it has them
     quiet: float = 0.25  # wait so long at most, before a burst, for other processes to finish
+    warm: bool = True  # a call of each peer before the first burst; False where the caller has made one
     patience: float = 20.0  # seconds of such waiting in one `measure`; on a busy machine more would change nothing
 
     @classmethod
@@ -158,13 +159,14 @@ def measure(entries: Sequence[Entry], plan: Plan, machine: Machine | None = None
                 continue
             machine.sleep(plan.pause)
             if waited < plan.patience:
-                waited += wait_for_quiet(machine, plan.quiet)
+                waited += _wait_for_quiet(machine, plan.quiet)
             _burst(entry, count, plan, machine, timing)
     return timings
 
 
 def _calls(entry: Entry, plan: Plan, machine: Machine) -> int:
-    entry.once()  # first touch: pages, pools, lazy set-up
+    if plan.warm:
+        entry.once()  # first touch: pages, pools, lazy set-up
     least, most = plan.calls
     if least == most:
         return least
@@ -186,7 +188,7 @@ def _burst(entry: Entry, count: int, plan: Plan, machine: Machine, timing: Timin
     (timing.disturbed if disturbed else timing.clean).append(calls)
 
 
-def wait_for_quiet(machine: Machine, longest: float) -> float:
+def _wait_for_quiet(machine: Machine, longest: float) -> float:
     """Until no other process wants a core, `longest` seconds at most. Returns the seconds waited."""
     start = machine.now()
     while (waited := machine.now() - start) < longest:

@@ -13,22 +13,27 @@ def tree_attention(doc: dict[str, Any], path: Path) -> None:
     rows = [row for row in doc["rows"] if row["status"] == "ok"]
     kinds = list(dict.fromkeys((row["shape"]["size"], row["shape"]["dtype"]) for row in rows))
     contexts = sorted({row["shape"]["context"] for row in rows})
-    figure, axes = plt.subplots(len(kinds) or 1, len(contexts) or 1, figsize=(3.3 * len(contexts) + 1, 2.7 * len(kinds) + 0.9), squeeze=False)
+    size = (3.3 * len(contexts) + 1, 2.7 * len(kinds) + 0.9)
+    figure, axes = plt.subplots(len(kinds) or 1, len(contexts) or 1, figsize=size, squeeze=False)
     for (size, dtype), line in zip(kinds, axes):
         for context, panel in zip(contexts, line):
             here = [r for r in rows if (r["shape"]["size"], r["shape"]["dtype"], r["shape"]["context"]) == (size, dtype, context)]
             for name in dict.fromkeys(row["provider"] for row in here):
                 mine = [row for row in here if row["provider"] == name]
                 if not mine[0]["baseline"]:
-                    _line(panel, mine, name, OURS, "-", 2.2)
+                    _line(panel, mine, name, OURS, "-" if name == "ramify" else "--", 2.2 if name == "ramify" else 1.2)
+                if name == "ramify":
+                    _ratios(panel, mine)
             torch = [r for r in here if r["baseline"]]
             best = [min((r for r in torch if r["shape"]["T"] == T), key=lambda r: r["us"]["median"]) for T in _values(torch)]
             _line(panel, best, "best torch way", PEER, "-", 1.6)
             floor = [next(row for row in here if row["shape"]["T"] == T) for T in _values(here)]
-            panel.plot(_values(here), [row["floor_us"] / 1e3 for row in floor], color="black", linestyle=":", linewidth=1.2, label="floor of this machine")
+            limit = [row["floor_us"] / 1e3 for row in floor]
+            panel.plot(_values(here), limit, ":", color="black", linewidth=1.2, label="floor of this machine")
             panel.set(xscale="log", yscale="log", title=f"{size}, {dtype} cache, context {context}")
             panel.set_xticks(_values(here), [str(T) for T in _values(here)])
             panel.minorticks_off()
+            panel.yaxis.set_major_formatter("{x:g}")
             panel.set_xlabel("tree rows T")
         line[0].set_ylabel("ms per call")
     handles, labels = axes[0][0].get_legend_handles_labels()
@@ -45,9 +50,8 @@ def end_to_end(doc: dict[str, Any], path: Path) -> None:
     rows = [row for row in doc["rows"] if row["status"] == "ok"]
     models = list(dict.fromkeys(row["shape"]["model"] for row in rows))
     counts = [len({row["provider"] for row in rows if row["shape"]["model"] == model}) for model in models]
-    figure, axes = plt.subplots(
-        len(models) or 1, 1, figsize=(8.4, 0.52 * sum(counts) + 1.1 * len(models) + 0.6), squeeze=False, height_ratios=counts or None
-    )
+    size = (8.4, 0.52 * sum(counts) + 1.1 * len(models) + 0.6)
+    figure, axes = plt.subplots(len(models) or 1, 1, figsize=size, squeeze=False, height_ratios=counts or None)
     for model, panel in zip(models, axes[:, 0]):
         here = [row for row in rows if row["shape"]["model"] == model]
         names = list(dict.fromkeys(row["provider"] for row in here))
@@ -77,14 +81,23 @@ def end_to_end(doc: dict[str, Any], path: Path) -> None:
 def _temperature_legend(plt: Any, panel: Any, temperatures: list[float]) -> None:
     if len(temperatures) > 1:
         patches = [plt.Rectangle((0, 0), 1, 1, color=OURS, alpha=1 if number == 0 else 0.5) for number in range(len(temperatures))]
-        panel.legend(patches, [f"temperature {value:g}" for value in temperatures], frameon=False, loc="lower right", fontsize=8)
+        panel.legend(patches, [f"temperature {value:g}" for value in temperatures], frameon=False, loc="upper right", fontsize=8)
 
 
 def _line(panel: Any, rows: list[dict], name: str, colour: str, style: str, width: float) -> None:
     rows = sorted(rows, key=lambda row: row["shape"]["T"])
     x = [row["shape"]["T"] for row in rows]
     panel.plot(x, [row["us"]["median"] / 1e3 for row in rows], style, color=colour, linewidth=width, marker="o", markersize=3.5, label=name)
-    panel.fill_between(x, [row["us"]["p20"] / 1e3 for row in rows], [row["us"]["p80"] / 1e3 for row in rows], color=colour, alpha=0.2, linewidth=0)
+    low, high = ([row["us"][bound] / 1e3 for row in rows] for bound in ("p20", "p80"))
+    panel.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+
+
+def _ratios(panel: Any, rows: list[dict]) -> None:
+    """How many times faster than the best torch way, half way up to it."""
+    for row in rows:
+        if "ratio" in row:
+            middle = row["us"]["median"] / 1e3 * row["ratio"] ** 0.5
+            panel.text(row["shape"]["T"], middle, f"{row['ratio']:.1f}x", fontsize=7, color=OURS, ha="center", va="center")
 
 
 def _values(rows: Iterable[dict]) -> list[int]:
@@ -94,8 +107,10 @@ def _values(rows: Iterable[dict]) -> list[int]:
 def _caption(figure: Any, doc: dict[str, Any]) -> None:
     """Where the numbers come from: a picture travels without its JSON."""
     where = doc["environment"]
-    text = f"{where['cpu']}, {where['threads']} threads, {where['isa']}; medians of interleaved runs, {where['date'][:10]}, commit {where['commit'] or 'none'}"
-    figure.text(0.01, 0.008, text + ("; QUICK RUN, NOT A MEASUREMENT" if doc["options"]["quick"] else ""), fontsize=7, color="#555555")
+    text = f"{where['cpu']}, {where['threads']} threads, {where['isa']}; medians of interleaved runs, {where['date'][:10]}"
+    text += f", commit {where['commit']}" if where["commit"] else ""
+    text += "; QUICK RUN, NOT A MEASUREMENT" if doc["options"]["quick"] else ""
+    figure.text(0.01, 0.008, text, fontsize=7, color="#555555")
 
 
 def _pyplot() -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Machine, wait_for_quiet, last_level_cache, quantile
+from benchmarks.harness import Entry, Machine, Plan, last_level_cache, measure
 
 KINDS = {"fp32": 1, "bf16": 2, "int8": 3}
 """Arithmetic -> its number in csrc/common/args.h; reading memory is 0."""
@@ -35,8 +35,11 @@ class Limits:
     seconds: float = 0.0
 
     def floor(self, size: int, flops: int = 0, arithmetic: str = "fp32", read: float | None = None) -> float:
-        """Seconds that a call cannot go below: its bytes at read speed or its operations at peak. bf16 without such a peak is fp32."""
-        peak = self.peak.get(arithmetic) or self.peak.get("fp32", 0.0)
+        """Seconds that a call cannot go below: its bytes at read speed or its operations at peak.
+
+        A number of 16 bits may always be widened: where fp32 is the faster arithmetic, or the only one, it sets the floor.
+        """
+        peak = max(self.peak.get(arithmetic, 0.0), self.peak.get("fp32", 0.0))
         return max(size / (1e9 * (read or self.read)), flops / (1e9 * peak) if peak else 0.0)
 
     def json(self) -> dict[str, Any]:
@@ -62,21 +65,26 @@ class Probe:
     def read(self, size: int, threads: int) -> float:
         """GB/s of reading the same `size` bytes again and again, whatever cache they end up in. The better of 1 and 2 streams."""
         size = min(size, 4 * (self.memory.numel() - 16)) // 4096 * 4096
+        guess = 30e9 if size > last_level_cache() else 200e9
         if not self.native:
             flat = self.memory[: size // 4]
-            return self._rate(lambda repeat: [flat.sum() for _ in range(repeat)] and repeat * size, threads)
-        return max(self._rate(lambda repeat, streams=streams: self._run(0, repeat, threads, size, streams), threads) for streams in (1, 2))
+            return self._rate(lambda repeat: [flat.sum() for _ in range(repeat)] and repeat * size, threads, guess)
+
+        def stream(streams: int) -> Callable[[int], int]:
+            return lambda repeat: self._run(0, repeat, threads, size, streams)
+
+        return max(self._rate(stream(streams), threads, guess) for streams in (1, 2))
 
     def peak(self, kind: str, threads: int) -> float:
         """Gop/s of an arithmetic of KINDS, 0 where this ISA level has no instruction for it."""
         if self.native:
             if self._run(KINDS[kind], 1, threads) == 0:
                 return 0.0
-            return self._rate(lambda repeat: self._run(KINDS[kind], 1000 * repeat, threads), threads)
+            return self._rate(lambda repeat: self._run(KINDS[kind], 1000 * repeat, threads), threads, 200e9)
         if kind == "int8":
             return 0.0
         a = torch.randn(512, 512).to(torch.bfloat16 if kind == "bf16" else torch.float32)
-        return self._rate(lambda repeat: [a @ a for _ in range(repeat)] and repeat * 2 * 512**3, threads)
+        return self._rate(lambda repeat: [a @ a for _ in range(repeat)] and repeat * 2 * 512**3, threads, 20e9)
 
     def _run(self, kind: int, repeat: int, threads: int, size: int = 0, streams: int = 1) -> int:
         done, sink = ctypes.c_int64(), ctypes.c_double()
@@ -93,26 +101,15 @@ class Probe:
         self.native._cpu.run(args.kernel, ctypes.addressof(args), threads)
         return done.value * threads
 
-    def _rate(self, work: Callable[[int], int], threads: int) -> float:
-        """1e9 a second of what `work(repeat)` says it did."""
+    def _rate(self, work: Callable[[int], int], threads: int, guess: float) -> float:
+        """1e9 a second of what `work(repeat)` says it did; `guess` a second sets how much a sample of TARGET seconds holds."""
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            repeat = 1
-            while True:  # as many repeats as fill a sample
-                start = self.machine.now()
-                work(repeat)
-                took = max(1e-9, self.machine.now() - start)
-                if took >= TARGET / 2 or repeat > 1 << 20:
-                    break
-                repeat = int(repeat * min(20, max(2, TARGET / took)))
-            rates = []
-            for _ in range(self.samples):
-                wait_for_quiet(self.machine, 0.02)
-                start = self.machine.now()
-                amount = work(repeat)
-                rates.append(amount / max(1e-9, self.machine.now() - start) / 1e9)
-            return quantile(rates, 0.5)
+            repeat = max(1, int(TARGET * guess / max(1, work(1))))
+            plan = Plan(rounds=self.samples, calls=(1, 1), enough=min(3, self.samples), quiet=0.05, patience=0.5)
+            [timing] = measure([Entry("probe", work, [(repeat,)])], plan, self.machine)
+            return work(repeat) / timing.median / 1e9
         finally:
             torch.set_num_threads(before)
 

@@ -1,10 +1,10 @@
 """Ops and their providers: shapes, bytes, arithmetic and the correctness limit are said once per op, a provider is a function.
 
-    @op("row_stats", R=(1, 8, 64), V=(32000,), dtype=("f32", "bf16"))
-    def case(R, V, dtype, seed): ...                    # -> Case
+@op("row_stats", R=(1, 8, 64), V=(32000,), dtype=("f32", "bf16"))
+def case(R, V, dtype, seed): ...                    # -> Case
 
-    provider("row_stats", "ramify")(ops.row_stats)
-    provider("row_stats", "torch", baseline=True)(lambda x: (x.argmax(-1), x.logsumexp(-1)))
+provider("row_stats", "ramify")(ops.row_stats)
+provider("row_stats", "torch", baseline=True)(lambda x: (x.argmax(-1), x.logsumexp(-1)))
 """
 
 import itertools
@@ -91,11 +91,12 @@ def provider(name: str, title: str, **facts: Any) -> Callable:
 
 
 def error_of(got: Any, want: Tensor) -> float:
-    """Largest error over the root mean square of `want`; infinite when a value is not finite or the shape differs."""
+    """Largest |got - want| / (|want| + rms(want)); infinite when a value is not finite or the shape differs."""
     got = got[0] if isinstance(got, tuple) else got
     if got.shape != want.shape:
         return float("inf")
-    worst = float((got.double() - want.double()).abs().max() / want.double().pow(2).mean().sqrt())
+    want = want.double()
+    worst = float(((got.double() - want).abs() / (want.abs() + want.pow(2).mean().sqrt())).max())
     return worst if worst == worst else float("inf")
 
 

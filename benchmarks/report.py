@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
@@ -18,7 +19,8 @@ from benchmarks.harness import Plan, last_level_cache
 SCHEMA = "ramify-benchmark-1"
 STATUS = ("ok", "wrong", "failed", "not installed", "not run")
 NOISE = 0.05  # a change below this, or below the spread of either run, is not one
-FLAGS = ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
+FLAGS = re.compile(r"avx2|fma|f16c|avx_vnni|avx512(f|bw|vl|_vnni|_bf16|_fp16)|amx_\w+")
+VARIABLES = re.compile(r"(RAMIFY|OMP|GOMP|MKL|KMP)_\w+")
 PACKAGES = ("torch", "numpy", "transformers", "tokenizers", "safetensors")
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,6 +46,7 @@ def start(options: argparse.Namespace) -> Plan:
     import torch
 
     demote_root()
+    sys.stdout.reconfigure(line_buffering=True)  # a long run shows its tables as they come, in a pipe as well
     for path in (options.json, options.plot):
         if path and not path.resolve().parent.is_dir():
             raise ValueError(f"benchmark: folder {path.parent} is not there; name an existing one, or make it.")
@@ -96,7 +99,7 @@ def environment(seed: int) -> dict[str, Any]:
         "family": int(family[1]) if family else 0,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "last_level_cache": last_level_cache(),
-        "flags": [flag for flag in FLAGS if flag in flags],
+        "flags": sorted(flag for flag in flags if FLAGS.fullmatch(flag)),
         "isa": isa(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.release()}",
@@ -105,8 +108,8 @@ def environment(seed: int) -> dict[str, Any]:
         "commit": _commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "seed": seed,
-        "command": " ".join([f"python -m benchmarks.{Path(sys.argv[0]).stem}", *(Path(word).name if "/" in word else word for word in sys.argv[1:])]),
-        "variables": {name: value for name, value in sorted(os.environ.items()) if re.fullmatch(r"(RAMIFY|OMP|GOMP|MKL|KMP)_\w+", name) and "/" not in value},
+        "command": " ".join([f"python -m benchmarks.{Path(sys.argv[0]).stem}", *map(_no_folder, sys.argv[1:])]),
+        "variables": {name: _no_folder(value) for name, value in sorted(os.environ.items()) if VARIABLES.fullmatch(name)},
     }
 
 
@@ -118,6 +121,10 @@ def isa() -> str:
         return native.isa()
     except Exception as error:  # a broken build is a fact to print, not a reason to stop measuring the peers
         return f"none ({error})".splitlines()[0]
+
+
+def _no_folder(word: str) -> str:
+    return word.rpartition("/")[2]
 
 
 def _version(name: str) -> str:
@@ -196,16 +203,26 @@ def write(doc: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(doc, indent=1) + "\n")
 
 
+def progress(text: str) -> None:
+    """Rewrite one line of a terminal; "" clears it. A pipe or a file sees nothing."""
+    if sys.stderr.isatty():
+        print(f"\r{text:<70}" if text else "\r" + " " * 70 + "\r", end="", file=sys.stderr, flush=True)
+
+
 def table(heading: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
-    """Print aligned columns: the first `left` flush left. With rich on a terminal, else plain text; the same words in both."""
+    """Print aligned columns: the first `left` flush left, and the last when it has no title (notes).
+
+    With rich on a terminal, else as plain text; the same words in both.
+    """
+    flush = [number < left or (number == len(heading) - 1 and not title) for number, title in enumerate(heading)]
     if sys.stdout.isatty():
         try:
             from rich.console import Console
             from rich.table import Table
 
             pretty = Table(box=None, pad_edge=False)
-            for number, title in enumerate(heading):
-                pretty.add_column(title, justify="left" if number < left else "right", no_wrap=True)
+            for title, is_left in zip(heading, flush):
+                pretty.add_column(title, justify="left" if is_left else "right", no_wrap=True)
             for row in rows:
                 pretty.add_row(*row)
             return Console(highlight=False, markup=False).print(pretty)
@@ -214,7 +231,7 @@ def table(heading: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) 
     lines = [list(heading), *map(list, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(heading))]
     for line in lines:
-        cells = [cell.ljust(width) if number < left else cell.rjust(width) for number, (cell, width) in enumerate(zip(line, widths))]
+        cells = [cell.ljust(width) if is_left else cell.rjust(width) for cell, width, is_left in zip(line, widths, flush)]
         print("  ".join(cells).rstrip())
 
 
@@ -223,10 +240,15 @@ def spread(row: dict) -> float:
     return (row["us"]["p80"] - row["us"]["p20"]) / 2 / row["us"]["median"]
 
 
+def share(row: dict) -> str:
+    """Share of the floor in percent, "" where a row has none."""
+    return f"{row['share_of_floor']:.0%}" if "share_of_floor" in row else ""
+
+
 def notes(row: dict) -> str:
-    """What a reader must know about a row beside its figures."""
+    """What a reader must know about a row beside its figures; a long reason stands whole in the JSON."""
     if row["status"] != "ok":
-        return f"{row['status']} ({row['reason']})"
+        return f"{row['status']} ({textwrap.shorten(row['reason'], 80, placeholder=' ...')})"
     return "disturbed throughout" if row["bursts"]["clean"] == 0 else ""
 
 
@@ -248,8 +270,8 @@ def compare(doc: dict[str, Any], old: dict[str, Any], ours: Callable[[dict], boo
         word = "same" if abs(change - 1) <= noise else "faster" if change > 1 else "slower"
         slower += word == "slower" and ours(row)
         shape = " ".join(f"{key}={value}" for key, value in row["shape"].items())
-        figures = (f"{other['us']['median']:.1f}", f"{row['us']['median']:.1f}", f"{change:.2f}x", "ratio" if by_ratio else "us", f"{noise:.0%}", word)
-        lines.append((row["provider"], shape, *figures))
+        times = (f"{other['us']['median']:.1f}", f"{row['us']['median']:.1f}")
+        lines.append((row["provider"], shape, *times, f"{change:.2f}x", "ratio" if by_ratio else "us", f"{noise:.0%}", word))
     if old["environment"]["cpu"] != doc["environment"]["cpu"]:
         print(f"The older run is of another machine ({old['environment']['cpu']}): microseconds do not compare, ratios do.")
     table(("provider", "cell", "old us", "new us", "speed", "judged by", "noise", "verdict"), lines, left=2)

@@ -161,7 +161,7 @@ def explain(op: str, *shapes: Collection[int], dtype: torch.dtype = torch.float3
         sizes.setdefault("D", tuple(shapes[0])[-1])
     why = reasons(op, device, dtype, sizes)
     takes = [name for name, reason in why.items() if not reason]
-    name = forced() if forced() and op not in PLAIN else takes[0]
+    name = (forced() if op not in PLAIN else None) or takes[0]
     if name not in takes:
         raise ValueError(f'explain: backend "{name}" is forced and cannot run {op} ({why[name]}); takes {_spell(takes)}.')
     if forced() == name:

@@ -1,4 +1,4 @@
-"""The generated parts of the README: tables of ops and methods, read from the registries.
+"""The generated parts of the README: tables of ops and methods, read from the registries, and what was measured.
 
     python -m ramify.docs README.md             rewrite them
     python -m ramify.docs README.md --check     exit 1 when they are not what the registries say
@@ -7,10 +7,12 @@ A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`.
 """
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 
@@ -33,13 +35,66 @@ def methods_table(root: Path) -> str:
 
     rows = []
     for each in drafter.all():
+        if not each.__module__.startswith("ramify."):
+            continue  # a plugin's
         lossless = "yes" if each.lossless else "**no**"
         needs = {"yes": "a second model", "maybe": "may use a second model"}.get(getattr(each, "takes_model", "no"), "nothing")
         rows.append([f"`{each.name}`", each.summary.rstrip("."), lossless, "trained weights" if each.trained else needs, each.source])
     return _table(["method", "what it does", "lossless", "needs", "source"], rows)
 
 
-PARTS: dict[str, Callable[[Path], str]] = {"ops": ops_table, "methods": methods_table}
+def results(root: Path) -> str:
+    """What benchmarks/results holds: one section for each document, its machine and commit above its figures."""
+    documents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((root / "benchmarks" / "results").glob("*.json"))]
+    shown = [_document(each) for each in documents if each.get("benchmark") in _SHOWN and not each["options"]["quick"]]
+    return "\n\n".join(shown) or "Not measured yet."
+
+
+def _document(doc: dict[str, Any]) -> str:
+    machine, name = doc["environment"], doc["benchmark"]
+    where = f"{machine['cpu']} ({machine['isa']}), {machine['threads']} threads, torch {machine['versions']['torch']}"
+    when = f"{machine['date'][:10]}, commit {machine['commit'] or 'unknown'}"
+    link = f"[benchmarks/results/{name}.json](benchmarks/results/{name}.json)"
+    return f"**{_TITLES[name]}** {where}; {when}; {link}.\n\n{_SHOWN[name](doc['rows'])}\n\nVerdict: {doc['verdict']}."
+
+
+def _end_to_end(rows: Sequence[dict]) -> str:
+    lines = []
+    for row in rows:
+        shape, cell = row["shape"], [row["provider"], row["dtype"] or "-"]
+        if row["status"] == "ok":
+            over = [f"{row[key]:.2f}x" if key in row else "-" for key in ("ratio", "over_plain")]
+            figures = [f"{row['tokens_per_second']:.1f}", *over, f"{row['tokens_per_step']:.2f}", f"{row['share_of_floor']:.0%}"]
+            lines.append([shape["model"], f"{shape['temperature']:g}", *cell, *figures, row.get("identical", "-")])
+        else:
+            lines.append([shape["model"], f"{shape['temperature']:g}", *cell, *"-----", row["status"]])
+    return _table(
+        ["model", "temperature", "", "dtype", "tok/s", "over transformers", "over plain", "tok/step", "of floor", "same text"], lines
+    )
+
+
+def _tree_attention(rows: Sequence[dict]) -> str:
+    """Ratio over the best torch way: one line per cache and context, one column per number of tree rows."""
+    mine = [row for row in rows if row["provider"] == "ramify"]
+    counts = sorted({row["shape"]["T"] for row in mine})
+    lines: dict[tuple, dict[int, str]] = {}
+    for row in mine:
+        shape = row["shape"]
+        key = (f"{shape['size']} {row['dtype']}", str(shape["context"]))
+        lines.setdefault(key, {})[shape["T"]] = f"{row['ratio']:.2f}x" if "ratio" in row else row["status"]
+    return _table(
+        ["heads and cache", "context", *(f"T = {n}" for n in counts)],
+        [[*key, *(c.get(n, "-") for n in counts)] for key, c in lines.items()],
+    )
+
+
+_SHOWN: dict[str, Callable[[Sequence[dict]], str]] = {"end_to_end": _end_to_end, "tree_attention": _tree_attention}
+_TITLES = {
+    "end_to_end": "Whole generations against transformers `generate`.",
+    "tree_attention": "Tree attention: speed over the fastest torch way.",
+}
+
+PARTS: dict[str, Callable[[Path], str]] = {"ops": ops_table, "methods": methods_table, "results": results}
 """Name of a generated part -> what makes it; each is given the folder of the README."""
 
 

@@ -1,22 +1,22 @@
 """Names to methods: one registry per kind, one decorator per registry, and no list kept by hand.
 
-A method called `prompt_lookup` lives in `draft/prompt_lookup.py` and is imported when somebody first asks for it; a plugin's class is found the same
-way once its file was imported. A registry is its own decorator:
+A method called `prompt_lookup` lives in `draft/prompt_lookup.py` and is imported when somebody first asks for it; a plugin's class is
+found the same way once its file was imported. A registry is its own decorator:
 
     @drafter("prompt_lookup", lossless=True, trained=False, source="Saxena 2023")
     class PromptLookup(Drafter): ...
 
     drafter.get("prompt_lookup")              # the class
-    drafter.build("prompt_lookup:longest=4")  # an instance, options read from the fields of the dataclass
+    drafter.build("prompt_lookup:longest=4")  # an instance, options are the class's own arguments
 """
 
 import ast
 import difflib
 import importlib
 import importlib.util
+import inspect
 import pkgutil
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -36,16 +36,15 @@ class Registry:
         """Register a class or function as `name`; sets .name .kind .lossless .trained .source .summary and every extra fact on it."""
 
         def register(method: Method) -> Method:
-            where = (method.__module__, method.__qualname__)
             other = self._found.get(name)
-            if other is not None and (other.__module__, other.__qualname__) != where:
-                raise ValueError(f'{self.kind}: name is "{name}"; {other.__module__}.{other.__qualname__} has it already. Choose another name.')
+            if other is not None and _where(other) != _where(method):
+                raise ValueError(f'{self.kind}: name is "{name}"; {".".join(_where(other))} has it already. Choose another name.')
             built_in = f"{self.package}.{name}"
             if other is None and method.__module__ != built_in and _exists(built_in):
                 raise ValueError(f'{self.kind}: name is "{name}"; {built_in} is a built-in of that name. Choose another name.')
             summary = (method.__doc__ or "").strip().partition("\n")[0]
-            told = {"name": name, "kind": self.kind, "lossless": lossless, "trained": trained, "source": source, "summary": summary, **facts}
-            for key, value in told.items():
+            facts.update(name=name, kind=self.kind, lossless=lossless, trained=trained, source=source, summary=summary)
+            for key, value in facts.items():
                 setattr(method, key, value)
             self._found[name] = method
             return method
@@ -53,9 +52,10 @@ class Registry:
         return register
 
     def get(self, name: str, caller: str = "", noun: str = "") -> Any:
-        """The class or function of that name. ValueError names the nearest known name; `caller` and `noun` phrase it in the user's words."""
+        """The class or function of that name. ValueError tells the nearest known name; `caller` and `noun` are the user's words for it."""
         if not isinstance(name, str):
-            raise TypeError(f"{caller or self.kind}: {noun or self.kind} is {type(name).__name__}; takes a name. Known: {', '.join(self.names())}.")
+            who, what = caller or self.kind, noun or self.kind
+            raise TypeError(f"{who}: {what} is {type(name).__name__}; takes a name. Known: {', '.join(self.names())}.")
         if name not in self._found and name.isidentifier() and _exists(f"{self.package}.{name}"):
             importlib.import_module(f"{self.package}.{name}")
         if name not in self._found:
@@ -76,7 +76,7 @@ class Registry:
         known = _options(cls)
         for key in options:
             if known is not None and key not in known:
-                near = difflib.get_close_matches(key, known, 1)
+                near = difflib.get_close_matches(key, known, 1, cutoff=0.4)
                 hint = f'; nearest is "{near[0]}"' if near else ""
                 raise ValueError(f'{caller or self.kind}: "{name}" has no option "{key}"{hint}. {_takes(cls)}')
         return cls(**options)
@@ -101,6 +101,10 @@ class Registry:
         return f'{caller}: {noun} "{name}" is not known; {hint}. {where}; a plugin needs --plugin FILE.'
 
 
+def _where(method: Any) -> tuple[str, str]:
+    return method.__module__, method.__qualname__
+
+
 def _exists(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
@@ -109,7 +113,8 @@ def _exists(module: str) -> bool:
 
 
 def _options(cls: Any) -> list[str] | None:
-    return [f.name for f in fields(cls) if f.init] if is_dataclass(cls) else None
+    parameters = inspect.signature(cls).parameters.values()
+    return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL]
 
 
 def _takes(cls: Any) -> str:

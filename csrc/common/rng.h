@@ -24,8 +24,8 @@ RAMIFY_RNG Words4 philox(Words4 c, uint64_t seed) {
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = static_cast<uint64_t>(0xD2511F53u) * c.w[0], p1 = static_cast<uint64_t>(0xCD9E8D57u) * c.w[2];
-    c = {{static_cast<uint32_t>(p1 >> 32) ^ c.w[1] ^ k0, static_cast<uint32_t>(p1),
-          static_cast<uint32_t>(p0 >> 32) ^ c.w[3] ^ k1, static_cast<uint32_t>(p0)}};
+    c = {{static_cast<uint32_t>(p1 >> 32) ^ c.w[1] ^ k0, static_cast<uint32_t>(p1), static_cast<uint32_t>(p0 >> 32) ^ c.w[3] ^ k1,
+          static_cast<uint32_t>(p0)}};
     k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
   }
   return c;

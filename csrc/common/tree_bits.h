@@ -18,14 +18,11 @@ constexpr int kMaxRows = 256;  // MAX_ROWS of token_tree.py
 // Words that a tree of so many rows needs.
 RAMIFY_TREE int64_t tree_words(int64_t rows) { return (rows + 63) >> 6; }
 
-RAMIFY_TREE bool sees(const int64_t* words, int64_t j) {
-  return static_cast<uint64_t>(words[j >> 6]) >> (j & 63) & 1;
-}
+RAMIFY_TREE bool sees(const int64_t* words, int64_t j) { return static_cast<uint64_t>(words[j >> 6]) >> (j & 63) & 1; }
 
 // Fills ancestors[rows, stride] (the first `words` of every row) and depth[rows]. Returns the first row whose parent does not
 // stand before it, or -1 when all is well.
-RAMIFY_TREE int64_t tree_bits(const int32_t* parent, int64_t rows, int64_t words, int64_t stride, int64_t* ancestors,
-                              int32_t* depth) {
+RAMIFY_TREE int64_t tree_bits(const int32_t* parent, int64_t rows, int64_t words, int64_t stride, int64_t* ancestors, int32_t* depth) {
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t p = parent[i];
     if (p >= i || p < (i ? 0 : -1)) return i;

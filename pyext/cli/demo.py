@@ -5,7 +5,7 @@ import sys
 from ramify.cli import main
 from ramify.zoo.corpus import held_out_texts
 
-MODULE, LINES = "heapq", 40
+MODULE, LINES = "queue", 42
 METHODS = ("draft_tree", "draft_chain", "prompt_lookup", "token_recycling", "auto")
 
 

@@ -31,7 +31,7 @@ def add_parser(commands: Any) -> None:
         help='name or name:key=value, as ramify.methods() lists; default "auto"',
     )
     add("--drafter", metavar="PATH", help='the model that guesses, for draft_chain and draft_tree: a folder or "zoo"')
-    add("--compare", action="store_true", help="measure the methods (default: every lossless one) beside plain decoding")
+    add("--compare", action="store_true", help="measure the methods (default: all that auto picks among) beside plain decoding")
     add(
         "--repeat", type=int, default=3, metavar="N", help="interleaved runs of each method with --compare; figures are medians (default 3)"
     )
@@ -156,9 +156,10 @@ def method_names(given: list[str]) -> list[str]:
 
 
 def default_methods(args: argparse.Namespace) -> list[str]:
-    """Every lossless method that this command line can run; a method that must have a second model needs --drafter, or the zoo."""
+    """What --compare measures unless it is told: the methods that `auto` picks among and that can run here, and `auto` itself."""
     has_drafter = args.drafter is not None or args.model == "zoo"
-    return [each.name for each in drafters.all() if each.lossless and (has_drafter or getattr(each, "takes_model", "no") != "yes")]
+    able = [each for each in drafters.all() if has_drafter or getattr(each, "takes_model", "no") != "yes"]
+    return [*(each.name for each in able if getattr(each, "portfolio", False)), "auto"]
 
 
 def is_lossless(method: str) -> bool:

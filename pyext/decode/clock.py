@@ -27,8 +27,7 @@ class Clock:
     __slots__ = ("prefill", "draft", "forward", "verify", "commit")
 
     def __init__(self) -> None:
-        for phase in self.__slots__:
-            setattr(self, phase, Stopwatch())
+        self.prefill, self.draft, self.forward, self.verify, self.commit = (Stopwatch() for _ in self.__slots__)
 
     def totals(self) -> dict[str, float]:
         """Seconds of each phase so far."""

@@ -116,7 +116,7 @@ def _requests(
     requests = []
     for i, prompt in enumerate([prompts] if isinstance(prompts, str) else prompts):
         ids = _ids(model, prompt, i)
-        request = Request(ids, max_new_tokens, params, eos, stops[1], stops[0], model.tokenizer)
+        request = Request(ids, max_new_tokens, params, eos, stops[1], stops[0], tokenizer=model.tokenizer)
         if request.capacity > config.max_positions:
             raise ValueError(
                 f"generate: prompt {i} has {len(ids)} tokens and max_new_tokens is {max_new_tokens}; takes {config.max_positions} "
@@ -127,14 +127,16 @@ def _requests(
 
 
 def _ids(model: Any, prompt: Any, i: int) -> list[int]:
-    if isinstance(prompt, str):
+    if isinstance(prompt, str) and prompt:
         if model.tokenizer is None:
             raise ValueError(f"generate: prompt {i} is a string and the model has no tokenizer; takes token ids. Give a list of ids.")
-        ids = list(model.tokenizer.encode(prompt)) if prompt else []
+        ids = list(model.tokenizer.encode(prompt))
     elif hasattr(prompt, "__iter__"):
         ids = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
     else:
-        raise TypeError(f"generate: prompt {i} is {type(prompt).__name__}; takes a string or a list of token ids. prompts is a list of them.")
+        raise TypeError(
+            f"generate: prompt {i} is {type(prompt).__name__}; takes a string or a list of token ids. prompts is a list of them."
+        )
     if not ids:
         raise ValueError(f"generate: prompt {i} is empty; takes one token or more. Give it text, or the model's begin-of-text token.")
     vocab = model.config.vocab_size
@@ -153,7 +155,9 @@ def _check_vocabulary(target: Any, draft: Any) -> None:
     """Raises ValueError unless both models give the same ids the same tokens."""
     if target.config.vocab_size != draft.config.vocab_size:
         ours, theirs = target.config.vocab_size, draft.config.vocab_size
-        raise ValueError(f"generate: drafter has {theirs} tokens in its vocabulary; takes {ours}, as the target has. Take a model of one family.")
+        raise ValueError(
+            f"generate: drafter has {theirs} tokens in its vocabulary; takes {ours}, as the target has. Take a model of one family."
+        )
     ours, theirs = target.tokenizer, draft.tokenizer
     if ours is None or theirs is None or ours is theirs:
         return
@@ -161,4 +165,6 @@ def _check_vocabulary(target: Any, draft: Any) -> None:
     if same and getattr(ours, "fingerprint", None) is None:
         same = ours.encode(_PROBE) == theirs.encode(_PROBE)
     if not same:
-        raise ValueError("generate: drafter has another tokenizer than the target; takes one with the same ids. Take a model of one family.")
+        raise ValueError(
+            "generate: drafter has another tokenizer than the target; takes one with the same ids. Take a model of one family."
+        )

@@ -96,7 +96,7 @@ class _Group:
 
     def __init__(self, model: Any, cache: Any, outs: list[Output], live: list[int]) -> None:
         self.outs = [outs[i] for i in live]
-        self.view = cache.of(live) if live else None
+        self.view: Any = cache.of(live) if live else None
         self.sampling = Sampling([o.request.params for o in self.outs], [o.ids for o in self.outs])
         self.needs_logits = self.sampling.needs_logits
         self.positions = model.config.max_positions

@@ -47,8 +47,9 @@ class Request:
 class Stats:
     """Counts and seconds of one output.
 
-    steps: target steps it took part in. tokens: ids emitted. accepted: accepted[n] steps took n guesses. seconds: of the whole call until this output ended, for each of "prefill", "draft",
-    "forward", "verify", "commit"; in a batch the phases are shared, so the seconds of two outputs overlap.
+    steps: target steps it took part in. tokens: ids emitted. accepted: accepted[n] steps took n guesses.
+    seconds: of the whole call until this output ended, for each of "prefill", "draft", "forward", "verify", "commit"; in a batch the
+    phases are shared, so the seconds of two outputs overlap.
     """
 
     steps: int = 0
@@ -79,8 +80,9 @@ class Output:
         self._stream = stream
         self._left = request.max_new_tokens
         self._start = len(request.prompt)
-        reads = request.tokenizer is not None and (request.stop_strings or stream)
-        self._reader = TextStream(request.tokenizer, self.ids, self._start, request.stop_strings) if reads else None
+        self._reader: TextStream | None = None
+        if request.tokenizer is not None and (request.stop_strings or stream):
+            self._reader = TextStream(request.tokenizer, self.ids, self._start, request.stop_strings)
         self._one_by_one = bool(request.stop_ids or request.stop_strings or request.stop_when)
 
     @property
@@ -133,7 +135,7 @@ class Output:
             return
         piece = ""
         if self._reader is not None:
-            self._read()
+            self._read(self._reader)
             piece = self._reader.take(last=bool(self.finish_reason))
         self._stream(self.index, self.ids[len(self.ids) - count :], piece)
 
@@ -141,33 +143,40 @@ class Output:
         """The text has ended: the seconds so far are its seconds."""
         self.stats.seconds = seconds
         if self._reader is not None:
-            self._read()
+            self._read(self._reader)
 
     def _take_singly(self, tokens: list[int]) -> int:
         request, ids = self.request, self.ids
+        reader = self._reader if request.stop_strings else None
         for count, token in enumerate(tokens, 1):
             ids.append(token)
             if token in request.eos:
                 self.finish_reason = "eos"
-            elif (
-                any(len(ids) - self._start >= len(s) and ids[-len(s) :] == list(s) for s in request.stop_ids)
-                or (request.stop_strings and self._reader.read())
-                or (request.stop_when is not None and request.stop_when(ids))
-            ):
+            elif self._stopped(reader):
                 self.finish_reason = "stop"
             if self.finish_reason:
                 return count
         return len(tokens)
 
-    def _read(self) -> None:
+    def _stopped(self, reader: TextStream | None) -> bool:
+        """Whether the newest id completes a stop string (`reader` looks for them) or a stop sequence, or the request's own rule ends it."""
+        request, ids = self.request, self.ids
+        if reader is not None and reader.read():
+            return True
+        came = len(ids) - self._start
+        if any(came >= len(stop) and tuple(ids[-len(stop) :]) == stop for stop in request.stop_ids):
+            return True
+        return request.stop_when is not None and request.stop_when(ids)
+
+    def _read(self, reader: TextStream) -> None:
         if self.finish_reason == "eos":  # the end-of-text id has no text
             end = self.ids.pop()
-            self._reader.finish()
+            reader.finish()
             self.ids.append(end)
             return
-        self._reader.read()
+        reader.read()
         if self.finish_reason:
-            self._reader.finish()
+            reader.finish()
 
     def __repr__(self) -> str:
         return f"Output({len(self.token_ids)} ids, {self.finish_reason!r}, {self.stats.tokens_per_step:.2f} tokens per step)"

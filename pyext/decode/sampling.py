@@ -18,6 +18,7 @@ from ramify.tree import MAX_ROWS
 
 _WHO = "SamplingParams"
 _BLOCK = 256
+_HEAD = 512
 _NOTHING = np.zeros(0, np.int64)
 
 
@@ -66,7 +67,7 @@ def penalize(logits: np.ndarray, penalty: float, seen: np.ndarray) -> np.ndarray
 
 
 def weights(logits: np.ndarray, params: SamplingParams, seen: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
-    """Return (ids, w): the tokens that survive (None: all, in order; else int64, ascending) and their weights, float32, the largest 1.
+    """Return (ids, w): tokens (None: all, in order; else int64, ascending) and their weights, float32, the largest 1, 0 for the dropped.
 
     logits: float32 [V]. seen: ids for the repetition penalty. The temperature is above 0. Raises ValueError for NaN or +inf logits.
     """
@@ -88,26 +89,25 @@ def weights(logits: np.ndarray, params: SamplingParams, seen: np.ndarray) -> tup
     if np.float32(params.min_p) > least:
         least, ties = np.float32(params.min_p), 0
     if least > 0:
-        kept = np.flatnonzero(w >= least)
+        w *= w >= least
         if ties:
-            kept = np.delete(kept, np.flatnonzero(w[kept] == least)[:ties])
-        w = w[kept]
-        ids = kept if ids is None else ids[kept]
+            w[np.flatnonzero(w == least)[:ties]] = 0
     return ids, w
 
 
 def probabilities(logits: np.ndarray, params: SamplingParams, seen: np.ndarray) -> np.ndarray:
     """Return the distribution that `weights` describes, float64 [V], summing to 1; at temperature 0 one entry is 1."""
-    p = np.zeros(len(logits))
+    ids: Any
     if params.temperature == 0:
-        p[argmax(logits, params, seen)] = 1
-        return p
-    ids, w = weights(logits, params, seen)
-    wide = w.astype(np.float64)
-    wide /= wide.sum()
+        ids, w = argmax(logits, params, seen), np.ones(())
+    else:
+        ids, w = weights(logits, params, seen)
+    share = w.astype(np.float64)
+    share /= share.sum()
     if ids is None:
-        return wide
-    p[ids] = wide
+        return share
+    p = np.zeros(len(logits))
+    p[ids] = share
     return p
 
 
@@ -126,10 +126,8 @@ def inverse_cdf(w: np.ndarray, u: float) -> int:
     if len(w) > 2 * _BLOCK:  # find the block by the sums of blocks: a running sum over a whole vocabulary is slow
         starts = _block_starts(len(w))
         cdf = np.add.reduceat(w, starts, dtype=np.float64).cumsum()
-        target = u * cdf[-1]
+        target = u * cdf[-1]  # below cdf[-1], since u is below 1
         block = int(cdf.searchsorted(target, side="right"))
-        if block == len(cdf):
-            return int(np.flatnonzero(w)[-1])
         base = cdf[block - 1] if block else 0.0
         first = block * _BLOCK
         w = w[first : first + _BLOCK]
@@ -138,7 +136,7 @@ def inverse_cdf(w: np.ndarray, u: float) -> int:
         cdf = w.cumsum(dtype=np.float64)
         target = u * cdf[-1]
     at = int(cdf.searchsorted(target - base, side="right"))
-    if at == len(cdf):  # rounding put the target on the far edge
+    if at == len(cdf):  # the sum of a block and the sums within it round differently
         at = int(np.flatnonzero(w)[-1])
     return first + at
 
@@ -235,28 +233,26 @@ def _nucleus(w: np.ndarray, top_p: float) -> tuple[np.float32, int]:
     """The least weight among the fewest of the largest weights that hold top_p of the mass, and how many of its equals stay out.
 
     Of equal weights the lower ids leave first, as in a stable ascending sort; the mass left out is compared in float32, as transformers
-    does. Only as many of the largest weights are sorted as can matter.
+    does.
     """
     total = w.sum(dtype=np.float64)
     out = np.float32(1 - top_p)
-    top, below = w, 0.0
-    for size in (1024, 16384):
-        if 2 * size < len(w):
-            largest = np.partition(w, len(w) - size)[-size:]
-            below = total - largest.sum(dtype=np.float64)
-            if below < out * total * (1 - 1e-6):  # all that is kept, and the first that is not, are in here
-                top = largest
-                break
-            below = 0.0
-    top = np.sort(top)
-    share = top / np.float32(total)  # rounded as a float32 softmax rounds, and then summed wide
-    mass = below / total + share.astype(np.float64).cumsum()
-    gone = min(int(mass.astype(np.float32).searchsorted(out, side="right")), len(top) - 1)
-    edge = top[gone]
-    ties = gone - int(top.searchsorted(edge))
-    if edge == top[0]:  # some of its equals may lie below
-        ties += np.count_nonzero(w == edge) - int(top.searchsorted(edge, side="right"))
-    return edge, ties
+    rest, below, left_out = w, 0.0, 0  # where the edge is searched, the mass and the number of weights below it
+    cut = len(w) - _HEAD
+    while len(rest) > 2 * _HEAD:  # is the edge above or below the cut? Likely among the _HEAD largest; else halve
+        rest = np.partition(rest, cut)
+        light = rest[:cut].sum(dtype=np.float64)
+        if (below + light) / total > out:
+            rest = rest[:cut]
+        else:
+            rest, below, left_out = rest[cut:], below + light, left_out + cut
+        cut = len(rest) // 2
+    rest = np.sort(rest)
+    share = rest / np.float32(total)  # rounded as a float32 softmax rounds, and then summed wide
+    mass = below / total + share.cumsum(dtype=np.float64)
+    at = min(int(mass.astype(np.float32).searchsorted(out, side="right")), len(rest) - 1)
+    edge = rest[at]
+    return edge, left_out + at - np.count_nonzero(w < edge)
 
 
 def _tempered_from_top(logits: np.ndarray, temperature: float) -> np.ndarray:

@@ -18,6 +18,7 @@ from ramify.tree import MAX_ROWS, TokenTree
 if TYPE_CHECKING:
     from ramify.verify import Verdict
 
+_NOTHING = np.zeros(0, np.int32)
 _FEW = 24
 """So many pending tokens ride along with the root; more are fed by a prefill of their own."""
 
@@ -25,7 +26,7 @@ _FEW = 24
 class Guessing:
     """One slot's tree while it grows, in rows of the draft model: pending tokens, root, then guesses that were run."""
 
-    __slots__ = ("slot", "tokens", "parents", "head", "row_of", "fed")
+    __slots__ = ("chain", "fed", "head", "parents", "row_of", "slot", "tokens")
 
     def __init__(self, slot: int, pending: Sequence[int], root: int) -> None:
         self.slot = slot
@@ -34,10 +35,12 @@ class Guessing:
         self.head = len(pending)  # the root's row here
         self.row_of: dict[int, int] = {}  # node of the proposal -> row here, for nodes that were run
         self.fed = 0  # rows that the model has run
+        self.chain = True  # each row is the child of the one before
 
     def add(self, node: int, token: int, parent: int) -> None:
         """Run `node` of the proposal in the next forward; parent: a row here."""
         self.row_of[node] = len(self.tokens)
+        self.chain &= parent == len(self.tokens) - 1
         self.tokens.append(token)
         self.parents.append(parent)
 
@@ -52,6 +55,7 @@ class SecondModel:
         self.pending: dict[int, list[int]] = {}
         self._length: dict[int, int] = {}  # committed tokens
         self._run: dict[int, Guessing] = {}
+        self._view: Any = None  # of the slots in _run
 
     def begin(self, slots: Sequence[int], prompts: Sequence[list[int]]) -> None:
         """Feed every prompt but its last token."""
@@ -62,8 +66,6 @@ class SecondModel:
     def end(self, slots: Sequence[int]) -> None:
         """Free these slots; those that never began or have ended are left alone."""
         live = [slot for slot in slots if self.pending.pop(slot, None) is not None]
-        for slot in live:
-            self._run.pop(slot, None)
         self.cache.free(live)
 
     def start(self, slots: Sequence[int], roots: Sequence[int], rows: Sequence[int]) -> list[Guessing]:
@@ -73,24 +75,33 @@ class SecondModel:
         self._prefill([slots[i] for i in able], few=_FEW)
         for i in able:
             self._run[slots[i]] = Guessing(slots[i], self.pending[slots[i]], roots[i])
+        self._view = self.cache.of(list(self._run)) if able else None
         return list(self._run.values())
 
-    def forward(self, trees: Sequence[Guessing], topk: int = 0, logits: bool = False) -> tuple[Any, list[int]]:
-        """Run the rows that were added since; returns the StepOut and where each tree's last row lies in it."""
-        tree = TokenTree.from_parents([t.tokens for t in trees], [t.parents for t in trees])
-        first = np.array([t.fed for t in trees], np.int32)
-        view = self.cache.of([t.slot for t in trees])
-        out = self.model.forward(tree, view, first=first if first.any() else None, topk=topk, logits=logits)
-        ends, end = [], 0
-        for t in trees:
-            end += len(t.tokens) - t.fed
-            ends.append(end - 1)
+    def forward(self, grown: Sequence[Guessing], topk: int = 0, logits: bool = False) -> tuple[Any, list[int]]:
+        """Run the rows that were added to these trees (pending tokens and root, the first time).
+
+        Returns the StepOut, and for each tree where in it the root or the first added row lies; its others follow.
+        The draft region belongs to one set of sequences per step, so a tree that has stopped growing runs its last row again.
+        """
+        trees = list(self._run.values())
+        if all(t.chain for t in trees):
+            tree = TokenTree.chains([t.tokens[0] for t in trees], [t.tokens[1:] for t in trees])
+        else:
+            tree = TokenTree.from_parents([t.tokens for t in trees], [t.parents for t in trees])
+        first = np.array([min(t.fed, len(t.tokens) - 1) for t in trees], np.int32)
+        whole = trees[0].fed == 0
+        out = self.model.forward(tree, self._view, first=None if whole else first, topk=topk, logits=logits)
+        at, row = {}, 0
+        for t, old in zip(trees, first.tolist(), strict=True):
+            at[t.slot] = row + (t.head if whole else 0)
+            row += len(t.tokens) - (0 if whole else old)
             t.fed = len(t.tokens)
-        return out, ends
+        return out, [at[t.slot] for t in grown]
 
     def settle(self, slots: Sequence[int], emitted: Sequence[list[int]], roots: Sequence[int], paths: Sequence[Any] | None) -> None:
         """Follow what was emitted. paths: accepted nodes when the verified tree is the one that was run, None when it is another's."""
-        run, keep = [], []
+        keep = {slot: _NOTHING for slot in self._run}
         for i, slot in enumerate(slots):
             if not len(emitted[i]):
                 continue
@@ -105,13 +116,13 @@ class SecondModel:
                 if row is None:
                     break
                 rows.append(row)
-            run.append(slot)
-            keep.append(np.array(rows, np.int32))
+            keep[slot] = np.array(rows, np.int32)
             self._length[slot] += len(rows)
             self.pending[slot] = new[len(rows) - guessing.head :]
-        if run:
-            self.cache.of(run).commit(keep)
+        if paths is not None and self._view is not None:
+            self._view.commit(list(keep.values()))
         self._run.clear()
+        self._view = None
 
     def _room(self, slot: int, rows: int) -> bool:
         return self._length[slot] + len(self.pending[slot]) + rows < self.limit

@@ -131,7 +131,7 @@ class _AutoSize(SizePolicy):
         arms, batch = self.auto.arms, len(live)
         self.since += 1
         if not self.visit:
-            rates = [arm.size.rate(batch) for arm in arms]
+            rates = [arm.size.decide(batch) for arm in arms]
             self.home = self.auto.chosen = rates.index(max(rates))
             if len(arms) > 1 and self.since > self.wait and self.lost <= self.share():
                 self.next = (self.next + 1) % len(arms)
@@ -139,7 +139,7 @@ class _AutoSize(SizePolicy):
                 self.auto.chosen, self.visit, self.since = self.next, _VISIT, 0
         size = arms[self.auto.chosen].size
         if self.visit:
-            return [size.revisit(batch)] * batch
+            return [size.visit(batch)] * batch
         return size.rows(live, lengths)
 
     def observe(self, tree: TokenTree, verdict: "Verdict", clock: "Clock") -> None:
@@ -152,11 +152,11 @@ class _AutoSize(SizePolicy):
         if not self.visit:
             return
         tokens = sum(map(len, verdict.path)) / batch
-        home = arms[self.home].size.rate(batch)
+        home = arms[self.home].size.decide(batch)
         self.lost += max(0.0, seconds - tokens / home)
         self.visit -= 1
         if not self.visit:
-            won = size.rate(batch) > home
+            won = size.decide(batch) > home
             self.wait = _FIRST if won else min(2 * self.wait, _LAST)
 
     def share(self) -> float:

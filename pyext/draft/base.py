@@ -39,6 +39,9 @@ class Drafter:
     need not be contiguous. Whatever a drafter remembers may change the speed of a later step and never its tokens.
     """
 
+    name: str
+    """What it is registered as."""
+
     wants = Wants()
 
     def bind(self, model: Any, requests: Sequence["Request"]) -> None:
@@ -85,7 +88,8 @@ class ChainDrafter(Drafter):
 
     def propose(self, slots: Sequence[int], roots: Sequence[int], rows: Sequence[int]) -> TokenTree:
         """One chain per sequence."""
-        return TokenTree.chains(roots, [self.guess(self._text[s], n - 1)[: n - 1] if n > 1 else () for s, n in zip(slots, rows, strict=True)])
+        counts = [(self._text[slot], n - 1) for slot, n in zip(slots, rows, strict=True)]
+        return TokenTree.chains(roots, [self.guess(text, count)[:count] if count else () for text, count in counts])
 
     def observe(self, slots: Sequence[int], tree: TokenTree, out: Any, verdict: "Verdict") -> None:
         """Append what was emitted."""

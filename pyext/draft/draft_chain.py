@@ -1,7 +1,7 @@
 """Draft chain: a small model of the same vocabulary runs ahead, the target checks the whole run in one step.
 
 Source: Leviathan et al. 2023; Chen et al. 2023; the confidence stop is that of transformers' assisted decoding (Mamou et al. 2024).
-Exact. Needs a second model. Wins where the small model is much cheaper than the target and mostly agrees; costs one forward of it per guess.
+Exact. Needs a second model. Wins where that is much cheaper than the target and mostly agrees; costs one forward of it per guess.
 
 At temperature 0 a guess is the small model's arg-max. Above it, a guess is what the small model would emit with the request's own seed:
 both models then throw the same dice, so guesses are deterministic, need no q, and the text is bit for bit that of plain decoding.
@@ -57,17 +57,17 @@ class DraftChain(ModelDrafter):
         most = {slot: min(n - 1, self.most) for slot, n in zip(slots, rows, strict=True)}
         place = {t.slot: b for b, t in enumerate(active)}
         while active:
-            out, ends = self.second.forward(active, logits=logits)
-            sure = np.exp(out.top[ends] - out.lse[ends]).tolist()
+            out, at = self.second.forward(active, logits=logits)
+            sure = np.exp(out.top[at] - out.lse[at]).tolist()
             going = []
-            for t, end, odds in zip(active, ends, sure, strict=True):
+            for t, row, odds in zip(active, at, sure, strict=True):
                 chain, b = chains[t.slot], place[t.slot]
                 if drawing:
-                    law = sampling.probabilities(b, out.logits[end], chain)
+                    law = sampling.probabilities(b, out.logits[row], chain)
                     laws[t.slot].append(law)
                     token = self._draw(sampling, b, law, len(chain))
                 else:
-                    token = sampling.choose(b, out, end, chain)
+                    token = sampling.choose(b, out, row, chain)
                 chain.append(token)
                 if odds >= self.confidence and len(chain) < most[t.slot]:
                     t.add(len(chain), token, len(t.tokens) - 1)

@@ -12,10 +12,10 @@ tree whose shape was fixed before the draws, for recursive rejection: exact in l
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -66,28 +66,38 @@ class DraftTree(ModelDrafter):
         run = self.second.start(slots, roots, rows)
         sampling = self.sampling([t.slot for t in run])
         most = dict(zip(slots, rows, strict=True))
-        kind = _Drawn if drawing else _Likely
+        kind: type[_Drawn] | type[_Likely] = _Drawn if drawing else _Likely
         growing = {t.slot: kind(self, t, sampling, b, most[t.slot]) for b, t in enumerate(run)}
         for level in range(1, self.depth + 1):
             if not run:
                 break
-            starts = [t.fed for t in run]
-            out, ends = self.second.forward(run, topk=0 if drawing else min(self.width, self.model.config.vocab_size), logits=dice)
-            for t, start, end in zip(run, starts, ends, strict=True):
-                growing[t.slot].grow(out, end - len(t.tokens) + 1 + start, start, last=level == self.depth)
+            out, at = self.second.forward(run, topk=0 if drawing else min(self.width, self.model.config.vocab_size), logits=dice)
+            for t, row in zip(run, at, strict=True):
+                growing[t.slot].grow(out, row, last=level == self.depth)
             run = [t for t in run if t.fed < len(t.tokens)]
-        tokens, parents, laws = [], [], []
-        for slot, root in zip(slots, roots, strict=True):
-            t, p, q = growing[slot].finish(root) if slot in growing else ([root], [-1], [None])
-            tokens.append(t)
-            parents.append(p)
-            laws += q
-        mode, q = "det", None
-        if drawing:
-            zero = np.zeros(self.model.config.vocab_size)
-            mode, q = "wor", np.stack([zero if law is None else law for law in laws]).astype(np.float32)
-        self.last = TokenTree.from_parents(tokens, parents, mode, q)
+        grown = [
+            growing[slot].finish(root) if slot in growing else Rows([root], [-1], [None]) for slot, root in zip(slots, roots, strict=True)
+        ]
+        q = _stack([law for rows in grown for law in rows.laws], self.model.config.vocab_size) if drawing else None
+        self.last = TokenTree.from_parents([r.tokens for r in grown], [r.parents for r in grown], "wor" if drawing else "det", q)
         return self.last
+
+
+class Rows(NamedTuple):
+    """One sequence's rows: tokens, parents, and for drawn children the law that they were drawn from."""
+
+    tokens: list[int]
+    parents: list[int]
+    laws: Sequence[np.ndarray | None]
+
+
+def _stack(laws: list[np.ndarray | None], vocab: int) -> np.ndarray:
+    """q float32 [M, V]; rows without children have none."""
+    q = np.zeros((len(laws), vocab), np.float32)
+    for row, law in enumerate(laws):
+        if law is not None:
+            q[row] = law
+    return q
 
 
 class _Likely:
@@ -95,54 +105,59 @@ class _Likely:
 
     def __init__(self, settings: DraftTree, run: Guessing, sampling: Sampling, b: int, rows: int) -> None:
         self.settings, self.run, self.sampling, self.b, self.rows = settings, run, sampling, b, rows
-        self.temperature = sampling.params[b].temperature
-        self.nodes: list[tuple[float, int, int, int]] = []  # (-odds, place among all candidates, token, parent candidate); sorts best first
-        self.fresh: list[int] = [-1]  # candidates that the coming forward runs, in its row order; -1 is the root
+        self.dice = sampling.params[b].needs_logits
+        self.temperature = sampling.params[b].temperature or 1.0
+        self.nodes: list[tuple[float, int, int, int]] = []  # all: (-odds, its place here, token, parent's place); they sort best first
+        self.best: list[tuple[float, int, int, int]] = []  # those that are rows unless better ones come
+        self.fresh = [-1]  # places of the nodes that the coming forward runs, in its row order; -1 is the root
 
-    def grow(self, out: Any, at: int, start: int, last: bool) -> None:
-        """Take in the children of the rows that were run (StepOut rows at `at` plus their number), choose what to run next."""
-        first = len(self.nodes)
-        skip = max(0, self.run.head - start)  # pending rows above the root have no children
-        for i, node in enumerate(self.fresh):
-            above = 1.0 if node < 0 else -self.nodes[node][0]
-            for token, odds in self._children(out, at + skip + i, node):
-                if above * odds >= self.settings.min_odds or (node < 0 and len(self.nodes) == first):
-                    self.nodes.append((-above * odds, len(self.nodes), token, node))
+    def grow(self, out: Any, at: int, last: bool) -> None:
+        """Take in the children of the nodes that were run (rows of `out` from `at` on), choose what to run next."""
+        nodes, first, least = self.nodes, len(self.nodes), self.settings.min_odds
+        for node, children in zip(self.fresh, self._children(out, at), strict=True):
+            above = nodes[node][0] if node >= 0 else -1.0
+            for token, odds in children:
+                if odds * -above < least and (node >= 0 or len(nodes) > first):  # the root keeps its best child, however unlikely
+                    break
+                nodes.append((above * odds, len(nodes), token, node))
+        self.best = sorted(self.best + nodes[first:])[: self.rows - 1]
         self.fresh = []
-        if last or len(self.nodes) == first:
-            return
-        best = heapq.nsmallest(self.rows - 1, self.nodes)
-        chosen = [node for node in best if node[1] >= first][: self.settings.frontier]
-        for _, place, token, parent in sorted(chosen, key=lambda node: node[1]):
-            above = self.run.head if parent < 0 else self.run.row_of[parent]
-            self.run.add(place, token, above)
-            self.fresh.append(place)
+        if not last:
+            chosen = [node for node in self.best if node[1] >= first][: self.settings.frontier]
+            self.fresh = sorted(place for _, place, _, _ in chosen)
+        for place in self.fresh:
+            _, _, token, parent = nodes[place]
+            self.run.add(place, token, self.run.row_of[parent] if parent >= 0 else self.run.head)
 
-    def finish(self, root: int) -> tuple[list[int], list[int], list[None]]:
-        """The best candidates as tokens and parents, in the order of their odds; `run` then speaks of these rows."""
-        best = heapq.nsmallest(self.rows - 1, self.nodes)
-        row_of = {-1: 0, **{place: row for row, (_, place, _, _) in enumerate(best, 1)}}
+    def finish(self, root: int) -> Rows:
+        """The best candidates, in the order of their odds; `run` then speaks of these rows."""
+        row_of = {place: row for row, (_, place, _, _) in enumerate(self.best, 1)}
         self.run.row_of = {row_of[place]: row for place, row in self.run.row_of.items() if place in row_of}
-        tokens = [root, *(token for _, _, token, _ in best)]
-        parents = [-1, *(row_of[parent] for *_, parent in best)]
-        return tokens, parents, [None] * len(tokens)
+        row_of[-1] = 0
+        tokens = [root, *(token for _, _, token, _ in self.best)]
+        parents = [-1, *(row_of[parent] for _, _, _, parent in self.best)]
+        return Rows(tokens, parents, [None] * len(tokens))
 
-    def _children(self, out: Any, row: int, node: int) -> list[tuple[int, float]]:
-        ids, values = out.topk_ids[row].tolist(), out.topk_values[row].astype(np.float64)
-        if not self.sampling.params[self.b].needs_logits:
-            return list(zip(ids, np.exp(values - float(out.lse[row])).tolist(), strict=True))
+    def _children(self, out: Any, at: int) -> Iterable[Iterable[tuple[int, float]]]:
+        """For each node that was run its likeliest children and their odds, likeliest first."""
+        span = slice(at, at + len(self.fresh))
+        ids, values = out.topk_ids[span].tolist(), out.topk_values[span]
+        if not self.dice:
+            return map(zip, ids, np.exp(values - out.lse[span, None]).tolist())
+        w = np.exp((values - values[:, :1]) / self.temperature)
+        odds = (w / w.sum(axis=1, keepdims=True)).tolist()
+        return [self._with_dice(out, at + i, node, ids[i], odds[i]) for i, node in enumerate(self.fresh)]
+
+    def _with_dice(self, out: Any, row: int, node: int, ids: list[int], odds: list[float]) -> list[tuple[int, float]]:
+        """Put the token that the request's dice choose here among the likely ones.
+
+        The dice fall alike in both models where their laws are alike, so that token is likelier than its own probability.
+        """
         drawn = self.sampling.choose(self.b, out, row, self._path(node))
-        if self.temperature == 0:  # a repetition penalty moved the arg-max; the odds of the others are good enough as they are
-            odds = np.exp(values - float(out.lse[row])).tolist()
-        else:
-            w = np.exp((values - values[0]) / self.temperature)
-            odds = (w / w.sum()).tolist()
         likely = dict(zip(ids, odds, strict=True))
-        # The dice fall alike in both models where their laws are alike, so what they choose here is likelier than its own probability.
-        sure = min(likely.pop(drawn, 0.0), 1.0) ** 0.5 if drawn in likely else odds[-1] ** 0.5
-        rest = sum(likely.values())
-        scale = (1 - sure) / rest if rest > 0 else 0.0
-        children = [(drawn, sure), *((token, value * scale) for token, value in likely.items())]
+        sure = likely.pop(drawn, odds[-1]) ** 0.5
+        scale = (1 - sure) / (sum(likely.values()) or 1.0)
+        children = [(drawn, sure), *((token, share * scale) for token, share in likely.items())]
         return sorted(children, key=lambda child: -child[1])[: self.settings.width]
 
     def _path(self, node: int) -> list[int]:
@@ -166,14 +181,13 @@ class _Drawn:
         self.law: dict[int, np.ndarray] = {}
         self.fresh = [0]
 
-    def grow(self, out: Any, at: int, start: int, last: bool) -> None:
+    def grow(self, out: Any, at: int, last: bool) -> None:
         """Draw the children of the rows that were run; those that have children of their own run next."""
-        skip = max(0, self.run.head - start)
         drawn: list[int] = []
         params, text = self.sampling.params[self.b], self.sampling.text[self.b]
         for i, row in enumerate(self.fresh):
             path = self._path(row)
-            law = self.sampling.probabilities(self.b, out.logits[at + skip + i], path)
+            law = self.sampling.probabilities(self.b, out.logits[at + i], path)
             self.law[row] = law
             tokens = draw_children(law, len(self.kids[row]), "wor", params.seed, len(text) + len(path), row)
             for kid, token in zip(self.kids[row], tokens, strict=False):  # fewer tokens when the support of q ran out
@@ -184,16 +198,14 @@ class _Drawn:
             parent = self.parents[row]
             self.run.add(row, self.token[row], self.run.row_of[parent] if parent else self.run.head)
 
-    def finish(self, root: int) -> tuple[list[int], list[int], list[np.ndarray | None]]:
+    def finish(self, root: int) -> Rows:
         """The rows that were filled, in the order of the static tree."""
         rows = [0, *sorted(self.token)]
         place = {row: i for i, row in enumerate(rows)}
         self.run.row_of = {place[row]: at for row, at in self.run.row_of.items()}
-        return (
-            [root, *(self.token[row] for row in rows[1:])],
-            [-1, *(place[self.parents[row]] for row in rows[1:])],
-            [self.law.get(row) for row in rows],
-        )
+        tokens = [root, *(self.token[row] for row in rows[1:])]
+        parents = [-1, *(place[self.parents[row]] for row in rows[1:])]
+        return Rows(tokens, parents, [self.law.get(row) for row in rows])
 
     def _path(self, row: int) -> list[int]:
         path = []

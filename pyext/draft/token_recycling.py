@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 WIDTH = 8
 """Successors that the table keeps of each token."""
 
-_CHILDREN = {
+_CHILDREN: dict[tuple[int, ...], int] = {
     (): 8,
     **{(i,): n for i, n in enumerate((8, 4, 3, 2, 1, 1, 1, 1))},
     **{(0, j): n for j, n in enumerate((8, 3, 2, 1, 1, 1, 1, 1))},
@@ -48,12 +48,12 @@ class TokenRecycling(Drafter):
     """A static tree filled from a table of likely successors, which every verified row updates.
 
     keep: share one table between all calls with the same target ("hot start"); else begin empty. prompt: also learn from the rows of the
-    prompt, which the original does not. table: int32 [V, 8], likeliest first, -1 where nothing was seen; a saved one may be assigned.
+    prompt, which the original does not. table: int32 [V, 8], likeliest first, -1 where nothing was seen; a saved one may be given.
     """
 
     keep: bool = True
     prompt: bool = True
-    table: np.ndarray | None = field(default=None, repr=False)
+    table: Any = field(default=None, repr=False)
     wants: Wants = field(default=Wants(), init=False, repr=False)
 
     def __post_init__(self) -> None:

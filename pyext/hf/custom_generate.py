@@ -8,7 +8,7 @@ same loop, drafters and verifiers as its own models use. Any batch size, greedy 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -110,7 +110,9 @@ class CustomGenerate:
         if self.streamer is not None:
             self.streamer.end()
         ids = _joined(input_ids, [out.token_ids for out in self.outputs], generation_config)
-        return GenerateDecoderOnlyOutput(sequences=ids) if generation_config.return_dict_in_generate else ids
+        if not generation_config.return_dict_in_generate:
+            return ids
+        return GenerateDecoderOnlyOutput(sequences=cast(torch.LongTensor, ids))
 
     def _wrapped(self, model: PreTrainedModel) -> HFModel:
         """The target; the same object from call to call, so that what a drafter learned of it stays with it."""
@@ -129,6 +131,8 @@ class _Params(SamplingParams):
     processors: LogitsProcessorList | None = None
     padding: tuple[int, ...] = ()
     device: torch.device = torch.device("cpu")
+    index: int = 0
+    batch: int = 1
 
     def row(self, ids: Sequence[int]) -> Tensor:
         """Ids as generate's parts see them: int64 [1, L], the padding in front."""
@@ -143,11 +147,19 @@ class _Params(SamplingParams):
 class _Processed(Sampling):
     """A Sampling whose distributions are those that generate would sample from."""
 
+    params: Sequence[_Params]
+
     def scores(self, b: int, logits_row: np.ndarray, path: Sequence[int]) -> Tensor:
         """What the processors make of a row behind `path`, float32 [V]."""
         params = self.params[b]
-        ids = params.row([*self.text[b], *path])
-        return params.processors(ids, torch.tensor(logits_row, device=params.device)[None])[0]
+        ids, scores = params.row([*self.text[b], *path]), torch.tensor(logits_row, device=params.device)[None]
+        for processor in params.processors or ():
+            if _knows_batch(processor, params.batch):  # it finds its row by number: fill the others with copies
+                whole = processor(ids.expand(params.batch, -1), scores.repeat(params.batch, 1))
+                scores = whole[params.index : params.index + 1]
+            else:
+                scores = processor(ids, scores)
+        return scores[0]
 
     def probabilities(self, b: int, logits_row: np.ndarray, path: Sequence[int] = ()) -> np.ndarray:
         """Their softmax, float64 [V]; greedy: 1 at the largest."""
@@ -168,11 +180,19 @@ class _Processed(Sampling):
         return self.draw(b, logits_of(out, row), path) if self.params[b].needs_logits else int(out.argmax[row])
 
 
+def _knows_batch(processor: Any, batch: int) -> bool:
+    """Whether a logits processor may keep something for each row of the batch. Of those we did not look at, assume it."""
+    if batch == 1:
+        return False
+    own = isinstance(processor, PrefixConstrainedLogitsProcessor) or not type(processor).__module__.startswith("transformers.")
+    return own or any(isinstance(x, Tensor) and x.ndim and len(x) == batch for x in vars(processor).values())
+
+
 def _judge(tree: TokenTree, out: Any, sampling: Sampling) -> Verdict:
     """The exact verifier for this tree, over generate's distributions."""
     chain = len(set(zip(np.repeat(np.arange(tree.B), tree.rows).tolist(), tree.parent.tolist(), strict=True))) == tree.M
     verify = verifiers.get(choose_verifier(tree.mode, sampling.params, chain))()
-    return verify(tree, out, _Processed(sampling.params, sampling.text))
+    return verify(tree, out, _Processed(cast(Sequence[_Params], sampling.params), sampling.text))
 
 
 def _params(config: Any, processors: LogitsProcessorList, input_ids: Tensor, paddings: list[int]) -> list[_Params]:
@@ -184,8 +204,16 @@ def _params(config: Any, processors: LogitsProcessorList, input_ids: Tensor, pad
         known = {"temperature": 1.0, **{key: value for key, value in wanted.items() if value is not None}}
         seeds = torch.randint(1 << 62, (len(input_ids),)).tolist()
     return [
-        _Params(**known, seed=seed, processors=processors, padding=tuple(row[:pads].tolist()), device=input_ids.device)
-        for row, pads, seed in zip(input_ids, paddings, seeds, strict=True)
+        _Params(
+            **known,
+            seed=seeds[i],
+            processors=processors,
+            padding=tuple(row[: paddings[i]].tolist()),
+            device=input_ids.device,
+            index=i,
+            batch=len(input_ids),
+        )
+        for i, row in enumerate(input_ids)
     ]
 
 
@@ -216,7 +244,7 @@ def _refuse(config: Any, processors: LogitsProcessorList, model_kwargs: dict[str
     if held:
         raise ValueError(f"{_WHO}: past_key_values holds {held} tokens; takes none, it keeps a cache of its own. Leave it out.")
     for processor in processors:
-        if isinstance(processor, _STATEFUL) or (isinstance(processor, PrefixConstrainedLogitsProcessor) and len(input_ids) > 1):
+        if isinstance(processor, _STATEFUL):
             name = type(processor).__name__
             raise ValueError(f"{_WHO}: {name} is among the logits processors; takes functions of one row and its ids. Leave it out.")
 

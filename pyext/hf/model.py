@@ -7,7 +7,7 @@ moves only those accepted rows that do not lie in a row already.
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,23 +17,11 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ramify.errors import UnsupportedModelError
+from ramify.model.model import StepOut
 from ramify.tree import MAX_ROWS, TokenTree
 
 PREFILL_ROWS = 512
 FULL, SLIDING = "full_attention", "sliding_attention"
-
-
-@dataclass
-class StepOut:
-    """Results of the packed rows of a step, numpy on the host; what was not asked for is None."""
-
-    argmax: np.ndarray
-    top: np.ndarray
-    lse: np.ndarray
-    topk_ids: np.ndarray | None = None
-    topk_values: np.ndarray | None = None
-    logits: np.ndarray | None = None
-    taps: dict[int, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -114,7 +102,7 @@ class HFModel:
         topk: int = 0,
         logits: bool = False,
     ) -> StepOut:
-        """Rows first[b] and later of every sequence of the tree (all by default), packed. A tap is the residual stream behind a layer.
+        """Rows first[b] and later of every sequence of the tree (all by default), packed. taps[i] is the hidden state after i layers.
 
         Raises ValueError when the logits of a row are not finite.
         """
@@ -164,7 +152,7 @@ class HFModel:
             output_hidden_states=bool(taps),
             **({"logits_to_keep": 1} if last and self._keeps_logits else {}),
         )
-        return out.logits, {layer: out.hidden_states[layer + 1] for layer in taps}
+        return out.logits, {layer: out.hidden_states[layer] for layer in taps}
 
     def _mask(self, sees: np.ndarray) -> Tensor:
         """[B, 1, T, width]: true where a row sees a key, or for eager attention what is added to the scores."""
@@ -183,7 +171,7 @@ class HFCache:
         self.lengths = np.zeros(len(self.capacities), np.int32)
         self.step = _Step([], [], 0)
         self.layers = [_Layer(self) for _ in range(layers)]
-        self.handed = Cache(layers=self.layers)
+        self.handed = Cache(layers=[*self.layers])
         self._place = {slot: slot for slot in range(len(self.capacities))}  # slot -> row of the stored tensors
 
     def of(self, slots: Sequence[int]) -> "HFView":
@@ -259,6 +247,8 @@ class _Layer(CacheLayerMixin):
     is_sliding = False
     is_croppable = False
     is_compileable = False
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, owner: HFCache) -> None:
         super().__init__()

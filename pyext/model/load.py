@@ -26,9 +26,6 @@ def load(model: str | Path, dtype: str = "bf16", weights: str | None = None, dev
     if str(device) != "cpu":
         raise ValueError(f'load: device is "{device}"; takes "cpu": the GPU backends are not built yet.')
     folder = Path(__file__).parent.parent / "zoo" / "weights" / ZOO[str(model)] if str(model) in ZOO else Path(model)
-    checkpoint = Checkpoint(folder)
-    config = checkpoint.config
-    if str(model) in ZOO:
-        object.__setattr__(config, "name", str(model))
+    checkpoint = Checkpoint(folder, name=str(model) if str(model) in ZOO else None)
     loaded = Weights.load(checkpoint, DTYPES[str(dtype).removeprefix("torch.")])
-    return Model(config, loaded, Tokenizer.from_folder(folder))
+    return Model(checkpoint.config, loaded, Tokenizer.from_folder(folder))

@@ -34,7 +34,7 @@ class Op:
         outputs: Iterable[str],
         allocate: Callable[..., Outputs],
         sizes: Callable[..., dict[str, Any]],
-        reference: Callable[..., Outputs],
+        reference: Callable[..., Any],
         cpu: Callable[..., None] | None = None,
     ) -> None:
         self.name, _, overload = name.partition(".")

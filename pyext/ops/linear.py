@@ -29,6 +29,8 @@ def linear(
     check = Shapes("linear")
     check("x", x, "... K", FLOATS)
     check("weight", weight, "N K", FLOATS)
+    if x.shape[-1] == 0:
+        raise check.fail(f"x is {list(x.shape)}", "one column or more")
     shape = (*x.shape[:-1], weight.shape[0])
     if bias is not None:
         check("bias", bias, "N", FLOATS)

@@ -17,7 +17,7 @@ from ramify.model.rope import rope_tables
 
 @dataclass
 class ModelRows:
-    """`logits` f32 [T, V]; `taps[i]` f32 [T, hidden]: the residual stream after layer i, before any norm."""
+    """`logits` f32 [T, V]; `taps[i]` f32 [T, hidden]: the hidden state after i layers, before the norm that follows."""
 
     logits: Tensor
     taps: dict[int, Tensor] = field(default_factory=dict)
@@ -47,13 +47,15 @@ def forward(
     x = weights["embed"].float()[tokens]
     out = ModelRows(logits=x)
     for i in range(config.num_layers):
+        if i in taps:
+            out.taps[i] = x
         w = {name.removeprefix(f"layers.{i}."): t.float() for name, t in weights.items() if name.startswith(f"layers.{i}.")}
         window = config.sliding_windows[i]
         visible = mask if window is None else mask & (distance < window)
         x = x + _attention(w, config, rms_norm(x, w["attn_norm"], config.norm_eps), cos, sin, visible)
         x = x + _mlp(w, rms_norm(x, w["mlp_norm"], config.norm_eps))
-        if i in taps:
-            out.taps[i] = x
+    if config.num_layers in taps:
+        out.taps[config.num_layers] = x
     head = weights["embed" if config.tied_embeddings else "lm_head"].float()
     out.logits = rms_norm(x, weights["final_norm"].float(), config.norm_eps) @ head.T
     return out

@@ -75,10 +75,12 @@ def verify_sample(
     """
     if mode not in ("det", "iid", "wor"):
         raise ValueError(f'verify_sample: mode is "{mode}"; takes det, iid or wor. Say how the children were chosen.')
+    if mode != "det" and q is None:
+        raise ValueError(f'verify_sample: q is None and mode is "{mode}"; takes [B, T, V]. Give what the children were drawn from.')
 
     def decide(b: int, row: int, children: list[int]) -> tuple[int, int]:
         target = p[b, row].double()
-        if mode == "det" or not children:
+        if q is None or mode == "det" or not children:
             token = _draw(target, float(u[b, row, 0]))
             return token, _holding(tokens[b], children, token)
         draft = q[b, row].double() / q[b, row].double().sum()

@@ -76,7 +76,8 @@ def measure(model: Any) -> list[float]:
     tokens = [(i * 7919) % config.vocab_size for i in range(MAX_ROWS + context)]
     cache = model.new_cache([context])
     model.prefill([tokens[:context]], cache, slots=[0])
-    view, seconds = cache.of([0]), []
+    view = cache.of([0])
+    seconds: list[float] = []
     for rows in BUCKETS:
         if context + rows > config.max_positions or (seconds and seconds[-1] > _PATIENCE):
             seconds.append(2 * seconds[-1] if seconds else 1.0)

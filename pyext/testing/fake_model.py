@@ -104,6 +104,8 @@ class FakeModel:
         for slot, prompt in zip(range(len(prompts)) if slots is None else slots, prompts, strict=True):
             if not len(prompt):
                 raise ValueError(f"prefill: prompt of slot {slot} is empty; takes one token or more.")
+            self._check_ids(prompt, slot)
+            cache.region = None
             for at in range(0, len(prompt), chunk):
                 part = list(prompt[at : at + chunk])
                 text = cache.tokens[slot]
@@ -126,13 +128,13 @@ class FakeModel:
         if tree.B != len(view.slots):
             raise ValueError(f"forward: tree has {tree.B} sequences; takes {len(view.slots)}, as the view has.")
         texts = []
+        view.cache.take_region(view, first is not None)
         for b, slot in enumerate(view.slots):
             span = tree.span(b)
             skip = 0 if first is None else int(first[b])
             tokens, seen = tree.tokens[span].tolist(), _seen(tree.ancestors[span])
             rows = view.cache.draft(slot, tokens, seen, skip)
-            if max(tokens) >= self.config.vocab_size:
-                raise ValueError(f"forward: token {max(tokens)} in sequence {b}; takes 0 to {self.config.vocab_size - 1}.")
+            self._check_ids(tokens, slot)
             committed = view.cache.tokens[slot]
             deepest = len(committed) + int(tree.depth[span].max())
             if deepest >= self.config.max_positions:
@@ -146,6 +148,10 @@ class FakeModel:
         for token in text[-self.order :]:
             key = (key * 1000003 + int(token) + 1) & 0xFFFFFFFF
         return (key ^ key >> 15) % len(self.table)
+
+    def _check_ids(self, tokens: Sequence[int], slot: int) -> None:
+        if not 0 <= min(tokens) <= max(tokens) < self.config.vocab_size:
+            raise ValueError(f"forward: ids {min(tokens)} to {max(tokens)} in slot {slot}; takes 0 to {self.config.vocab_size - 1}.")
 
     def _rows(self, texts: list[list[int]], topk: int, logits: bool, taps: Sequence[int]) -> FakeOut:
         if self._last is not None:
@@ -180,6 +186,8 @@ class FakeCache:
         """Committed tokens of a slot at the time it was freed."""
         self.drafts: list[list[tuple[int, list[int]]]] = [[] for _ in capacities]
         self.live = [True] * len(self.capacities)
+        self.region: FakeView | None = None
+        """The view whose rows the draft region holds: one region serves one set of sequences at a time."""
 
     def of(self, slots: Sequence[int]) -> "FakeView":
         """A view of some slots, one per sequence of a tree."""
@@ -200,6 +208,14 @@ class FakeCache:
             raise ValueError(f"cache: {came} tokens in slot {slot}; takes {room}, its capacity.")
         self.tokens[slot] += tokens
         self.drafts[slot] = []
+
+    def take_region(self, view: "FakeView", again: bool) -> None:
+        """Give the draft region to a view; `again`: it must have it already."""
+        if again and self.region is not view:
+            raise ValueError("forward: first came with another view than that of the forward before; takes the same view for one tree.")
+        self.region = view
+        if not again:
+            self.drafts = [[] for _ in self.drafts]
 
     def draft(self, slot: int, tokens: list[int], seen: list[list[int]], skip: int) -> range:
         """Put rows into the draft region after the `skip` that are there; returns which rows are new."""
@@ -225,6 +241,9 @@ class FakeView:
 
     def commit(self, paths: Sequence[np.ndarray]) -> None:
         """Keep these draft rows, each a path from row 0; forget the others."""
+        if self.cache.region is not self:
+            raise ValueError("commit: no forward of this view has filled the draft region.")
+        self.cache.region = None
         for slot, path in zip(self.slots, paths, strict=True):
             rows = [int(row) for row in path]
             draft = self.cache.drafts[slot]

@@ -254,7 +254,8 @@ def _tree_shape(links: tuple[tuple[int, ...], ...]) -> Shape:
     start = [0]
     for b, parents in enumerate(links):
         _check_parents(b, parents, MAX_ROWS)
-        first, seen = len(depth), []
+        first = len(depth)
+        seen: list[int] = []
         for row, parent in enumerate(parents):
             above = seen[parent] if parent >= 0 else 0
             seen.append(above | 1 << row)

@@ -94,6 +94,8 @@ class Walk:
 
     def q(self) -> np.ndarray:
         """Return what the children of this row were drawn from, float64 [V], summing to 1 (a copy)."""
+        if self.tree.q is None:
+            raise ValueError(f"verify: tree.q is None and row {self.row} has children; takes float32 [M, V]. Give what drew them.")
         q = self.tree.q[self.row].astype(np.float64)
         total = q.sum()
         if not 0 < total < np.inf or q.min() < 0:

@@ -79,3 +79,13 @@ def test_traceback_on_request():
 
 def test_table_columns():
     assert table(["name", "n"], [["a", "1"], ["long one", "100"]]) == "name        n\na           1\nlong one  100"
+
+
+def test_the_demo_begins_with_held_out_source():
+    from ramify.cli import demo
+    from ramify.zoo.corpus import held_out_texts
+
+    text = demo.prompt()
+    assert held_out_texts()[demo.MODULE].startswith(text) and len(text.splitlines()) == demo.LINES
+    with pytest.raises(ValueError, match="module is antigravity"):
+        demo.prompt("antigravity")

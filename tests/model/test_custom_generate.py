@@ -171,6 +171,14 @@ def test_greedy_is_generate(name, method):
         assert steps(decoder) == NEW
 
 
+def test_measured_width_and_auto():
+    """Whatever the size policy finds on this machine, and whichever method `auto` takes, the text stays."""
+    model, inputs = build("llama"), batch([5, 12])
+    plain = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    for method in ("token_recycling", "auto"):
+        assert torch.equal(model.generate(**inputs, max_new_tokens=NEW, do_sample=False, custom_generate=CustomGenerate(method)), plain)
+
+
 @pytest.mark.parametrize("method", ["draft_chain", "draft_tree"])
 def test_draft_model(method):
     """With the target itself as the drafter every guess of a chain is right."""
@@ -189,6 +197,7 @@ def test_ends_of_texts():
     """End-of-text ids, stopping criteria and padding on the right, for a ragged batch whose texts end apart."""
     model = build("llama")
     inputs = batch([4, 9, 6, 11, 5])
+    assert inputs["input_ids"].shape[1] == 11
     free = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)[:, 11:]
     eos = [int(free[0, 20]), int(free[1, 33])]
 
@@ -196,7 +205,11 @@ def test_ends_of_texts():
         return (ids[:, -1] % 3 == 0) & (ids[:, -2] % 3 == 0) & (ids[:, -3] % 3 == 0)
 
     settings = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
-    for extra in ({"eos_token_id": eos}, {"stopping_criteria": [three_in_a_row]}, {"eos_token_id": eos[:1], "min_new_tokens": 30}):
+    for extra in (
+        {"eos_token_id": eos},
+        {"eos_token_id": eos[1:], "stopping_criteria": [three_in_a_row]},
+        {"eos_token_id": eos[:1], "min_new_tokens": 30},
+    ):
         plain = model.generate(**inputs, **settings, **extra)
         for method in METHODS:
             ours = model.generate(**inputs, **settings, **extra, custom_generate=CustomGenerate(method, **METHODS[method]))
@@ -208,6 +221,7 @@ def test_processors_see_their_own_path():
     model = build("llama")
     inputs = batch([8, 5])
     settings = {"max_new_tokens": NEW, "do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2}
+    settings["prefix_allowed_tokens_fn"] = lambda row, ids: range(row, VOCAB - 20 * row)  # differs from row to row
     plain = model.generate(**inputs, **settings)
     assert not torch.equal(plain, model.generate(**inputs, max_new_tokens=NEW, do_sample=False))
     for method in METHODS:
@@ -282,7 +296,7 @@ def test_refusals():
         ({"num_beams": 2}, "num_beams"),
         ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
         ({"attention_mask": inputs["attention_mask"].flip(1)}, "left"),
-        ({"prefix_allowed_tokens_fn": lambda batch_id, ids: [1, 2]}, "PrefixConstrained"),
+        ({"guidance_scale": 2.0}, "UnbatchedClassifierFreeGuidance"),
     ):
         with pytest.raises(ValueError, match=says) as caught:
             model.generate(**{**inputs, **settings}, max_new_tokens=4, custom_generate=run)

@@ -69,9 +69,10 @@ def test_logits_equal_transformers(case, tmp_path):
     with torch.no_grad():
         theirs = model(ids, output_hidden_states=True)
     for row, tokens in enumerate(ids):
-        ours = forward(weights, checkpoint.config, tokens, taps=(0,))
+        ours = forward(weights, checkpoint.config, tokens, taps=(0, 1))
         torch.testing.assert_close(ours.logits, theirs.logits[row], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(ours.taps[0], theirs.hidden_states[1][row], atol=1e-4, rtol=1e-4)
+        for i in (0, 1):
+            torch.testing.assert_close(ours.taps[i], theirs.hidden_states[i][row], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("case", ["llama", "mistral_window", "qwen3"])

@@ -60,8 +60,10 @@ def test_against_reference(backend, level, dtype, kv_dtype, shape):
 @pytest.mark.parametrize("page", [None, 16])
 def test_window(backend, level, window, sink, page):
     case = attention_case([0, 2, 70, 512, 690], 40, tree="bushy", tail_rows=[40, 3, 40, 17, 40], page=page, seed=window)
+    deep = attention_case([30], 100, tree="chain", page=page, seed=window)  # positions that only a second ancestor word tells
     with running(backend, level):
         check(case, window=window, sink=sink)
+        check(deep, window=window, sink=sink)
 
 
 @pytest.mark.parametrize(("backend", "level"), runs("tree_attention"))
@@ -127,7 +129,8 @@ def test_layout_leaves_no_trace(level, dtype):
     """Contiguous, padded and paged caches of the same numbers give the same bits."""
     case = attention_case([513, 70], 12, dtype=dtype, tree="random", seed=3)
     S = 640
-    k, v = (torch.zeros(2, S, *x.shape[2:], dtype=x.dtype).index_copy_(1, torch.arange(x.shape[1]), x.nan_to_num()) for x in (case.k, case.v))
+    k, v = torch.zeros(2, 2, S, *case.k.shape[2:], dtype=dtype)
+    k[:, : case.k.shape[1]], v[:, : case.v.shape[1]] = case.k.nan_to_num(), case.v.nan_to_num()
     with running("cpu", level):
         want = ops.tree_attention(case.q, k, v, *case.tensors[3:])
         assert torch.equal(ops.tree_attention(*case.tensors), want)
@@ -176,7 +179,7 @@ def test_accepts_full_width_and_says_what_it_does_not_take():
     q, k, v, tail_k, tail_v, words, n = attention_case([9, 4], 5, 4, 2, 64).tensors
     good = {"q": q, "k": k, "v": v, "tail_k": tail_k, "tail_v": tail_v, "ancestors": words, "prefix_len": n}
     later, lost = words.clone(), words.clone()
-    later[1, 2, 0] |= 1 << 4
+    later[1, 2, 0] |= 1 << 3
     lost[0, 3, 0] &= ~(1 << 3)
     wide = attention_case([3], MAX_ROWS + 1, 1, 1, 64)
     bad = [
@@ -186,8 +189,7 @@ def test_accepts_full_width_and_says_what_it_does_not_take():
         (TypeError, 'q is "a string"; takes a tensor', {"q": "a string"}),
         (TypeError, "k is bfloat16; takes float32, as tail_k is", {"k": k.bfloat16(), "v": v.bfloat16()}),
         (TypeError, "v is bfloat16", {"v": v.bfloat16()}),
-        (ValueError, "q has 4 heads and k has 3", {"k": k[:, :, :1].expand(-1, -1, 3, -1), "v": v[:, :, :1].expand(-1, -1, 3, -1),
-                                                     "tail_k": tail_k[:, :, :1].expand(-1, -1, 3, -1), "tail_v": tail_v[:, :, :1].expand(-1, -1, 3, -1)}),
+        (ValueError, "q has 4 heads and k has 3", {name: good[name][:, :, [0, 0, 0]] for name in ("k", "v", "tail_k", "tail_v")}),
         (ValueError, "q is [2, 5, 4]; takes 4 axes", {"q": q[..., 0].contiguous()}),
         (ValueError, "T = 5, as in q", {"tail_v": tail_v[:, :4]}),
         (ValueError, "B = 2, as in q", {"prefix_len": n[:1]}),
@@ -204,7 +206,7 @@ def test_accepts_full_width_and_says_what_it_does_not_take():
         (TypeError, "out is list", {"out": [q]}),
         (ValueError, "out is [2, 5, 4, 32]", {"out": torch.empty(2, 5, 4, 32)}),
         (TypeError, "tuple of 2", {"out": q, "return_lse": True}),
-        (ValueError, "page_table[0] names a page", {"k": k[0].unsqueeze(1), "v": v[0].unsqueeze(1), "page_table": torch.full((2, 9), 99, dtype=torch.int32)}),
+        (ValueError, "page_table[0] names a page", {"k": k[0, :, None], "v": v[0, :, None], "page_table": torch.full((2, 9), 99).int()}),
         (ValueError, f"q has {MAX_ROWS + 1} rows", dict(zip(good, wide.tensors))),
     ]  # fmt: skip
     for kind, said, change in bad:

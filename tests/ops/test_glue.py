@@ -35,7 +35,9 @@ def angles(P, half):
 def test_rms_norm(backend, level, dtype, shape):
     x, residual, weight = normal(*shape, dtype=dtype), normal(*shape, dtype=dtype, seed=1), normal(shape[-1], dtype=dtype, seed=2)
     with running(backend, level):
-        close(ops.rms_norm(x, weight, eps=1e-5, out=padded(poisoned(shape, dtype))), reference.rms_norm(x.double(), weight.double(), eps=1e-5))
+        close(
+            ops.rms_norm(x, weight, eps=1e-5, out=padded(poisoned(shape, dtype))), reference.rms_norm(x.double(), weight.double(), eps=1e-5)
+        )
         out = padded(poisoned(shape, dtype)), padded(poisoned(shape, dtype))
         normed, summed = ops.rms_norm(x, weight, residual, out=out)
     assert torch.equal(summed, x + residual)  # one addition, one rounding: nothing to be close about
@@ -44,7 +46,9 @@ def test_rms_norm(backend, level, dtype, shape):
 
 @DTYPES
 @pytest.mark.parametrize(("backend", "level"), runs("rope"))
-@pytest.mark.parametrize(("lead", "H", "D", "R"), [((1,), 1, 2, 2), ((5,), 3, 64, 64), ((2, 7), 4, 96, 96), ((2, 3), 2, 128, 32), ((), 2, 8, 8)], ids=str)
+@pytest.mark.parametrize(
+    ("lead", "H", "D", "R"), [((1,), 1, 2, 2), ((5,), 3, 64, 64), ((2, 7), 4, 96, 96), ((2, 3), 2, 128, 32), ((), 2, 8, 8)], ids=str
+)
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
 def test_rope(backend, level, dtype, lead, H, D, R, index):
     if level and R < D:
@@ -54,7 +58,7 @@ def test_rope(backend, level, dtype, lead, H, D, R, index):
     with running(backend, level):
         got = ops.rope(x, cos, sin, positions, out=padded(poisoned(x.shape, dtype)))
     pairs = x.double().abs()
-    pairs[..., :R] = (pairs[..., :R] + pairs[..., :R].roll(R // 2, -1))  # a result is a sum of two terms of either sign
+    pairs[..., :R] = pairs[..., :R] + pairs[..., :R].roll(R // 2, -1)  # a result is a sum of two terms of either sign
     close(got, reference.rope(x.double(), cos.double(), sin.double(), positions), scale=pairs)
 
 

@@ -11,12 +11,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
+QUICK = {"RAMIFY_CUDA": "off", "RAMIFY_CXXFLAGS": "-O0 -Wno-all"}  # what is built is looked at, not run fast
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def run(*command, cwd, **environment):
     """Run a command of this interpreter's environment, without a GPU compiler."""
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, "RAMIFY_CUDA": "off", **environment})
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **QUICK, **environment})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

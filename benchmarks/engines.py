@@ -1,0 +1,217 @@
+"""What decodes in end_to_end: transformers and ramify, each behind one call that returns a Run; and the models they decode."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Generate = Callable[[list[int], int, float, int], "Run"]
+"""(prompt ids, new tokens, temperature, seed) -> Run."""
+
+
+@dataclass
+class Run:
+    """One generation, without its prompt."""
+
+    tokens: list[int]
+    steps: int  # forward passes of the target
+    decode_seconds: float  # all but the prompt's forward pass
+    decode_steps: int  # steps inside decode_seconds
+    phases: dict[str, float] = field(default_factory=dict)  # ramify's own account
+
+
+# ---- models
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama of random weights."""
+
+    title: str
+    hidden: int
+    layers: int
+    heads: int
+    inner: int
+    vocabulary: int
+
+
+SHAPES = {
+    "160m": Shape("160 M parameter Llama, random weights", hidden=768, layers=12, heads=12, inner=3072, vocabulary=32000),
+    "tiny": Shape("tiny Llama, random weights", hidden=128, layers=2, heads=2, inner=256, vocabulary=4096),
+}
+
+
+def zoo_folder(folder: Path | None, part: str) -> Path:
+    """Folder of the zoo's "target" or "drafter". ValueError when the weights are not there."""
+    import ramify.zoo
+
+    found = (folder or Path(ramify.zoo.__file__).parent / "weights") / part
+    if not (found / "config.json").exists():
+        raise ValueError(f"end_to_end: the zoo {part} is not there; python -m ramify.zoo.train makes one, --zoo names its folder.")
+    return found
+
+
+def random_model(name: str) -> Path:
+    """Folder of a random-weight model in bf16, built once under the user's cache folder."""
+    shape = SHAPES[name]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ramify" / "benchmarks"
+    folder = cache / f"llama-{name}-{shape.hidden}x{shape.layers}"
+    if (folder / "config.json").exists():
+        return folder
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    quiet()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        head_dim=shape.hidden // shape.heads,
+        intermediate_size=shape.inner,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        dtype="bfloat16",
+    )
+    part = cache / f".{folder.name}.{os.getpid()}"
+    try:
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(part)
+        part.rename(folder)  # whole or not at all
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def quiet() -> None:
+    """No progress bars and no advice of transformers between our tables."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def weights_read(folder: Path) -> int:
+    """Weights that a step reads: every parameter but an input embedding of its own, of which it reads single rows."""
+    from safetensors import safe_open
+
+    tied = json.loads((folder / "config.json").read_text()).get("tie_word_embeddings", False)
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118, safe_open is no dict
+                size = tensors.get_slice(name).get_shape()
+                if tied or "embed_tokens" not in name:
+                    total += torch.Size(size).numel()
+    return total
+
+
+# ---- engines
+
+NO_SECOND = "no second model has this vocabulary"
+
+
+class Transformers:
+    """A Hugging Face model as its users run it."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        from transformers import AutoModelForCausalLM
+
+        quiet()
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        self._stamps: list[float] = []
+        self.model.register_forward_hook(lambda *_: self._stamps.append(time.perf_counter()))
+
+    @torch.inference_mode()
+    def run(self, prompt: list[int], new_tokens: int, temperature: float, seed: int, **extra: Any) -> Run:
+        """`generate` with these further arguments (an assistant, prompt lookup)."""
+        torch.manual_seed(seed)
+        self._stamps.clear()
+        ids = torch.tensor([prompt])
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, pad_token_id=0, **sampling, **extra)
+        seconds, steps = time.perf_counter() - self._stamps[0], len(self._stamps)
+        return Run(out[0, len(prompt) :].tolist(), steps, seconds, steps - 1)
+
+
+def transformers_entries(folder: Path, drafter: Path | None, dtypes: tuple[str, ...]) -> dict[str, tuple[Generate | None, dict]]:
+    """Provider name -> (how to run it, facts of its row). A dtype more than twice as slow as the best in a first look is left out."""
+    named = {"bf16": torch.bfloat16, "f32": torch.float32}
+    engines = {dtype: Transformers(folder, named[dtype]) for dtype in dtypes}
+    seconds = {dtype: _first_look(engine) for dtype, engine in engines.items()}
+    best = min(seconds, key=seconds.__getitem__)
+    entries: dict[str, tuple[Generate | None, dict]] = {}
+    for dtype, engine in engines.items():
+        slow = seconds[dtype] / seconds[best]
+        facts = {"dtype": dtype, "backend": "transformers", "baseline": True}
+        if slow > 2:
+            facts["reason"] = f"{slow:.1f} times slower than {best} in a first look"
+        entries[f"transformers generate, {dtype}"] = (None if slow > 2 else engine.run, facts)
+    engine, facts = engines[best], {"dtype": best, "backend": "transformers", "baseline": False}
+    lookup = "transformers prompt lookup"
+    entries[lookup] = (lambda *a: engine.run(*a, prompt_lookup_num_tokens=10), facts)
+    if drafter:
+        assistant = Transformers(drafter, named[best]).model
+        entries["transformers assistant model"] = (lambda *a: engine.run(*a, assistant_model=assistant), facts)
+    else:
+        entries["transformers assistant model"] = (None, {**facts, "reason": NO_SECOND})
+    return entries
+
+
+def _first_look(engine: Transformers) -> float:
+    engine.run(list(range(1, 17)), 2, 0.0, 0)
+    return engine.run(list(range(1, 17)), 8, 0.0, 0).decode_seconds
+
+
+def ramify_entries(folder: Path, drafter: Path | None, methods: list[str]) -> dict[str, tuple[Generate | None, dict]]:
+    """The same for ramify: one entry per method, all on one model."""
+    from benchmarks.report import isa
+
+    facts = {"dtype": "bf16", "backend": f"ramify {isa()}", "baseline": False}
+    try:
+        import ramify
+
+        model = ramify.load(folder, dtype="bf16")
+        second = ramify.load(drafter, dtype="bf16") if drafter else None
+        names = methods or default_methods()
+    except (ImportError, AttributeError, OSError) as error:
+        return {"ramify plain": (None, {**facts, "reason": f"{type(error).__name__}: {error}".splitlines()[0], "status": "not installed"})}
+
+    def run(method: str, prompt: list[int], new_tokens: int, temperature: float, seed: int) -> Run:
+        [out] = ramify.generate(
+            model, [prompt], method=method, drafter=second, max_new_tokens=new_tokens, temperature=temperature, seed=seed
+        )
+        spent = sum(seconds for phase, seconds in out.stats.seconds.items() if phase != "prefill")
+        return Run(list(out.token_ids), out.stats.steps, spent, out.stats.steps, dict(out.stats.seconds))
+
+    entries: dict[str, tuple[Generate | None, dict]] = {}
+    for name in names:
+        if second is None and needs_model(name):
+            entries[f"ramify {name}"] = (None, {**facts, "reason": NO_SECOND})
+        else:
+            entries[f"ramify {name}"] = (lambda *a, name=name: run(name, *a), facts)
+    return entries
+
+
+def needs_model(method: str) -> bool:
+    """Whether a method drafts with a second model."""
+    from ramify.registry import drafter
+
+    return getattr(drafter.get(method.partition(":")[0]), "takes_model", "no") == "yes"
+
+
+def default_methods() -> list[str]:
+    """plain, every method that `auto` picks among, and auto."""
+    from ramify.registry import drafter
+
+    portfolio = [method.name for method in drafter.all() if getattr(method, "portfolio", False) and method.name != "plain"]
+    return ["plain", *portfolio, *(["auto"] if "auto" in drafter.names() else [])]

@@ -1,0 +1,116 @@
+"""Each benchmark runs with --quick on tiny shapes, its document is of the schema, its picture is a picture; and the probes answer."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import end_to_end, engines, probes, report, tree_attention
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def run(main, folder, *words):
+    json_file, png = folder / "out.json", folder / "out.png"
+    code = main(["--quick", "--threads", "1", "--rounds", "1", "--json", str(json_file), "--plot", str(png), *words])
+    doc = json.loads(json_file.read_text())
+    report.validate(doc)
+    assert png.read_bytes().startswith(b"\x89PNG")
+    return code, doc
+
+
+def test_tree_attention(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    code, doc = run(tree_attention.main, tmp_path, "--only", "dtype=f32")
+    rows = {(row["provider"], row["shape"]["T"]): row for row in doc["rows"]}
+    assert code == 0 and len(rows) == 8
+    for row in rows.values():
+        assert row["status"] == "ok" and row["max_error"] < 1e-4 and row["share_of_floor"] > 0, row
+    assert rows["sdpa, heads packed by hand", 8]["ratio"] <= 1
+    assert "verdict: ramify" in capsys.readouterr().out
+
+
+def test_tree_attention_would_see_a_wrong_mask(tmp_path, monkeypatch):
+    words = tree_attention.words
+    monkeypatch.setattr(tree_attention, "words", lambda visible: words(torch.eye(len(visible), dtype=torch.bool)))  # no ancestors
+    code, doc = run(tree_attention.main, tmp_path, "--only", "dtype=f32", "--only", "T=8")
+    [row] = [row for row in doc["rows"] if row["provider"] == "ramify"]
+    assert row["status"] == "wrong" and "us" not in row and code == 1
+
+
+def test_random_tree_and_words():
+    rng = torch.Generator().manual_seed(5)
+    for T in (1, 2, 63, 64, 65, 200):
+        visible = tree_attention.random_tree(T, rng)
+        packed = tree_attention.words(visible)
+        assert packed.shape == (T, -(-T // 64))
+        for row in range(0, T, 7):
+            for other in range(T):
+                assert bool(int(packed[row, other >> 6]) >> (other & 63) & 1) == bool(visible[row, other])
+            above = visible[row].nonzero().flatten().tolist()
+            assert above[-1] == row and all(bool((visible[a] & ~visible[row]).sum() == 0) for a in above)
+
+
+def test_bad_axis_is_a_usage_error(capsys):
+    with pytest.raises(ValueError, match="axis is 'rows'"):
+        tree_attention.main(["--quick", "--only", "rows=3"])
+    with pytest.raises(ValueError, match="takes model or temperature"):
+        end_to_end.main(["--quick", "--only", "rows=3"])
+    with pytest.raises(SystemExit) as stop:
+        report.run_main(lambda _: tree_attention.main(["--only", "T"]))
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_end_to_end(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    words = ("--only", "model=tiny", "--methods", "plain,prompt_lookup,draft_chain", "--new-tokens", "6", "--zoo", str(tmp_path))
+    code, doc = run(end_to_end.main, tmp_path, *words)
+    rows = {row["provider"]: row for row in doc["rows"]}
+    assert code == 0
+    assert rows["transformers assistant model"]["status"] == "not run"
+    assert rows["ramify draft_chain"]["status"] == "not run"  # no second model has this vocabulary
+    for name in ("ramify plain", "ramify prompt_lookup", "transformers prompt lookup"):
+        assert rows[name]["status"] == "ok", rows[name]
+        assert rows[name]["tokens"] == 12 and rows[name]["tokens_per_step"] >= 1
+    assert rows["ramify plain"]["steps"] == 12 and rows["ramify prompt_lookup"]["identical"] == "2/2"
+    best = [row for row in doc["rows"] if row.get("ratio") == 1]
+    assert len(best) == 1 and best[0]["provider"].startswith("transformers generate")
+
+
+def test_a_lossless_method_that_parts_from_plain_has_no_speed():
+    same, other = (engines.Run([1, 2, last], 3, 0.1, 3) for last in (3, 4))
+    contest = object.__new__(end_to_end.Contest)
+    contest.prompts = {"argparse": [1]}
+    rows = {name: {"status": "ok", "us": {}, "tokens_per_second": 1.0} for name in ("ramify plain", "ramify x", "transformers generate")}
+    contest._identity(rows, {"ramify plain": [same], "ramify x": [other], "transformers generate": [other]}, 0.0)
+    assert rows["ramify x"]["status"] == "wrong" and "us" not in rows["ramify x"]
+    assert rows["ramify x"]["reason"] == "parts from plain at token 2 after argparse"
+    assert rows["transformers generate"]["status"] == "ok" and rows["transformers generate"]["identical"] == "0/1"
+
+
+def test_parting():
+    assert end_to_end.parting([1, 2], [1, 2]) is None
+    assert end_to_end.parting([1, 2], [1, 3]) == 1
+    assert end_to_end.parting([1, 2, 3], [1, 2]) == 2
+
+
+def test_floor_is_bytes_or_operations():
+    limits = probes.Limits("native", 2, read=10.0, read_one=8.0, peak={"fp32": 100.0})
+    assert limits.floor(10**9) == pytest.approx(0.1)
+    assert limits.floor(10**9, flops=10**12) == pytest.approx(10.0)
+    assert limits.floor(10**9, flops=10**12, arithmetic="bf16") == pytest.approx(10.0)  # no bf16 dot products: widened to fp32
+    assert probes.Limits("torch", 2, 10.0, 8.0, peak={"fp32": 100.0, "bf16": 1.0}).floor(0, 10**12, "bf16") == pytest.approx(10.0)
+    assert limits.floor(10**9, read=20.0) == pytest.approx(0.05)
+
+
+def test_probe_answers():
+    probe = probes.Probe(samples=1, block=8 << 20)
+    assert probe.read(1 << 20, 1) > 0.05 and probe.peak("fp32", 1) > 0.05
+    assert probe.peak("bf16", 1) >= 0

@@ -1,0 +1,108 @@
+"""Prompt lookup on hand-made strings: which place is copied from, how far, and when the copy moves on."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from ramify.draft.prompt_lookup import PromptLookup
+from ramify.verify import Verdict
+
+
+def guess(text, count, eos=(), **options):
+    """What follows `text` (letters) in the drafter's eyes, as letters."""
+    drafter = PromptLookup(**options)
+    drafter.bind(SimpleNamespace(config=SimpleNamespace(eos_token_ids=tuple(map(ord, eos)))), [])
+    drafter.begin([0], [list(map(ord, text))])
+    tree = drafter.propose([0], [ord(text[-1])], [count + 1])
+    return "".join(map(chr, tree.tokens[1:]))
+
+
+def emit(drafter, tokens, slot=0):
+    drafter.observe([slot], None, None, Verdict([np.arange(len(tokens), dtype=np.int32)], [list(map(ord, tokens))]))
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "told"),
+    [
+        ("abcXabcYab", {}, "cYa"),  # the latest "ab"
+        ("XbcPaabcQbc", {"longest": 2}, "Qbc"),
+        ("aXcbXdaX", {}, "cbX"),  # "aX" beats the later "X"
+        ("aXcbXdaX", {"longest": 1}, "daX"),
+        ("aXcbXdaX", {"shortest": 3}, ""),  # no trigram repeats
+        ("abcdef", {}, ""),
+        ("a", {}, ""),
+        ("aa", {}, "aaa"),  # the copy reads itself
+        ("abab", {}, "aba"),
+        ("abcabcab", {}, "cab"),
+    ],
+)
+def test_latest_and_longest(text, options, told):
+    assert guess(text, 3, **options) == told
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("abcdeb", "cde"),  # "b" stands once before
+        ("abXcbYdb", ""),  # "b" stands twice, "db" nowhere
+        ("abXcbYab", "Xcb"),  # "b" twice, "ab" once
+        ("abXabYab", ""),  # all ambiguous
+        ("xabXyabYxab", "XyabYxab"),  # three tokens are needed
+    ],
+)
+def test_unique_and_shortest(text, told):
+    assert guess(text, 8, anchor="unique")[: len(told)] == told
+    assert bool(guess(text, 8, anchor="unique")) == bool(told)
+
+
+def test_copy_ends_before_end_of_text():
+    assert guess("abc.abdab", 4) == "dab" + "d"
+    assert guess("ab.cdab", 4, eos=".") == ""
+    assert guess("abcd.ab", 4, eos=".") == "cd"
+
+
+def test_copy_goes_on_where_it_was():
+    """After an accepted copy the place is kept, even when the newest tokens also stand somewhere else, later."""
+    text = "abcdefgh cdX ab"
+    for copy_on, told in ((True, "ef"), (False, "X ")):
+        drafter = PromptLookup(longest=2, copy_on=copy_on)
+        drafter.bind(SimpleNamespace(config=SimpleNamespace(eos_token_ids=())), [])
+        drafter.begin([0], [list(map(ord, text))])
+        assert "".join(map(chr, drafter.propose([0], [ord("b")], [2]).tokens[1:])) == "c"
+        emit(drafter, "cd")
+        assert "".join(map(chr, drafter.propose([0], [ord("d")], [3]).tokens[1:])) == told
+
+
+def test_copy_ends_where_the_text_departs():
+    drafter = PromptLookup()
+    drafter.bind(SimpleNamespace(config=SimpleNamespace(eos_token_ids=())), [])
+    drafter.begin([0], [list(map(ord, "abcdefgh.gX.ab"))])
+    drafter.propose([0], [ord("b")], [4])
+    emit(drafter, "cg")
+    assert "".join(map(chr, drafter.propose([0], [ord("g")], [2]).tokens[1:])) == "X"
+
+
+def test_rows_are_prefixes_and_slots_are_apart():
+    drafter = PromptLookup()
+    drafter.bind(SimpleNamespace(config=SimpleNamespace(eos_token_ids=())), [])
+    prompts = [list(map(ord, text)) for text in ("abcdab", "xyz", "klmkl")]
+    drafter.begin([0, 2, 5], prompts)
+    wide = drafter.propose([0, 2, 5], [p[-1] for p in prompts], [7, 7, 7])
+    narrow = drafter.propose([0, 2, 5], [p[-1] for p in prompts], [3, 1, 2])
+    for b, n in enumerate((3, 1, 2)):
+        assert narrow.tokens[narrow.span(b)].tolist() == wide.tokens[wide.span(b)].tolist()[:n]
+    drafter.end([2])
+    emit(drafter, "cd", slot=0)
+    drafter.end([0, 5, 7])
+    assert not drafter._sources
+
+
+def test_bad_options():
+    for options, told in (
+        ({"shortest": 0}, "shortest is 0"),
+        ({"longest": 2, "shortest": 3}, "longest is 2"),
+        ({"anchor": "x"}, "anchor is"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            PromptLookup(**options)

@@ -1,0 +1,212 @@
+"""Size policies against a simulated machine: the clock is a formula, the drafter a rule, so every second is accounted for."""
+
+import json
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from ramify.registry import size_policy
+from ramify.size import _cost
+from ramify.size._cost import BUCKETS, CostTable, cost_table
+from ramify.size._experience import WIDTHS
+from ramify.size.measured import Measured
+from ramify.testing import FakeModel
+from ramify.tree import TokenTree
+from ramify.verify import Verdict
+
+STEP = 4e-4
+
+
+def cpu_like(rows):
+    """A step that grows slowly with its rows, as one bound by reading weights does."""
+    return STEP * (1 + 0.02 * rows)
+
+
+class Machine:
+    """Runs a policy against a drafter that offers `offers(n)` rows of n and of which `accepts(rows)` leading rows are taken."""
+
+    def __init__(self, policy, accepts, offers=lambda n: n, draft=lambda n: 0.0, step=cpu_like, batch=1):
+        self.policy, self.accepts, self.offers, self.draft, self.step, self.batch = policy, accepts, offers, draft, step, batch
+        self.seconds = self.tokens = 0.0
+        self.widths = []
+        policy.costs = CostTable([step(rows) for rows in BUCKETS])
+        policy.bind(None, [])
+
+    def run(self, steps):
+        for _ in range(steps):
+            [width] = set(self.policy.rows(list(range(self.batch)), [0] * self.batch))
+            rows = [max(1, min(width, self.offers(width))) for _ in range(self.batch)]
+            paths = [np.arange(1 + min(self.accepts(n), n - 1), dtype=np.int32) for n in rows]
+            tree = TokenTree.chains([0] * self.batch, [[0] * (n - 1) for n in rows])
+            forward, draft = self.step(sum(rows)), self.draft(width)
+            stopwatch = {"draft": draft, "forward": forward, "verify": 1e-5, "commit": 1e-5}
+            clock = SimpleNamespace(**{phase: SimpleNamespace(last=s) for phase, s in stopwatch.items()})
+            self.policy.observe(tree, Verdict(paths, [[0] * len(p) for p in paths]), clock)
+            self.seconds += sum(stopwatch.values())
+            self.tokens += sum(map(len, paths)) / self.batch
+            self.widths.append(width)
+        return self
+
+    @property
+    def speedup(self):
+        return self.tokens / self.seconds * (self.step(self.batch) + 2e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("per_guess", [0.0, 0.15 * STEP])
+def test_hopeless_drafter_costs_a_few_percent(batch, per_guess):
+    machine = Machine(Measured(), accepts=lambda n: 0, draft=lambda n: (n - 1) * per_guess, batch=batch).run(1000)
+    assert machine.speedup > 0.95
+    assert machine.widths.count(1) > 900
+
+
+def test_hopeless_drafter_on_a_short_text():
+    machine = Machine(Measured(), accepts=lambda n: 0, draft=lambda n: (n - 1) * 0.1 * STEP).run(128)
+    assert machine.speedup > 0.93
+
+
+def test_trials_grow_apart():
+    machine = Machine(Measured(), accepts=lambda n: 0).run(2000)
+    at = [i for i, width in enumerate(machine.widths) if width > 1][4:]
+    gaps = np.diff(at)
+    assert len(at) < 40 and gaps.max() >= 200
+
+
+def test_oracle_goes_wide():
+    machine = Machine(Measured(), accepts=lambda n: n - 1).run(300)
+    best = max(WIDTHS, key=lambda n: n / (cpu_like(n) + 2e-5))
+    assert machine.widths[-1] >= best / 2
+    assert machine.speedup > 0.8 * best / (cpu_like(best) + 2e-5) * (cpu_like(1) + 2e-5)
+
+
+def test_never_wider_than_most():
+    assert max(Machine(Measured(most=12), accepts=lambda n: n - 1).run(200).widths) == 12
+    assert set(Machine(Measured(most=1), accepts=lambda n: n - 1).run(50).widths) == {1}
+
+
+def geometric(alpha, seed=0):
+    rng = random.Random(seed)
+
+    def accepts(n):
+        taken = 0
+        while taken < n - 1 and rng.random() < alpha:
+            taken += 1
+        return taken
+
+    return accepts
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.6, 0.8, 0.9])
+@pytest.mark.parametrize("cost", [0.0, 0.1])
+def test_near_the_best_fixed_width(alpha, cost):
+    """Against every fixed width in hindsight, for a chain of iid acceptance: formula (1 - alpha^n) / (1 - alpha) tokens a step."""
+
+    def rate(n):
+        return (1 - alpha**n) / (1 - alpha) / (cpu_like(n) + (n - 1) * cost * STEP + 2e-5)
+
+    machine = Machine(Measured(), accepts=geometric(alpha), draft=lambda n: (n - 1) * cost * STEP).run(1500)
+    best = max(rate(n) for n in WIDTHS)
+    assert machine.tokens / machine.seconds > 0.9 * best
+
+
+def test_a_drafter_that_recovers_is_noticed():
+    good = False
+    machine = Machine(Measured(), accepts=lambda n: n - 1 if good else 0).run(500)
+    assert machine.widths[-1] == 1
+    good = True
+    machine.run(600)
+    assert machine.widths[-1] >= 8
+
+
+def test_wide_batches_get_narrow_trees():
+    """A compute-bound batch: the step grows with every row, so guesses that one sequence can afford are too dear for eight."""
+
+    def step(rows):
+        return STEP * max(1.0, rows / 8)
+
+    one = Machine(Measured(), accepts=geometric(0.5), step=step).run(600)
+    many = Machine(Measured(), accepts=geometric(0.5), step=step, batch=8).run(600)
+    assert np.median(one.widths[300:]) >= 3
+    assert np.median(many.widths[300:]) == 1 and many.speedup > 0.95
+
+
+def test_rare_matches_stay_open():
+    """Prompt lookup: mostly nothing to offer, and then a long copy. Offering nothing is free, so the policy keeps asking."""
+    rng = random.Random(0)
+    machine = Machine(Measured(), accepts=lambda n: n - 1, offers=lambda n: n if rng.random() < 0.05 else 1, draft=lambda n: 5e-6).run(1500)
+    assert np.mean(np.array(machine.widths[200:]) > 1) > 0.9
+
+
+def test_what_was_learned_is_kept_by_name():
+    target = FakeModel(16)
+    costs = CostTable([cpu_like(rows) for rows in BUCKETS])
+    first = Measured(about="x", costs=costs)
+    first.bind(target, [])
+    second = Measured(about="x", costs=costs)
+    second.bind(target, [])
+    other = Measured(about="y", costs=costs)
+    other.bind(target, [])
+    assert first.experience is second.experience and first.experience is not other.experience
+
+
+def test_cost_table():
+    table = CostTable([float(rows) for rows in BUCKETS])
+    assert table.at(3) == 3 and table.at(256) == 256 and table.at(512) == 512 and table.at(1) == 1
+    for _ in range(200):
+        table.observe(16, 100.0)
+    assert table.at(16) == pytest.approx(100, rel=0.01) and table.at(1) == 1 and table.at(64) == 64
+    table.observe(24, 1e9)
+    assert table.at(32) < 64
+
+
+def test_measured_once_and_kept_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    calls = []
+    monkeypatch.setattr(_cost, "measure", lambda model: calls.append(model) or [1e-3] * len(BUCKETS))
+    for _ in range(2):
+        model = FakeModel(16)
+        model.fingerprint = "abc"
+        table = cost_table(model)
+        assert cost_table(model) is table and table.at(7) == 1e-3
+    assert len(calls) == 1
+    [path] = (tmp_path / "ramify").iterdir()
+    for damaged in ("", "{", "[]", json.dumps({"rows": list(BUCKETS), "seconds": [1]}), json.dumps({"rows": [1], "seconds": [1]})):
+        path.write_text(damaged)
+        model = FakeModel(16)
+        model.fingerprint = "abc"
+        assert cost_table(model).at(1) == 1e-3
+    assert len(calls) == 6 and json.loads(path.read_text())["rows"] == list(BUCKETS)
+    nameless = FakeModel(16)
+    cost_table(nameless)
+    assert len(calls) == 7 and len(list((tmp_path / "ramify").iterdir())) == 1
+
+
+def test_a_folder_that_refuses_is_no_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    model = FakeModel(16)
+    model.fingerprint = "abc"
+    assert cost_table(model).at(1) > 0
+
+
+def test_measuring_a_small_model():
+    seconds = _cost.measure(FakeModel(16, max_positions=40))
+    assert len(seconds) == len(BUCKETS) and all(s > 0 for s in seconds)
+
+
+def test_registry_and_bad_arguments():
+    assert {"fixed", "measured"} <= set(size_policy.names())
+    for spec, told in {
+        "fixed:rows_each=0": "rows_each is 0; takes 1 or more",
+        "fixed:rows_each=300": "takes 1 to 256",
+        "measured:share=2": "share is 2; takes 0 to 1",
+        "measured:most=0": "most is 0",
+        "fixed:row=2": 'nearest is "rows_each"',
+        "fixd": 'nearest is "fixed"',
+    }.items():
+        with pytest.raises(ValueError, match=told):
+            size_policy.build(spec)
+    with pytest.raises(TypeError, match="takes a whole number"):
+        size_policy.build("fixed:rows_each=a")

@@ -1,0 +1,119 @@
+"""The table of backends: who is chosen, why not another, what is forced, and that a fallback is said once."""
+
+import logging
+
+import pytest
+import torch
+
+import ramify
+from ramify import backends, ops
+
+x = torch.randn(3, 8)
+here = "reference" if backends.missing("cpu") else "cpu"
+
+
+def test_first_that_takes_the_call():
+    assert backends.choose("silu_mul", "cpu", dtype=torch.bfloat16) == here
+    assert backends.choose("tree_attention", "cpu", dtype=torch.float32, D=64, kv=torch.bfloat16) == here
+    assert backends.choose("tree_attention", "cpu", dtype=torch.float32, D=80, kv=torch.float32) == "reference"
+    assert backends.choose("kv_commit", "cpu", dtype=torch.float32) == "reference"
+    assert backends.choose("linear", "cuda", dtype=torch.float32) == "reference"
+
+
+def test_setter_and_context_manager():
+    with ramify.backend("reference"):
+        assert backends.forced() == "reference" and backends.choose("silu_mul", "cpu", dtype=torch.float32) == "reference"
+        with ramify.backend(None):
+            assert backends.choose("silu_mul", "cpu", dtype=torch.float32) == here
+        assert backends.forced() == "reference"
+    assert backends.forced() is None
+    with pytest.raises(RuntimeError), ramify.backend("reference"):
+        raise RuntimeError
+    assert backends.forced() is None
+    ramify.backend("reference")
+    assert backends.forced() == "reference"
+    ramify.backend(None)
+    assert backends.forced() is None
+    with pytest.raises(ValueError, match='backend: name is "gpu"; takes "cpu" or "triton" or "cuda" or "reference"'):
+        ramify.backend("gpu")
+
+
+def test_forced_backend_that_cannot():
+    with ramify.backend("triton"), pytest.raises(ValueError, match='silu_mul: backend "triton" was forced and cannot run this call'):
+        ops.silu_mul(x)
+    with ramify.backend("cpu"), pytest.raises(ValueError, match=r"dtype is float64, takes float32 or bfloat16.*takes reference\. Use"):
+        ops.silu_mul(x.double())
+    with ramify.backend("cpu"):  # an op that has only its plain form runs it
+        assert ops.merge_states(x, x[:, 0], x, x[:, 0])[0].shape == x.shape
+
+
+def test_fallback_is_said_once(caplog, monkeypatch):
+    monkeypatch.setattr(backends, "_said", set())
+    monkeypatch.setattr(backends, "_chosen", {})
+    with caplog.at_level(logging.WARNING, logger="ramify"):
+        for _ in range(3):
+            ops.silu_mul(x.double())
+            ops.silu_mul(x.half())
+            ops.merge_states(x, x[:, 0], x, x[:, 0])
+            ramify.backend(None)  # forgets what was chosen, not what was said
+    assert [r.getMessage() for r in caplog.records] == [
+        "silu_mul on cpu float64 runs on the reference (cpu: dtype is float64, takes float32 or bfloat16).",
+        "silu_mul on cpu float16 runs on the reference (cpu: dtype is float16, takes float32 or bfloat16).",
+    ]
+
+
+def test_environment(monkeypatch):
+    for name, taken in (("reference", "reference"), ("", None)):
+        monkeypatch.setattr(backends, "_environment_read", False)
+        monkeypatch.setenv("RAMIFY_BACKEND", name)
+        assert backends.forced() == taken
+    monkeypatch.setattr(backends, "_environment_read", False)
+    monkeypatch.setenv("RAMIFY_BACKEND", "gpu")
+    with pytest.raises(ValueError, match='RAMIFY_BACKEND is "gpu"; takes "cpu" or'):
+        backends.forced()
+    monkeypatch.delenv("RAMIFY_BACKEND")
+    assert backends.forced() is None
+
+
+def test_explain():
+    got = ramify.explain("tree_attention", (2, 8, 32, 128), (2, 4096, 8, 128), dtype=torch.bfloat16)
+    assert got.backend == here
+    assert got.bytes == 2 * (2 * 2 * 4096 * 8 * 128) + 2 * 2 * (2 * 8 * 32 * 128)  # K and V once, q in, o out
+    assert got.flops == 4 * 2 * 8 * 32 * 128 * 4096
+    assert "tree_attention runs on" in str(got) and "floor:" in str(got) and "triton does not: " in str(got)
+    assert ramify.explain("tree_attention", (2, 8, 32, 80)).backend == "reference"
+    assert "D is 80, takes 64, 96, 128 or 256" in str(ramify.explain("tree_attention", (2, 8, 32, 80)))
+    assert "give the shapes of q, k" in str(ramify.explain("tree_attention", (2, 8, 32, 80)))
+    paged = ramify.explain("tree_attention", (2, 8, 32, 128), (128, 64, 8, 128), dtype=torch.bfloat16)
+    assert (paged.bytes, paged.flops) == (got.bytes, got.flops)
+    linear = ramify.explain("linear", (5, 64), (96, 64), weight=torch.bfloat16)
+    assert (linear.bytes, linear.flops) == (2 * 96 * 64 + 4 * 5 * (64 + 96), 2 * 5 * 96 * 64)
+    with ramify.backend("reference"):
+        assert ramify.explain("silu_mul", (3, 8)).why == "it is forced"
+    with pytest.raises(ValueError, match='explain: op is "tree_atention"; takes "tree_attention"'):
+        ramify.explain("tree_atention")
+
+
+@pytest.mark.parametrize("op", backends.OPS)
+def test_every_floor_is_a_number(op):
+    shape = {"tree_attention": [(2, 3, 4, 64), (2, 9, 2, 64)], "linear": [(3, 8), (5, 8)], "embed": [(3,), (7, 8)]}
+    shapes = shape.get(op) or [(2, 3, 4, 64)] * 4 + [(2, 3)]
+    got = ramify.explain(op, *shapes)
+    assert got.bytes > 0 and got.flops >= 0 and got.backend in backends.BACKENDS
+    assert ramify.explain(op).bytes is None
+
+
+def test_params_name_what_runs():
+    params = {p.id: p for p in backends.params("silu_mul")}
+    assert set(params) == {"cpu", "reference"} and params["reference"].values[0].device == "cpu"
+    assert bool(params["cpu"].marks) == bool(backends.missing("cpu"))
+
+
+def test_shared_limits_agree():
+    """Said where they are used, equal everywhere."""
+    from ramify.ops._checks import MAX_ROWS
+    from ramify.tree import MAX_ROWS as of_trees
+
+    assert of_trees == MAX_ROWS
+    if not backends.missing("cpu"):
+        assert backends.native().MAX_TOPK == backends.MAX_TOPK

@@ -1,0 +1,89 @@
+"""The README says what the registries and the benchmarks say."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ramify import backends, docs
+from ramify.registry import drafter
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_readme_is_current():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert docs.generated(text, ROOT) == text, "run make docs"
+
+
+def test_every_op_and_method_is_in_the_readme():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    methods = [each.name for each in drafter.all() if each.__module__.startswith("ramify.")]
+    assert [name for name in [*backends.OPS, *methods] if f"| `{name}` |" not in text] == []
+
+
+def test_check_finds_a_difference(tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- generated: ops -->\nold\n<!-- end -->\nafter\n")
+    assert docs.main([str(readme), "--check"]) == 1
+    assert "make docs" in capsys.readouterr().err and "old" in readme.read_text()
+    assert docs.main([str(readme)]) == 0 and docs.main([str(readme), "--check"]) == 0
+    assert readme.read_text().startswith("before\n") and readme.read_text().endswith("<!-- end -->\nafter\n")
+
+
+def test_unknown_part(tmp_path):
+    with pytest.raises(ValueError, match='part "opps" is not known'):
+        docs.generated("<!-- generated: opps -->\n<!-- end -->", tmp_path)
+
+
+def document(**changes):
+    """A benchmark document of one measured and one failed row."""
+    ok = {
+        **{"op": "generate", "provider": "ramify plain", "dtype": "bf16", "backend": "ramify", "status": "ok", "identical": "6/6"},
+        **{
+            "shape": {"model": "zoo", "temperature": 0.0},
+            "tokens_per_second": 401.25,
+            "ratio": 5.5,
+            "tokens_per_step": 1.0,
+            "share_of_floor": 0.5,
+        },
+    }
+    failed = {**ok, "provider": "ramify broken", "status": "failed", "reason": "no"}
+    machine = {
+        "cpu": "Some CPU",
+        "isa": "avx2",
+        "threads": 2,
+        "versions": {"torch": "2.13.0"},
+        "date": "2026-01-02T03:04:05Z",
+        "commit": "abc",
+    }
+    base = {"benchmark": "end_to_end", "environment": machine, "options": {"quick": False}, "rows": [ok, failed], "verdict": "fine"}
+    return {**base, **changes}
+
+
+def test_results(tmp_path):
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    assert docs.results(tmp_path) == "Not measured yet."
+    (folder / "end_to_end.json").write_text(json.dumps(document()))
+    text = docs.results(tmp_path)
+    assert "| zoo | 0 | ramify plain | bf16 | 401.2 | 5.50x | - | 1.00 | 50% | 6/6 |" in text
+    assert (
+        "| ramify broken | bf16 | - | - | - | - | - | failed |" in text
+        and "Some CPU (avx2), 2 threads" in text
+        and "2026-01-02, commit abc" in text
+    )
+    (folder / "end_to_end.json").write_text(json.dumps(document(options={"quick": True})))
+    assert docs.results(tmp_path) == "Not measured yet."
+
+
+def test_results_of_tree_attention(tmp_path):
+    rows = [
+        {"provider": "ramify", "dtype": "bf16", "status": "ok", "ratio": 1.5, "shape": {"size": "8b", "context": 2048, "T": 8}},
+        {"provider": "ramify", "dtype": "bf16", "status": "wrong", "shape": {"size": "8b", "context": 2048, "T": 64}},
+        {"provider": "torch", "dtype": "bf16", "status": "ok", "shape": {"size": "8b", "context": 2048, "T": 8}},
+    ]
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "benchmarks/results/tree_attention.json").write_text(json.dumps(document(benchmark="tree_attention", rows=rows)))
+    text = docs.results(tmp_path)
+    assert "| heads and cache | context | T = 8 | T = 64 |" in text and "| 8b bf16 | 2048 | 1.50x | wrong |" in text
