@@ -235,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     axes = QUICK if options.quick else AXES
     if unknown := set(only) - set(axes):
         raise ValueError(f"end_to_end: axis is {sorted(unknown)[0]!r}; takes model or temperature.")
-    probe = probes.Probe(samples=2 if options.quick else 5)
+    probe = probes.Probe.of(options.quick)
     limits = probes.limits(probe, quick=options.quick)
     print(f"{report.isa()}; {limits}")
     rows: list[dict] = []

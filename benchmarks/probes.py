@@ -62,6 +62,11 @@ class Probe:
         size = block or min(512 << 20, max(128 << 20, 4 * last_level_cache()))
         self.memory = torch.ones(size // 4 + 16, dtype=torch.float32)
 
+    @classmethod
+    def of(cls, quick: bool) -> "Probe":
+        """A probe for a measurement, or a hasty one."""
+        return cls(samples=1, block=16 << 20) if quick else cls()
+
     def read(self, size: int, threads: int) -> float:
         """GB/s of reading the same `size` bytes again and again, whatever cache they end up in. The better of 1 and 2 streams."""
         size = min(size, 4 * (self.memory.numel() - 16)) // 4096 * 4096
@@ -107,16 +112,17 @@ class Probe:
         torch.set_num_threads(threads)
         try:
             repeat = max(1, int(TARGET * guess / max(1, work(1))))
-            plan = Plan(rounds=self.samples, calls=(1, 1), enough=min(3, self.samples), quiet=0.05, patience=0.5)
+            amount = work(repeat)  # warms up, too
+            plan = Plan(rounds=self.samples, calls=(1, 1), enough=min(3, self.samples), quiet=0.05, patience=0.5, warm=False)
             [timing] = measure([Entry("probe", work, [(repeat,)])], plan, self.machine)
-            return work(repeat) / timing.median / 1e9
+            return amount / timing.median / 1e9
         finally:
             torch.set_num_threads(before)
 
 
 def limits(probe: Probe | None = None, threads: int | None = None, quick: bool = False) -> Limits:
     """Probe this machine: about two seconds, a fraction with `quick`."""
-    probe = probe or Probe(samples=2 if quick else 5)
+    probe = probe or Probe.of(quick)
     threads = threads or torch.get_num_threads()
     start = time.perf_counter()
     whole = 4 * probe.memory.numel()

@@ -255,7 +255,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     only, named = report.chosen(options)
     target = OPS["tree_attention"]
     cells = list(target.cells(options.quick, only))
-    limits = probes.limits(quick=options.quick)
+    probe = probes.Probe.of(options.quick)
+    limits = probes.limits(probe, quick=options.quick)
     print(f"{report.isa()}; {limits}")
     results = []
     for number, cell in enumerate(cells):
@@ -263,8 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows, first = run_cell(target, cell, plan, seed=options.seed, cold=report.cold(options), named=named)
         results.append((rows, first.bytes, first.flops, first.arithmetic))
     report.progress("")
-    again = probes.Probe(samples=3)  # the host's bandwidth drifts: the better of before and after bounds every cell
-    limits.read = max(limits.read, again.read(1 << 40, limits.threads))
+    limits.read = max(limits.read, probe.read(1 << 40, limits.threads))  # bandwidth drifts: the better of before and after counts
     for rows, size, flops, arithmetic in results:
         report.finish(rows, limits.floor(size, flops, arithmetic))
     rows = [{**row, "dtype": row["shape"]["dtype"]} for found, *_ in results for row in found]

@@ -59,7 +59,9 @@ CommitArgs = _struct(
     8,
     "count:p source:p target:p L:i Hkv:i D:i kv_dtype:i k:p v:p layer_stride:i page_stride:i draft_k:p draft_v:p draft_layer_stride:i",
 )
-RowStatsArgs = _struct("RowStatsArgs", 9, "rows:p logits:p dtype:i V:i stride:i argmax:p top:p lse:p topk:i topk_ids:p topk_values:p scratch:p")
+RowStatsArgs = _struct(
+    "RowStatsArgs", 9, "rows:p logits:p dtype:i V:i stride:i argmax:p top:p lse:p topk:i topk_ids:p topk_values:p scratch:p"
+)
 PackArgs = _struct("PackArgs", 10, "weight:p dtype:i N:i K:i stride:i out:p")
 
 STRUCTS = (

@@ -16,51 +16,51 @@ enum Activation : int64_t { kNone = 0, kSilu = 1 };
 
 // y[M, N] = activation(prologue(x)[M, K] @ W^T + bias) + residual, W packed in panels of kPanel features (layouts.h).
 struct LinearArgs {
-  const int32_t* rows;      // M
-  const float* x;           // [M, K], or [M, 2K] (gate, up) for kSiluMul
-  int64_t x_stride, K, N;   // N counts real features; the last panel is zero-padded
+  const int32_t* rows;     // M
+  const float* x;          // [M, K], or [M, 2K] (gate, up) for kSiluMul
+  int64_t x_stride, K, N;  // N counts real features; the last panel is zero-padded
   const void* weight;
-  int64_t dtype;            // DType of the weight
+  int64_t dtype;  // DType of the weight
   int64_t prologue;
-  const float* norm_weight; // [K], kRmsNorm only
+  const float* norm_weight;  // [K], kRmsNorm only
   double eps;
-  const float* bias;        // [N] or null
+  const float* bias;  // [N] or null
   int64_t activation;
-  const float* residual;    // [M, N] or null; may be `out`
+  const float* residual;  // [M, N] or null; may be `out`
   int64_t residual_stride;
-  float* out;               // [M, N]
+  float* out;  // [M, N]
   int64_t out_stride;
-  void* scratch;            // as many bytes as the kernel's scratch function asks for at the largest M
+  void* scratch;  // as many bytes as the kernel's scratch function asks for at the largest M
   // Row statistics of the output, filled while a block of columns is still in cache; argmax is null when not wanted.
-  int32_t* argmax;          // [M]
-  float *top, *lse;         // [M]
-  int64_t topk;             // 0 or at most kMaxTopK
-  int32_t* topk_ids;        // [M, topk]
-  float* topk_values;       // [M, topk], descending; the lower id first on a tie
+  int32_t* argmax;     // [M]
+  float *top, *lse;    // [M]
+  int64_t topk;        // 0 or at most kMaxTopK
+  int32_t* topk_ids;   // [M, topk]
+  float* topk_values;  // [M, topk], descending; the lower id first on a tie
 };
 
 // o = attention of every row over the committed prefix of its sequence (no mask but the window) and over those rows of the
 // step's tree that the row's ancestor words name.
 struct AttentionArgs {
-  const int32_t* row_start;    // [B + 1] query rows of each sequence, packed; null: T rows each at q_stride_b
+  const int32_t* row_start;  // [B + 1] query rows of each sequence, packed; null: T rows each at q_stride_b
   int64_t B, T, Hq, Hkv, D;
   const void* q;
   int64_t q_dtype, q_stride_b, q_stride_t, q_stride_h;
-  void* out;                   // dtype of q
+  void* out;  // dtype of q
   int64_t out_stride_b, out_stride_t, out_stride_h;
-  float* lse;                  // natural log-sum-exp, [rows, Hq] packed like q, or null
+  float* lse;  // natural log-sum-exp, [rows, Hq] packed like q, or null
   int64_t lse_stride_b, lse_stride_t;
   double scale;
-  int64_t window, sink;        // window 0: unlimited
-  const int32_t* prefix_len;   // [B]
-  const int32_t* tail_len;     // [B] rows of the tree that lie in the tail
-  const int64_t* ancestors;    // [rows, words], packed like q when row_start is given, else [B, T, words]
+  int64_t window, sink;       // window 0: unlimited
+  const int32_t* prefix_len;  // [B]
+  const int32_t* tail_len;    // [B] rows of the tree that lie in the tail
+  const int64_t* ancestors;   // [rows, words], packed like q when row_start is given, else [B, T, words]
   int64_t words;
   const int32_t* row_depth;    // depth of each query row, indexed like ancestors without the word
   const int32_t* tail_depth;   // depth of each tail row
   const int32_t* tail_offset;  // [B] where a sequence's rows begin in tail_depth
   int64_t kv_dtype;
-  int64_t plain;               // 0: tiles of 64 slots (layouts.h); 1: rows of D values at the strides below
+  int64_t plain;  // 0: tiles of 64 slots (layouts.h); 1: rows of D values at the strides below
   const void *k, *v;
   int64_t page_stride;         // tiles: elements between pages. plain: unused
   const int32_t* page_table;   // [B, table_stride] or null
@@ -68,30 +68,30 @@ struct AttentionArgs {
   int64_t k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h;
   const void *tail_k, *tail_v;
   int64_t tail_page_stride;
-  const int32_t* tail_page;    // tiles: [B] first draft page of each sequence
+  const int32_t* tail_page;  // tiles: [B] first draft page of each sequence
   int64_t tail_stride_b, tail_stride_t, tail_stride_h, tail_v_stride_b, tail_v_stride_t, tail_v_stride_h;
-  int64_t max_slots;           // upper bound of prefix_len + tail depth, sizes the scratch
+  int64_t max_slots;  // upper bound of prefix_len + tail depth, sizes the scratch
   void* scratch;
 };
 
 // Rotate q and k by position (after an optional RMS norm per head), append k and v to the draft region.
 struct RopeAppendArgs {
   const int32_t* rows;
-  float* qkv;                    // [M, (Hq + 2 Hkv) D]; q is rotated in place
+  float* qkv;  // [M, (Hq + 2 Hkv) D]; q is rotated in place
   int64_t stride, Hq, Hkv, D;
   const float *q_norm, *k_norm;  // [D] or null
   double eps;
-  const float *cos, *sin;        // [positions, D / 2]
-  const int32_t* position;       // [M]
-  const int32_t* draft_slot;     // [M] slot in the draft region
+  const float *cos, *sin;     // [positions, D / 2]
+  const int32_t* position;    // [M]
+  const int32_t* draft_slot;  // [M] slot in the draft region
   int64_t kv_dtype;
-  void *k, *v;                   // this layer's draft pages
+  void *k, *v;  // this layer's draft pages
   int64_t page_stride;
 };
 
 struct EmbedArgs {
   const int32_t *rows, *tokens;
-  const void* table;             // [V, hidden], row-major
+  const void* table;  // [V, hidden], row-major
   int64_t dtype, V, hidden;
   float* out;
   int64_t out_stride;
@@ -101,7 +101,7 @@ struct RmsNormArgs {
   const int32_t* rows;
   const float* x;
   int64_t x_stride, hidden;
-  float* residual;               // when given: residual += x first, and the sum is normed
+  float* residual;  // when given: residual += x first, and the sum is normed
   int64_t residual_stride;
   const float* weight;
   double eps;
@@ -111,13 +111,13 @@ struct RmsNormArgs {
 
 struct SiluMulArgs {
   const int32_t* rows;
-  const float* x;                // [M, 2K]: gate, up
+  const float* x;  // [M, 2K]: gate, up
   int64_t x_stride, K;
   float* out;
   int64_t out_stride;
 };
 
-struct RopeArgs {                // x[rows, H, D] rotated into out
+struct RopeArgs {  // x[rows, H, D] rotated into out
   const int32_t* rows;
   const float* x;
   int64_t x_stride_t, x_stride_h, H, D;
@@ -137,12 +137,12 @@ struct CopyRowsArgs {
 
 // Append draft rows to the committed pages, every layer and head in one call. Slots count from the pool's first page.
 struct CommitArgs {
-  const int32_t* count;          // moves in this call
+  const int32_t* count;  // moves in this call
   const int32_t *source, *target;
   int64_t L, Hkv, D, kv_dtype;
-  void *k, *v;                   // [L, pages, Hkv, 64 D]
+  void *k, *v;  // [L, pages, Hkv, 64 D]
   int64_t layer_stride, page_stride;
-  const void *draft_k, *draft_v; // [L, draft pages, Hkv, 64 D]
+  const void *draft_k, *draft_v;  // [L, draft pages, Hkv, 64 D]
   int64_t draft_layer_stride;
 };
 
@@ -166,14 +166,25 @@ struct PackArgs {
 };
 
 enum Kernel : int64_t {
-  kLinear, kAttention, kRopeAppend, kEmbed, kRmsNormRows, kSiluMulRows, kRope, kCopyRows, kCommit, kRowStats, kPack, kKernels
+  kLinear,
+  kAttention,
+  kRopeAppend,
+  kEmbed,
+  kRmsNormRows,
+  kSiluMulRows,
+  kRope,
+  kCopyRows,
+  kCommit,
+  kRowStats,
+  kPack,
+  kKernels
 };
 
-constexpr int kPanel = 32;      // features in a weight panel, keys in a key panel
-constexpr int kTile = 64;       // slots in a page: one ancestor word
-constexpr int kChunk = 512;     // slots whose attention is summed before it joins the rest: fixed, so no split shows
+constexpr int kPanel = 32;        // features in a weight panel, keys in a key panel
+constexpr int kTile = 64;         // slots in a page: one ancestor word
+constexpr int kChunk = 512;       // slots whose attention is summed before it joins the rest: fixed, so no split shows
 constexpr int kStatsBlock = 512;  // columns whose statistics are summed before they join the rest
 constexpr int kMaxTopK = 32;
-constexpr int kRowBlock = 48;   // packed query rows of one attention work item
+constexpr int kRowBlock = 48;  // packed query rows of one attention work item
 
 }  // namespace ramify

@@ -10,90 +10,19 @@
 //          invisible slots add exact zeros; slots add up in order of position.
 // Traffic  4 * D * sizeof(kv) bytes a slot and KV head, paid once for kRowBlock rows; 4 * D operations a slot and row.
 #include "cpu/gemm.h"
+#include "cpu/softmax.h"
 
 namespace ramify::RAMIFY_ISA {
 namespace {
 
-constexpr float kNothing = -1e30f;      // the softmax reference of a row that has seen no slot yet
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
-
-// Running softmax of kRowBlock rows: o = sum of 2^(s - m) v, l = sum of 2^(s - m).
-struct State {
-  float *m, *l, *o;
-};
-
-struct Buffers {                        // one thread's scratch
-  float *q, *s, *pieces;
-  State chunk, total;
-  void* keys;
-  static int64_t state_floats(int64_t D) { return kRowBlock * (D + 2); }
-  static int64_t bytes(int64_t D) { return 4 * (kRowBlock * D + kRowBlock * kTile + 2 * state_floats(D) + kTile * D); }
-  static State state_at(float* p) { return {p, p + kRowBlock, p + 2 * kRowBlock}; }
-  Buffers(char* base, int64_t D) {
-    q = reinterpret_cast<float*>(base);
-    s = q + kRowBlock * D;
-    chunk = state_at(s + kRowBlock * kTile);
-    total = state_at(chunk.m + state_floats(D));
-    keys = total.m + state_floats(D);
-  }
-};
-
 struct Item {
-  int64_t b, h, first, rows;            // packed rows [first, first + rows) of KV head h
-  int64_t query, tail;                  // where the sequence's rows begin in ancestors / row_depth, and in tail_depth
+  int64_t b, h, first, rows;  // packed rows [first, first + rows) of KV head h
+  int64_t query, tail;        // where the sequence's rows begin in ancestors / row_depth, and in tail_depth
   int64_t prefix;
 };
 
 // Group g of an item holds rows [g * kRows, ...): the unit of one product.
 RAMIFY_INLINE int group_rows(const Item& it, int64_t first) { return int(it.rows - first < kRows ? it.rows - first : kRows); }
-
-void reset(const State& s, int64_t rows, int64_t D) {
-  for (int64_t r = 0; r < rows; ++r) s.m[r] = kNothing, s.l[r] = 0.f;
-  for (int64_t i = 0; i < rows * D; ++i) s.o[i] = 0.f;
-}
-
-RAMIFY_INLINE float power2_of(float i) {
-  float t[L];
-  power2(Vec::set(i)).store(t);
-  return t[0];
-}
-
-// total += part, each scaled to the larger reference: exact but for the one addition.
-void join(const State& total, const State& part, int64_t rows, int64_t D) {
-  for (int64_t r = 0; r < rows; ++r) {
-    if (part.m[r] == kNothing) continue;
-    const float m = total.m[r] > part.m[r] ? total.m[r] : part.m[r];
-    const float ft = power2_of(total.m[r] - m), fp = power2_of(part.m[r] - m);
-    total.m[r] = m, total.l[r] = total.l[r] * ft + part.l[r] * fp;
-    const Vec vt = Vec::set(ft), vp = Vec::set(fp);
-    for (int64_t d = r * D; d < (r + 1) * D; d += L) (Vec::load(total.o + d) * vt + Vec::load(part.o + d) * vp).store(total.o + d);
-  }
-}
-
-// 64 rows of 32-bit units (f32 values or bf16 pairs) at any addresses -> two panels of 32 lanes. `units` is a multiple of 8.
-void transpose(const uint32_t* const* rows, int64_t units, uint32_t* out) {
-  for (int64_t lane = 0; lane < kTile; lane += 8)
-    for (int64_t u = 0; u < units; u += 8) {
-      uint32_t* to = out + lane / kPanel * units * kPanel + u * kPanel + lane % kPanel;
-#if defined(__AVX2__)
-      __m256 r[8], t[8];
-      for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(rows[lane + i] + u));
-      for (int i = 0; i < 8; i += 2) t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]), t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-      for (int i = 0; i < 8; i += 4)
-        for (int j = 0; j < 2; ++j) {
-          r[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
-          r[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0xee);
-        }
-      for (int i = 0; i < 4; ++i) {
-        _mm256_storeu_ps(reinterpret_cast<float*>(to + i * kPanel), _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-        _mm256_storeu_ps(reinterpret_cast<float*>(to + (i + 4) * kPanel), _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
-      }
-#else
-      for (int i = 0; i < 8; ++i)
-        for (int j = 0; j < 8; ++j) to[j * kPanel + i] = rows[lane + i][u + j];
-#endif
-    }
-}
 
 template <class T, bool kPlain>
 struct Attention {
@@ -107,7 +36,7 @@ struct Attention {
 
   Attention(const AttentionArgs& args, Buffers& buffers) : a(args), w(buffers), D(args.D) {}
 
-  struct Tile {                         // 64 slots, `count` of them live
+  struct Tile {  // 64 slots, `count` of them live
     const T *keys, *values;
     int count;
   };
@@ -154,7 +83,8 @@ struct Attention {
       const int rows = group_rows(it, first);
       for (int m = 0; m < rows; ++m) {
         const int64_t r = it.first + first + m, t = r / g, head = it.h * g + r % g;
-        const int64_t at = (a.row_start ? (a.row_start[it.b] + t) * a.q_stride_t : it.b * a.q_stride_b + t * a.q_stride_t) + head * a.q_stride_h;
+        const int64_t at =
+            (a.row_start ? (a.row_start[it.b] + t) * a.q_stride_t : it.b * a.q_stride_b + t * a.q_stride_t) + head * a.q_stride_h;
         const float* f = static_cast<const float*>(a.q) + at;
         const bf16* h = static_cast<const bf16*>(a.q) + at;
         const auto value = [&](int64_t d) { return (a.q_dtype == kF32 ? f[d] : widen(h[d])) * scale; };
@@ -226,9 +156,12 @@ struct Attention {
     Vec acc[M][N];
     for (int m = 0; m < M; ++m)
       for (int n = 0; n < N; ++n) acc[m][n] = Vec::load(o + m * D + column + n * L);
-    if constexpr (kPlain) multiply_rows<1, kTile>(acc, p, value_rows, column, tile.count);
-    else if constexpr (kPairs) multiply<1, kTile>(acc, p, Bf16PairRows{tile.values + 2 * column, D}, tile.count);
-    else multiply<1, kTile>(acc, p, F32Rows{tile.values + column, D}, tile.count);
+    if constexpr (kPlain)
+      multiply_rows<1, kTile>(acc, p, value_rows, column, tile.count);
+    else if constexpr (kPairs)
+      multiply<1, kTile>(acc, p, Bf16PairRows{tile.values + 2 * column, D}, tile.count);
+    else
+      multiply<1, kTile>(acc, p, F32Rows{tile.values + column, D}, tile.count);
     for (int m = 0; m < M; ++m)
       for (int n = 0; n < N; ++n) acc[m][n].store(o + m * D + column + n * L);
   }
@@ -244,7 +177,7 @@ struct Attention {
       with_rows(rows, [&]<int M>() {
         scores<M>(w.q + first * D, tile, s);
         for (int m = 0; m < M; ++m) softmax(s + m * kTile, tile.count, words ? words[first + m] : ~uint64_t(0), st, first + m);
-        float l[M];                     // slots add up one by one: a row's sum must not depend on which lane a slot lies in
+        float l[M];  // slots add up one by one: a row's sum must not depend on which lane a slot lies in
         for (int m = 0; m < M; ++m) l[m] = st.l[first + m];
         for (int k = 0; k < tile.count; ++k)
           for (int m = 0; m < M; ++m) l[m] += s[m * kTile + k];
@@ -261,7 +194,7 @@ struct Attention {
   void run_chunk(const Item& it, int64_t chunk, const State& st) {
     const int64_t g = a.Hq / a.Hkv, begin = chunk * kChunk, end = begin + kChunk;
     reset(st, it.rows, D);
-    int64_t starts[kRowBlock], lowest = 0, highest = 0;   // first position inside each row's window
+    int64_t starts[kRowBlock], lowest = 0, highest = 0;  // first position inside each row's window
     for (int64_t r = 0; r < it.rows; ++r) {
       const int64_t position = it.prefix + a.row_depth[it.query + (it.first + r) / g];
       starts[r] = a.window > 0 && position - a.window + 1 > 0 ? position - a.window + 1 : 0;
@@ -338,8 +271,13 @@ Item item_at(const AttentionArgs& a, int64_t index) {
   int64_t b = 0;
   for (; index >= a.Hkv * blocks_of(a, b); ++b) index -= a.Hkv * blocks_of(a, b);
   const int64_t blocks = blocks_of(a, b), first = index % blocks * kRowBlock, all = rows_of(a, b) * (a.Hq / a.Hkv);
-  return {b, index / blocks, first, all - first < kRowBlock ? all - first : kRowBlock,
-          a.row_start ? a.row_start[b] : b * a.T, a.tail_offset[b], a.prefix_len[b]};
+  return {b,
+          index / blocks,
+          first,
+          all - first < kRowBlock ? all - first : kRowBlock,
+          a.row_start ? a.row_start[b] : b * a.T,
+          a.tail_offset[b],
+          a.prefix_len[b]};
 }
 
 int64_t chunks_of(const AttentionArgs& a, int64_t b) {
@@ -391,8 +329,10 @@ void run(const AttentionArgs& a, Team& team) {
 
 void attention(const void* p, Team& team) {
   const AttentionArgs& a = *static_cast<const AttentionArgs*>(p);
-  if (a.kv_dtype == kF32) a.plain ? run<float, true>(a, team) : run<float, false>(a, team);
-  else a.plain ? run<bf16, true>(a, team) : run<bf16, false>(a, team);
+  if (a.kv_dtype == kF32)
+    a.plain ? run<float, true>(a, team) : run<float, false>(a, team);
+  else
+    a.plain ? run<bf16, true>(a, team) : run<bf16, false>(a, team);
 }
 
 int64_t attention_scratch(const void* p, int threads) {

@@ -3,13 +3,13 @@
 
 namespace ramify {
 
-#define X(level)                               \
-  namespace level {                            \
-  extern const KernelRow linear_kernels[];     \
-  extern const KernelRow attention_kernels[];  \
-  extern const KernelRow glue_kernels[];       \
-  extern const KernelRow kv_kernels[];         \
-  extern const KernelRow verify_kernels[];     \
+#define X(level)                              \
+  namespace level {                           \
+  extern const KernelRow linear_kernels[];    \
+  extern const KernelRow attention_kernels[]; \
+  extern const KernelRow glue_kernels[];      \
+  extern const KernelRow kv_kernels[];        \
+  extern const KernelRow verify_kernels[];    \
   }
 RAMIFY_LEVELS(X)
 #undef X
@@ -23,8 +23,7 @@ struct Level {
   const KernelRow* files[kFiles];
 };
 
-#define X(level)                                                                                                        \
-  {#level, {level::linear_kernels, level::attention_kernels, level::glue_kernels, level::kv_kernels, level::verify_kernels}},
+#define X(level) {#level, {level::linear_kernels, level::attention_kernels, level::glue_kernels, level::kv_kernels, level::verify_kernels}},
 const Level levels[] = {RAMIFY_LEVELS(X)};
 #undef X
 constexpr int kLevels = sizeof(levels) / sizeof(levels[0]);
@@ -49,8 +48,8 @@ bool level_runs(int level) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (same(name, "avx2")) return avx2;
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
   if (same(name, "avx512_vnni")) return avx512;
   if (same(name, "avx512_bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
 #endif

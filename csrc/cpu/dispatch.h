@@ -7,12 +7,12 @@ namespace ramify {
 
 int level_count();
 const char* level_name(int level);
-bool level_runs(int level);        // by one cpuid probe; a level's registers must also be saved by the operating system
+bool level_runs(int level);  // by one cpuid probe; a level's registers must also be saved by the operating system
 int current_level();
-void set_level(int level);         // the caller has checked level_runs
-const KernelRow* kernel(int64_t id);   // of the current level; null for an unknown id
+void set_level(int level);            // the caller has checked level_runs
+const KernelRow* kernel(int64_t id);  // of the current level; null for an unknown id
 
-struct Entry {                     // one captured kernel call
+struct Entry {  // one captured kernel call
   int64_t kernel;
   const void* args;
 };

@@ -13,9 +13,9 @@ namespace ramify::RAMIFY_ISA {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kRows = 12;         // 24 accumulators of 32 registers
+constexpr int kRows = 12;  // 24 accumulators of 32 registers
 #elif defined(__AVX2__)
-constexpr int kRows = 6;          // 12 accumulators of 16 registers
+constexpr int kRows = 6;  // 12 accumulators of 16 registers
 #else
 constexpr int kRows = 4;
 #endif
@@ -34,7 +34,7 @@ constexpr int tile_vectors([[maybe_unused]] int rows) {
 // Loaders name where b[k][n] lies. `at(n)` returns a cursor for vector n of the tile; f32 cursors give one k a step, pair
 // cursors two.
 
-struct F32Panels {                // weight or key panels, `size` elements from panel to panel
+struct F32Panels {  // weight or key panels, `size` elements from panel to panel
   static constexpr bool kPairs = false;
   const float* base;
   int64_t size;
@@ -50,7 +50,7 @@ struct Bf16Panels {
   RAMIFY_INLINE int64_t step() const { return 2 * kPanel; }
 };
 
-struct F32Rows {                  // a value page, or any rows at one stride
+struct F32Rows {  // a value page, or any rows at one stride
   static constexpr bool kPairs = false;
   const float* base;
   int64_t stride;
@@ -58,7 +58,7 @@ struct F32Rows {                  // a value page, or any rows at one stride
   RAMIFY_INLINE int64_t step() const { return stride; }
 };
 
-struct Bf16PairRows {             // a bf16 value page: [32][D][2]
+struct Bf16PairRows {  // a bf16 value page: [32][D][2]
   static constexpr bool kPairs = true;
   const bf16* base;
   int64_t D;
@@ -66,39 +66,59 @@ struct Bf16PairRows {             // a bf16 value page: [32][D][2]
   RAMIFY_INLINE int64_t step() const { return 2 * D; }
 };
 
+// acc += x * w, in place. Left to itself gcc also overwrites x instead, moves the sum there, and runs out of AVX2's registers.
+RAMIFY_INLINE void accumulate(Vec& acc, Vec x, Vec w) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  __m256 sum = acc.v;
+  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(x.v), "x"(w.v));
+  acc.v = sum;
+#else
+  acc = fma(x, w, acc);
+#endif
+}
+
+// One value of k for every accumulator. The smaller operand of the two waits in registers: on AVX2 the accumulators leave four.
+template <int kStepM, int M, int N, class W>
+RAMIFY_INLINE void multiply_one(Vec (&acc)[M][N], const float* a, W&& weight) {
+  if constexpr (M < N) {
+    Vec x[M];
+    for (int m = 0; m < M; ++m) x[m] = Vec::set(a[m * kStepM]);
+    for (int n = 0; n < N; ++n) {
+      const Vec w = weight(n);
+      for (int m = 0; m < M; ++m) accumulate(acc[m][n], x[m], w);
+    }
+  } else {
+    Vec w[N];
+    for (int n = 0; n < N; ++n) w[n] = weight(n);
+    for (int m = 0; m < M; ++m) {
+      const Vec x = Vec::set(a[m * kStepM]);
+      for (int n = 0; n < N; ++n) accumulate(acc[m][n], x, w[n]);
+    }
+  }
+}
+
+// Hides from the compiler that two reads are of one address: it would keep the first value in a register that AVX2 lacks.
+template <class T>
+RAMIFY_INLINE T* reread(T* p) {
+  asm volatile("" : "+r"(p));
+  return p;
+}
+
 // Adds K products to each accumulator; row m's value k is a[k * kStepK + m * kStepM].
 template <int kStepK, int kStepM, int M, int N, class B>
 RAMIFY_INLINE void multiply(Vec (&acc)[M][N], const float* a, const B& b, int64_t K) {
   const int64_t step = b.step();
-  int64_t offset = 0, k = 0;
+  const auto* p = b.at(0);
+  const auto at = [&](int n) { return b.at(n) - b.at(0); };  // a constant, or one register
   if constexpr (B::kPairs) {
-    for (; k + 1 < K; k += 2, offset += step, a += 2 * kStepK) {
-      Pairs raw[N];
-      for (int n = 0; n < N; ++n) raw[n] = Pairs::load(b.at(n) + offset);
-      for (int m = 0; m < M; ++m) {
-        const Vec x = Vec::set(a[m * kStepM]);
-        for (int n = 0; n < N; ++n) acc[m][n] = fma(x, raw[n].even(), acc[m][n]);
-      }
-      for (int m = 0; m < M; ++m) {
-        const Vec x = Vec::set(a[kStepK + m * kStepM]);
-        for (int n = 0; n < N; ++n) acc[m][n] = fma(x, raw[n].odd(), acc[m][n]);
-      }
+    for (int64_t k = 0; k + 1 < K; k += 2, p += step, a += 2 * kStepK) {
+      multiply_one<kStepM>(acc, a, [&](int n) { return Pairs::load(p + at(n)).even(); });
+      const auto* again = reread(p);
+      multiply_one<kStepM>(acc, a + kStepK, [&](int n) { return Pairs::load(again + at(n)).odd(); });
     }
-    if (k < K) {
-      for (int n = 0; n < N; ++n) {
-        const Vec w = Pairs::load(b.at(n) + offset).even();
-        for (int m = 0; m < M; ++m) acc[m][n] = fma(Vec::set(a[m * kStepM]), w, acc[m][n]);
-      }
-    }
+    if (K & 1) multiply_one<kStepM>(acc, a, [&](int n) { return Pairs::load(p + at(n)).even(); });
   } else {
-    for (; k < K; ++k, offset += step, a += kStepK) {
-      Vec w[N];
-      for (int n = 0; n < N; ++n) w[n] = Vec::load(b.at(n) + offset);
-      for (int m = 0; m < M; ++m) {
-        const Vec x = Vec::set(a[m * kStepM]);
-        for (int n = 0; n < N; ++n) acc[m][n] = fma(x, w[n], acc[m][n]);
-      }
-    }
+    for (int64_t k = 0; k < K; ++k, p += step, a += kStepK) multiply_one<kStepM>(acc, a, [&](int n) { return Vec::load(p + at(n)); });
   }
 }
 
@@ -107,12 +127,7 @@ template <int kStepK, int kStepM, int M, int N, class T>
 RAMIFY_INLINE void multiply_rows(Vec (&acc)[M][N], const float* a, const T* const* rows, int64_t column, int64_t K) {
   for (int64_t k = 0; k < K; ++k, a += kStepK) {
     const T* p = rows[k] + column;
-    Vec w[N];
-    for (int n = 0; n < N; ++n) w[n] = Vec::load(p + n * L);
-    for (int m = 0; m < M; ++m) {
-      const Vec x = Vec::set(a[m * kStepM]);
-      for (int n = 0; n < N; ++n) acc[m][n] = fma(x, w[n], acc[m][n]);
-    }
+    multiply_one<kStepM>(acc, a, [&](int n) { return Vec::load(p + n * L); });
   }
 }
 
@@ -142,8 +157,10 @@ RAMIFY_INLINE void with_rows(int rows, F&& f) {
   if constexpr (M == 1) {
     f.template operator()<1>();
   } else {
-    if (rows == M) f.template operator()<M>();
-    else with_rows<M - 1>(rows, static_cast<F&&>(f));
+    if (rows == M)
+      f.template operator()<M>();
+    else
+      with_rows<M - 1>(rows, static_cast<F&&>(f));
   }
 }
 

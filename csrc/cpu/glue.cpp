@@ -15,8 +15,10 @@ void embed(const void* p, Team& team) {
     const int64_t at = int64_t(a.tokens[m]) * a.hidden;
     for (int64_t j = 0; j < a.hidden; j += L) {
       const int64_t left = a.hidden - j;
-      store_part(out + j, a.dtype == kF32 ? load_part(static_cast<const float*>(a.table) + at + j, left, 0.f)
-                                          : load_part(static_cast<const bf16*>(a.table) + at + j, left, 0.f), left);
+      store_part(out + j,
+                 a.dtype == kF32 ? load_part(static_cast<const float*>(a.table) + at + j, left, 0.f)
+                                 : load_part(static_cast<const bf16*>(a.table) + at + j, left, 0.f),
+                 left);
     }
   }
 }
@@ -49,8 +51,7 @@ void rope(const void* p, Team& team) {
   const Range mine = share(team, *a.rows * a.H);
   for (int64_t i = mine.begin; i < mine.end; ++i) {
     const int64_t m = i / a.H, h = i % a.H, angle = a.position[m] * (a.D / 2);
-    rope_row(a.x + m * a.x_stride_t + h * a.x_stride_h, a.cos + angle, a.sin + angle,
-             a.out + m * a.out_stride_t + h * a.out_stride_h, a.D);
+    rope_row(a.x + m * a.x_stride_t + h * a.x_stride_h, a.cos + angle, a.sin + angle, a.out + m * a.out_stride_t + h * a.out_stride_h, a.D);
   }
 }
 
@@ -60,8 +61,10 @@ void append(const RopeAppendArgs& a, const float* key, const float* value, int64
   const int64_t at = slot / kTile * a.page_stride + head * kTile * a.D, in = slot % kTile;
   T *k = static_cast<T*>(a.k) + at, *v = static_cast<T*>(a.v) + at;
   for (int64_t d = 0; d < a.D; ++d) {
-    if constexpr (kPairs) k[key_index(in, d, a.D, true)] = narrow(key[d]), v[value_index(in, d, a.D, true)] = narrow(value[d]);
-    else k[key_index(in, d, a.D, false)] = key[d], v[value_index(in, d, a.D, false)] = value[d];
+    if constexpr (kPairs)
+      k[key_index(in, d, a.D, true)] = narrow(key[d]), v[value_index(in, d, a.D, true)] = narrow(value[d]);
+    else
+      k[key_index(in, d, a.D, false)] = key[d], v[value_index(in, d, a.D, false)] = value[d];
   }
 }
 
@@ -79,8 +82,10 @@ void rope_append(const void* p, Team& team) {
     if (h < a.Hq) continue;
     const int64_t head = h - a.Hq;
     const float* value = row + (rotated + head) * a.D;
-    if (a.kv_dtype == kF32) append<float>(a, x, value, a.draft_slot[m], head);
-    else append<bf16>(a, x, value, a.draft_slot[m], head);
+    if (a.kv_dtype == kF32)
+      append<float>(a, x, value, a.draft_slot[m], head);
+    else
+      append<bf16>(a, x, value, a.draft_slot[m], head);
   }
 }
 
@@ -95,9 +100,8 @@ void copy_rows(const void* p, Team& team) {
 }  // namespace
 
 extern const KernelRow glue_kernels[];
-const KernelRow glue_kernels[] = {
-    {kEmbed, embed, nullptr}, {kRmsNormRows, rms_norm, nullptr},     {kSiluMulRows, silu_mul, nullptr},
-    {kRope, rope, nullptr},   {kRopeAppend, rope_append, nullptr}, {kCopyRows, copy_rows, nullptr},
-    {-1, nullptr, nullptr}};
+const KernelRow glue_kernels[] = {{kEmbed, embed, nullptr}, {kRmsNormRows, rms_norm, nullptr},   {kSiluMulRows, silu_mul, nullptr},
+                                  {kRope, rope, nullptr},   {kRopeAppend, rope_append, nullptr}, {kCopyRows, copy_rows, nullptr},
+                                  {-1, nullptr, nullptr}};
 
 }  // namespace ramify::RAMIFY_ISA

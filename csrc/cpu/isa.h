@@ -66,7 +66,7 @@ RAMIFY_INLINE Vec select(uint32_t bits, Vec yes, Vec no) { return {_mm512_mask_m
 RAMIFY_INLINE bool any_above(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
 RAMIFY_INLINE float hmax(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
-struct Pairs {                    // 16 lanes of (even, odd) bf16 values
+struct Pairs {  // 16 lanes of (even, odd) bf16 values
   __m512i v;
   static RAMIFY_INLINE Pairs load(const bf16* p) { return {_mm512_loadu_si512(p)}; }
   RAMIFY_INLINE Vec even() const { return {_mm512_castsi512_ps(_mm512_slli_epi32(v, 16))}; }

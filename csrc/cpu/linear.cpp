@@ -17,7 +17,7 @@ bool uses_dot(const LinearArgs& a) { return RAMIFY_BF16_DOT && a.dtype == kBf16;
 
 // The shared packed input; for each thread two rows to work in and the sums of a panel; the statistics of each (row, block).
 struct Scratch {
-  int64_t packed, row, sums, stats;   // bytes
+  int64_t packed, row, sums, stats;  // bytes
   Scratch(const LinearArgs& a, int64_t M) {
     const int64_t K = pad_to(a.K, 16);
     packed = M * K * 4, row = K * 4, sums = M * kPanel * 4;
@@ -47,8 +47,7 @@ void pack_row(const LinearArgs& a, const float* x, void* group, int rows, int m)
     return;
   }
   uint32_t* out = static_cast<uint32_t*>(group) + m;
-  for (int64_t k = 0; k < a.K; k += 2)
-    out[(k >> 1) * rows] = narrow(x[k]) | uint32_t(k + 1 < a.K ? narrow(x[k + 1]) : 0) << 16;
+  for (int64_t k = 0; k < a.K; k += 2) out[(k >> 1) * rows] = narrow(x[k]) | uint32_t(k + 1 < a.K ? narrow(x[k + 1]) : 0) << 16;
 }
 
 // Part of one panel's product: inputs [begin, end) of K for one group of rows. Sums wait in `sums` [rows][kPanel] between
@@ -99,18 +98,20 @@ RAMIFY_INLINE void tile(const LinearArgs& a, const Part& part, int64_t column) {
 }
 
 constexpr int kPanelVecs = kPanel / L;
-constexpr int kDepth = 512;       // inputs of a panel that stay in L1 while every row group passes
+constexpr int kDepth = 512;  // inputs of a panel that stay in L1 while every row group passes
 
 // Columns [begin, end) of all M rows; both ends are multiples of kPanel.
 void block(const LinearArgs& a, const void* packed, int64_t M, int64_t begin, int64_t end, float* sums) {
   const int64_t stride = pad_to(a.K, 16);
-  if (M <= kRows && tile_vectors(int(M)) >= kPanelVecs) {      // few rows: several panels at once, each read once
+  if (M <= kRows && tile_vectors(int(M)) >= kPanelVecs) {  // few rows: several panels at once, each read once
     with_rows(int(M), [&]<int R>() {
-      constexpr int kWide = tile_vectors(R) > kPanelVecs ? tile_vectors(R) : kPanelVecs;
-      const Part whole{packed, 0, 0, a.K, sums};
-      int64_t col = begin;
-      for (; col + kWide * L <= end; col += kWide * L) tile<R, kWide>(a, whole, col);
-      for (; col < end; col += kPanel) tile<R, kPanelVecs>(a, whole, col);
+      if constexpr (tile_vectors(R) >= kPanelVecs) {
+        constexpr int kWide = tile_vectors(R);
+        const Part whole{packed, 0, 0, a.K, sums};
+        int64_t col = begin;
+        for (; col + kWide * L <= end; col += kWide * L) tile<R, kWide>(a, whole, col);
+        for (; col < end; col += kPanel) tile<R, kPanelVecs>(a, whole, col);
+      }
     });
     return;
   }
@@ -137,7 +138,7 @@ void linear(const void* p, Team& team) {
   BlockStats* const stats = reinterpret_cast<BlockStats*>(base + s.packed + team.size * (2 * s.row + s.sums));
 
   const void* packed = base;
-  if (M == 1) {                    // every thread prepares the one row for itself: cheaper than a meeting
+  if (M == 1) {  // every thread prepares the one row for itself: cheaper than a meeting
     const float* x = prepare(a, a.x, row);
     packed = x;
     if (uses_dot(a)) {
@@ -165,13 +166,13 @@ void linear(const void* p, Team& team) {
     const int64_t begin = b * kStatsBlock, end = begin + kStatsBlock < width ? begin + kStatsBlock : width;
     block(a, packed, M, begin, end, sums);
     const int64_t real = (end < a.N ? end : a.N) - begin;
-    for (int64_t m = 0; m < M; ++m)
-      block_stats(a.out + m * a.out_stride + begin, real, int32_t(begin), int(a.topk), stats[m * blocks + b]);
+    for (int64_t m = 0; m < M; ++m) block_stats(a.out + m * a.out_stride + begin, real, int32_t(begin), int(a.topk), stats[m * blocks + b]);
   }
   wait(team);
   const Range rows = share(team, M);
   for (int64_t m = rows.begin; m < rows.end; ++m)
-    join_stats(stats + m * blocks, blocks, int(a.topk), a.argmax + m, a.top + m, a.lse + m, a.topk_ids + m * a.topk, a.topk_values + m * a.topk);
+    join_stats(stats + m * blocks, blocks, int(a.topk), a.argmax + m, a.top + m, a.lse + m, a.topk_ids + m * a.topk,
+               a.topk_values + m * a.topk);
 }
 
 int64_t linear_scratch(const void* p, int threads) {
@@ -191,8 +192,10 @@ void pack(const void* p, Team& team) {
       for (int64_t k = 0; k < K; ++k) {
         const bool real = n < a.N && k < a.K;
         const int64_t to = panel * size + panel_index(k, lane, pairs), from = n * a.stride + k;
-        if (pairs) static_cast<bf16*>(a.out)[to] = real ? static_cast<const bf16*>(a.weight)[from] : bf16(0);
-        else static_cast<float*>(a.out)[to] = real ? static_cast<const float*>(a.weight)[from] : 0.f;
+        if (pairs)
+          static_cast<bf16*>(a.out)[to] = real ? static_cast<const bf16*>(a.weight)[from] : bf16(0);
+        else
+          static_cast<float*>(a.out)[to] = real ? static_cast<const float*>(a.weight)[from] : 0.f;
       }
     }
 }

@@ -20,14 +20,12 @@ inline void rms_norm_row(const float* x, const float* weight, double eps, float*
     s0 = fma(a, a, s0);
   }
   const Vec scale = Vec::set(1.f / __builtin_sqrtf(hsum(s0 + s1) / float(n) + float(eps)));
-  for (j = 0; j < n; j += L)
-    store_part(out + j, load_part(x + j, n - j, 0.f) * scale * load_part(weight + j, n - j, 0.f), n - j);
+  for (j = 0; j < n; j += L) store_part(out + j, load_part(x + j, n - j, 0.f) * scale * load_part(weight + j, n - j, 0.f), n - j);
 }
 
 // x holds gate[n], up[n]; out = silu(gate) * up
 inline void silu_mul_row(const float* x, float* out, int64_t n) {
-  for (int64_t j = 0; j < n; j += L)
-    store_part(out + j, silu(load_part(x + j, n - j, 0.f)) * load_part(x + n + j, n - j, 0.f), n - j);
+  for (int64_t j = 0; j < n; j += L) store_part(out + j, silu(load_part(x + j, n - j, 0.f)) * load_part(x + n + j, n - j, 0.f), n - j);
 }
 
 // Half-rotation: (x[i], x[i + D/2]) turns by the angle of (cos[i], sin[i]).

@@ -11,7 +11,7 @@ namespace {
 
 struct BlockStats {
   float top, sum;
-  int32_t arg, count;            // `count` of the block's largest values are kept
+  int32_t arg, count;  // `count` of the block's largest values are kept
   float value[kMaxTopK];
   int32_t id[kMaxTopK];
 };
@@ -30,7 +30,7 @@ void block_stats(const T* x, int64_t n, int32_t first, int k, BlockStats& s) {
   Vec m = Vec::set(kLowest), sum = Vec::set(0.f);
   for (int64_t j = 0; j < n; j += L) m = max(load_part(x + j, n - j, kLowest), m);
   s.top = hmax(m), s.sum = 0.f, s.arg = -1, s.count = 0;
-  const Vec top = Vec::set(s.top == kLowest ? 0.f : s.top);   // a masked block adds 0, not e^(inf - inf)
+  const Vec top = Vec::set(s.top == kLowest ? 0.f : s.top);  // a masked block adds 0, not e^(inf - inf)
   for (int64_t j = 0; j < n; j += L) sum = sum + exp(load_part(x + j, n - j, kLowest) - top);
   s.sum = hsum(sum);
   for (int64_t j = 0; s.arg < 0 && j < n; j += L) {

@@ -7,7 +7,7 @@
 
 namespace ramify {
 
-struct TeamState {              // one cache line each, so that arrivals do not slow the counter
+struct TeamState {  // one cache line each, so that arrivals do not slow the counter
   alignas(64) int arrived = 0;
   alignas(64) int phase = 0;
   alignas(64) int64_t counter = 0;
@@ -21,10 +21,10 @@ struct Team {
 using KernelFn = void (*)(const void* args, Team& team);
 using ScratchFn = int64_t (*)(const void* args, int threads);
 
-struct KernelRow {              // one entry of a source file's table; an id of -1 ends the table
+struct KernelRow {  // one entry of a source file's table; an id of -1 ends the table
   int64_t id;
   KernelFn run;
-  ScratchFn scratch;            // null: needs none
+  ScratchFn scratch;  // null: needs none
 };
 
 namespace {
@@ -52,18 +52,20 @@ inline void wait(Team& team) {
     return;
   }
   for (int spins = 0; __atomic_load_n(&s.phase, __ATOMIC_ACQUIRE) == phase; ++spins) {
-    if (spins < 4000) pause();
-    else sched_yield();         // a core that was taken away must be able to come back
+    if (spins < 4000)
+      pause();
+    else
+      sched_yield();  // a core that was taken away must be able to come back
   }
 }
 
 inline int64_t take(Team& team) { return __atomic_fetch_add(&team.state->counter, int64_t(1), __ATOMIC_RELAXED); }
 
 // Contiguous share of `count` items for this thread: [begin, end).
-struct Range { int64_t begin, end; };
-inline Range share(const Team& team, int64_t count) {
-  return {count * team.id / team.size, count * (team.id + 1) / team.size};
-}
+struct Range {
+  int64_t begin, end;
+};
+inline Range share(const Team& team, int64_t count) { return {count * team.id / team.size, count * (team.id + 1) / team.size}; }
 
 }  // namespace
 }  // namespace ramify

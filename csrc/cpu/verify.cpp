@@ -17,13 +17,16 @@ void row_stats(const void* p, Team& team) {
   for (int64_t i = take(team); i < rows * blocks; i = take(team)) {
     const int64_t m = i / blocks, begin = i % blocks * kStatsBlock, n = a.V - begin < kStatsBlock ? a.V - begin : kStatsBlock;
     const int64_t at = m * a.stride + begin;
-    if (a.dtype == kF32) block_stats(static_cast<const float*>(a.logits) + at, n, int32_t(begin), int(a.topk), stats[i]);
-    else block_stats(static_cast<const bf16*>(a.logits) + at, n, int32_t(begin), int(a.topk), stats[i]);
+    if (a.dtype == kF32)
+      block_stats(static_cast<const float*>(a.logits) + at, n, int32_t(begin), int(a.topk), stats[i]);
+    else
+      block_stats(static_cast<const bf16*>(a.logits) + at, n, int32_t(begin), int(a.topk), stats[i]);
   }
   wait(team);
   const Range mine = share(team, rows);
   for (int64_t m = mine.begin; m < mine.end; ++m)
-    join_stats(stats + m * blocks, blocks, int(a.topk), a.argmax + m, a.top + m, a.lse + m, a.topk_ids + m * a.topk, a.topk_values + m * a.topk);
+    join_stats(stats + m * blocks, blocks, int(a.topk), a.argmax + m, a.top + m, a.lse + m, a.topk_ids + m * a.topk,
+               a.topk_values + m * a.topk);
 }
 
 int64_t row_stats_scratch(const void* p, int) {

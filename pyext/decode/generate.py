@@ -84,7 +84,7 @@ def find_draft_model(model: Any, wanted: Any = None, method: str = "draft_chain"
         if name not in loaded:
             import ramify
 
-            loaded[name] = ramify.load(name)
+            loaded[name] = ramify.load(name, dtype=getattr(model, "dtype", "bf16"))
         found = loaded[name]
     _check_vocabulary(model, found)
     return found

@@ -36,10 +36,10 @@ def decode(
     """
     outs = [Output(request, i, stream) for i, request in enumerate(requests)]
     clock = Clock()
-    cache = model.new_cache([r.capacity for r in requests]) if cache is None else cache
     drafter.bind(model, requests)
     size.bind(model, requests)
     wants = drafter.wants
+    cache = model.new_cache([r.capacity for r in requests]) if cache is None else cache
     live = list(range(len(outs)))
     try:
         with clock.prefill:

@@ -51,7 +51,8 @@ class SecondModel:
     def __init__(self, model: Any, requests: Sequence[Request]) -> None:
         self.model = model
         self.limit = model.config.max_positions
-        self.cache = model.new_cache([min(r.capacity, self.limit) for r in requests])
+        self.capacities = [min(r.capacity, self.limit) for r in requests]
+        self.cache: Any = None  # made by the first begin: a drafter that only watches needs none
         self.pending: dict[int, list[int]] = {}
         self._length: dict[int, int] = {}  # committed tokens
         self._run: dict[int, Guessing] = {}
@@ -59,14 +60,17 @@ class SecondModel:
 
     def begin(self, slots: Sequence[int], prompts: Sequence[list[int]]) -> None:
         """Feed every prompt but its last token."""
+        if self.cache is None:
+            self.cache = self.model.new_cache(self.capacities)
         for slot, prompt in zip(slots, prompts, strict=True):
             self.pending[slot], self._length[slot] = list(prompt[:-1]), 0
         self._prefill(slots, few=0)
 
     def end(self, slots: Sequence[int]) -> None:
         """Free these slots; those that never began or have ended are left alone."""
-        live = [slot for slot in slots if self.pending.pop(slot, None) is not None]
-        self.cache.free(live)
+        ended = [slot for slot in slots if self.pending.pop(slot, None) is not None]
+        if ended:
+            self.cache.free(ended if self.pending else range(len(self.capacities)))
 
     def start(self, slots: Sequence[int], roots: Sequence[int], rows: Sequence[int]) -> list[Guessing]:
         """Open a tree for every slot that may guess: more than one row allowed, and positions left in the draft model."""

@@ -17,13 +17,13 @@ from ramify.native import MAX_TOPK, TILE, threads
 from ramify.registry import page_format
 from ramify.tree import MAX_ROWS, TokenTree
 
-DRAFT_PAGES = MAX_ROWS // TILE  # of each sequence: the largest tree, so a growing tree never moves its neighbours
+DRAFT_PAGES = MAX_ROWS // TILE  # of each sequence: room for the largest tree, so a growing tree never moves its neighbours
 FORMATS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 @dataclass
 class StepOut:
-    """What a forward returns, a row of everything per packed row of the tree. Views of the step's buffers: the next forward overwrites them.
+    """What a forward returns, one row per packed row of the tree. Views of the step's buffers: the next forward overwrites them.
 
     argmax int32 [M]; top, lse f32 [M]: largest logit and log-sum-exp; topk_ids int32 and topk_values f32 [M, k], descending; logits
     f32 [M, V] when asked for; taps {i: f32 [M, hidden]}: the hidden state after i layers, before the norm that follows.
@@ -150,7 +150,8 @@ class Model:
         if not 0 <= span[0] < span[1] <= L:
             raise ValueError(f"forward: layers is {list(span)}; takes 0 <= start < end <= {L}.")
         if (span[0] > 0) != (hidden is not None):
-            raise ValueError(f"forward: hidden is {'missing' if hidden is None else 'given'} for layers {list(span)}; it starts a range above 0.")
+            came = "missing" if hidden is None else "given"
+            raise ValueError(f"forward: hidden is {came} for layers {list(span)}; takes it exactly when the range starts above 0.")
         if not 0 <= topk <= MAX_TOPK:
             raise ValueError(f"forward: topk is {topk}; takes 0 to {MAX_TOPK}.")
         taps = tuple(sorted({span[1] if tap == -1 else tap for tap in taps} | ({span[1]} if span[1] < L else set())))
@@ -166,7 +167,7 @@ class Model:
         new = tree.rows - old
         M = int(new.sum())
         if int(new.min()) < 1 or int(old.min()) < 0:
-            raise ValueError(f"forward: first is {old.tolist()}; takes 0 to one less than the rows {tree.rows.tolist()}: a row or more is new.")
+            raise ValueError(f"forward: first is {old.tolist()}; takes 0 to one less than the rows, {tree.rows.tolist()}.")
         if int(tree.rows.max()) > limit:
             raise ValueError(f"forward: {int(tree.rows.max())} rows in a sequence; takes 1 to {limit}. Lower rows= of the size policy.")
         step = self._step(arena, view.cache, M, tree.M, B, span, head, topk, taps)
@@ -186,7 +187,7 @@ class Model:
                 out.topk_ids, out.topk_values = named["topk_ids"][:M], named["topk_values"][:M]
             if not np.isfinite(out.lse).all():
                 row = int(np.flatnonzero(~np.isfinite(out.lse))[0])
-                raise ValueError(f"forward: logits of row {row} are not finite; takes weights and inputs without NaN. Check the checkpoint.")
+                raise ValueError(f"forward: logits of row {row} are not finite; takes weights without NaN. Check the checkpoint.")
         return out
 
     def _step(self, arena: Arena, cache: Cache, M: int, tail: int, B: int, span, head, topk, taps) -> Step:
@@ -204,10 +205,10 @@ class Model:
         """Write a step's inputs; checks what a wrong address could come from."""
         i, B, cache = step.inputs, tree.B, view.cache
         lengths = cache.lengths[view.slots]
-        keep = slice(None)
+        tokens, depth, ancestors, words = tree.tokens, tree.depth, tree.ancestors, tree.ancestors.shape[1]
         if not whole:
             keep = np.concatenate([np.arange(tree.row_start[b] + old[b], tree.row_start[b + 1]) for b in range(B)])
-        tokens, depth, words = tree.tokens[keep], tree.depth[keep], tree.ancestors.shape[1]
+            tokens, depth, ancestors = tokens[keep], depth[keep], ancestors[keep]
         if int(tokens.min()) < 0 or int(tokens.max()) >= self.config.vocab_size:
             bad = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)][0]
             raise ValueError(f"forward: token {bad}; takes 0 to {self.config.vocab_size - 1}. Is it another model's vocabulary?")
@@ -215,7 +216,7 @@ class Model:
             raise ValueError(f"forward: ancestors has {words} words a row; takes at most {WORDS}.")
         i.count[0] = M
         i.tokens[:M], i.depth[:M] = tokens, depth
-        i.ancestors[:M, :words] = tree.ancestors[keep]
+        i.ancestors[:M, :words] = ancestors
         i.tail_depth[: tree.M], i.tail_offset[: B + 1] = tree.depth, tree.row_start
         i.prefix[:B], i.tail[:B] = lengths, tree.rows
         i.page_table[:B] = cache.page_table[view.slots]

@@ -15,6 +15,7 @@ from ramify.cache.arena import Arena
 from ramify.model.config import ModelConfig
 from ramify.model.weights import Linear, Weights
 
+Rope = tuple[torch.Tensor, torch.Tensor]  # cosine and sine, f32 [positions, D / 2]
 WORDS = 8  # ancestor words of a row in the step's own buffers: a prefill chunk of 512 rows is the widest tree
 
 
@@ -49,7 +50,7 @@ class Plan:
 class Step:
     """A captured step: its inputs, its outputs and its program. Outputs hold until the next replay."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, rope: tuple[torch.Tensor, torch.Tensor], arena: Arena, plan: Plan, pages: int):
+    def __init__(self, config: ModelConfig, weights: Weights, rope: Rope, arena: Arena, plan: Plan, pages: int):
         self.plan, self.threads = plan, native.threads()
         self.inputs = Inputs(plan.rows, plan.sequences, pages)
         self.inputs.count[0] = plan.rows  # scratch is sized for the widest step
@@ -233,7 +234,9 @@ class _Capture:
             return
         out = self._buffer(self.plan.rows, self.config.hidden_size)
         self._call(
-            native.CopyRowsArgs(x=self.x.data_ptr(), x_stride=self.x.stride(0), width=out.shape[1], out=out.data_ptr(), out_stride=out.stride(0))
+            native.CopyRowsArgs(
+                x=self.x.data_ptr(), x_stride=self.x.stride(0), width=out.shape[1], out=out.data_ptr(), out_stride=out.stride(0)
+            )
         )
         self.taps[i] = out.numpy()
 

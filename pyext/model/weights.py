@@ -84,7 +84,16 @@ class Weights:
                 return t[name].float().contiguous() if name in t else None
 
             weights.layers.append(
-                Layer(gain("attn_norm"), fuse("q", "k", "v"), gain("q_norm"), gain("k_norm"), fuse("o"), gain("mlp_norm"), fuse("gate", "up"), fuse("down"))
+                Layer(
+                    attn_norm=gain("attn_norm"),
+                    qkv=fuse("q", "k", "v"),
+                    q_norm=gain("q_norm"),
+                    k_norm=gain("k_norm"),
+                    o=fuse("o"),
+                    mlp_norm=gain("mlp_norm"),
+                    gate_up=fuse("gate", "up"),
+                    down=fuse("down"),
+                )
             )
         weights.final_norm = checkpoint.tensor("final_norm").float().contiguous()
         head = embed if config.tied_embeddings else checkpoint.tensor("lm_head")

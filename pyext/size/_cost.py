@@ -55,7 +55,7 @@ class CostTable:
 def cost_table(model: Any) -> CostTable:
     """The table of this model on this machine: from this process, from disk, or measured now (about a second) and written to disk.
 
-    A model without a `fingerprint` (str: what was loaded, in which format) is measured once per process and never written.
+    On disk a model is known by its `fingerprint` (str), or by its config and dtype; one that has neither is measured in every process.
     """
     table = _tables.get(model)
     if table is None:
@@ -102,6 +102,8 @@ def cache_folder() -> Path:
 
 def _path(model: Any) -> Path | None:
     fingerprint = getattr(model, "fingerprint", None)
+    if not fingerprint and hasattr(model, "dtype"):
+        fingerprint = f"{model.config!r} {model.dtype}"
     if not fingerprint:
         return None
     threads = os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -65,6 +65,7 @@ RECIPES = {
     "drafter": Recipe("drafter", hidden=192, layers=2, heads=3, kv_heads=1, inner=512, peak=0.02),
 }
 BATCH_TOKENS = 8192
+ADAM_SHARE = 0.15  # AdamW's learning rate as a share of Muon's
 STAGES = ((512, 0.85), (POSITIONS, 1.0))  # (sequence length, until this share of the tokens)
 
 
@@ -77,9 +78,8 @@ def train_tokenizer(texts: Sequence[str], folder: Path) -> Tokenizer:
         vocab_size=VOCABULARY, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, model_max_length=POSITIONS, clean_up_tokenization_spaces=False
-    )
+    names = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=POSITIONS, clean_up_tokenization_spaces=False, **names)
     fast.save_pretrained(folder)
     return tokenizer
 
@@ -125,7 +125,7 @@ def optimizers(model: LlamaForCausalLM, peak: float) -> list[torch.optim.Optimiz
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     return [
         Muon(matrices, lr=peak),
-        torch.optim.AdamW(others, lr=0.15 * peak, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.AdamW(others, lr=ADAM_SHARE * peak, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
 
@@ -172,7 +172,7 @@ def train_model(recipe: Recipe, tokenizer: Tokenizer, stream: torch.Tensor, toke
             optim.load_state_dict(saved)
         first, spent, figures = state["step"], state["seconds"], state["figures"]
     compiled = torch.compile(model, dynamic=False)
-    peaks = [optim.param_groups[0]["lr"] if first == 0 else base for optim, base in zip(optims, (recipe.peak, 0.15 * recipe.peak), strict=True)]
+    peaks = (recipe.peak, ADAM_SHARE * recipe.peak)
     sources = {length: batches(stream, length, seed + length + first) for length, _ in STAGES}
     start, bar = time.perf_counter(), tqdm(range(first, steps), initial=first, total=steps, desc=recipe.name, unit="step", mininterval=10)
     for step in bar:
@@ -191,7 +191,8 @@ def train_model(recipe: Recipe, tokenizer: Tokenizer, stream: torch.Tensor, toke
             bar.set_postfix(loss=f"{float(loss):.3f}")
         if (step + 1) % 50 == 0 or step + 1 == steps:
             seconds = spent + time.perf_counter() - start
-            state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optims], "step": step + 1, "seconds": seconds, "figures": figures}
+            state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optims]}
+            state |= {"step": step + 1, "seconds": seconds, "figures": figures}
             torch.save(state, f"{state_file}.part")
             os.replace(f"{state_file}.part", state_file)
     model = model.to("cpu", torch.bfloat16).float()  # judge what ships: the rounded weights

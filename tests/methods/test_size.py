@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from ramify.draft.auto import Arm, Auto
 from ramify.registry import size_policy
 from ramify.size import _cost
 from ramify.size._cost import BUCKETS, CostTable, cost_table
@@ -210,3 +211,66 @@ def test_registry_and_bad_arguments():
             size_policy.build(spec)
     with pytest.raises(TypeError, match="takes a whole number"):
         size_policy.build("fixed:rows_each=a")
+
+
+class Watching:
+    """A drafter of `auto` that never drafts here: the machine plays its part."""
+
+    def __init__(self, name):
+        self.name = name
+
+
+def auto_machine(**drafters):
+    """`auto` over drafters that are rules: each (accepts, seconds of drafting by width)."""
+    auto = Auto()
+    auto.arms = [Arm(Watching(name), lazy=False) for name in drafters]
+    for arm in auto.arms:
+        arm.size = Measured(costs=CostTable([cpu_like(rows) for rows in BUCKETS]))
+    chosen = []
+
+    def rule(k):
+        def of(n):
+            return list(drafters.values())[auto.chosen][k](n)
+
+        return of
+
+    class Noting(type(auto.size_policy())):
+        def rows(self, live, lengths):
+            rows = super().rows(live, lengths)
+            chosen.append(list(drafters)[auto.chosen])
+            return rows
+
+    return Machine(Noting(auto), accepts=rule(0), draft=rule(1)), chosen
+
+
+def test_auto_settles_on_the_best():
+    machine, chosen = auto_machine(
+        hopeless=(lambda n: 0, lambda n: 0.0),
+        fair=(geometric(0.5), lambda n: 1e-5),
+        good=(geometric(0.85), lambda n: 3e-5),
+        dear=(geometric(0.9), lambda n: (n - 1) * 0.5 * STEP),
+    )
+    machine.run(1500)
+    assert chosen[500:].count("good") > 900
+
+    def rate(n):
+        return (1 - 0.85**n) / 0.15 / (cpu_like(n) + 5e-5)
+
+    assert machine.tokens / machine.seconds > 0.88 * max(map(rate, WIDTHS))
+
+
+def test_auto_with_hopeless_drafters_only():
+    machine, _ = auto_machine(one=(lambda n: 0, lambda n: 0.0), two=(lambda n: 0, lambda n: (n - 1) * 0.1 * STEP))
+    assert machine.run(1500).speedup > 0.94
+
+
+def test_auto_notices_a_change():
+    turn = [0.1, 0.9]
+    machine, chosen = auto_machine(
+        a=(lambda n: geometric(turn[0], len(chosen))(n), lambda n: 0.0), b=(lambda n: geometric(turn[1], len(chosen))(n), lambda n: 0.0)
+    )
+    machine.run(300)
+    assert chosen[-100:].count("b") > 80
+    turn.reverse()
+    machine.run(1000)
+    assert chosen[-200:].count("a") > 160

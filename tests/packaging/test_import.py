@@ -20,7 +20,7 @@ def python(code, **environment):
 
 def test_import_takes_less_than_300_ms_after_torch():
     code = "import time, torch; t = time.perf_counter(); import ramify; dir(ramify); print(time.perf_counter() - t)"
-    assert min(float(python(code)) for _ in range(3)) < 0.3
+    assert any(float(python(code)) < 0.3 for _ in range(3))
 
 
 def test_import_only_imports(tmp_path):
