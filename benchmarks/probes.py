@@ -57,10 +57,12 @@ class Probe:
     def __init__(self, machine: Machine | None = None, samples: int = 5, block: int | None = None) -> None:
         self.machine = machine or Machine()
         self.samples = samples
-        self.native = _native()
-        self.source = f"native {self.native.isa()}" if self.native else "torch (no native probe in this build)"
         size = block or min(512 << 20, max(128 << 20, 4 * last_level_cache()))
         self.memory = torch.ones(size // 4 + 16, dtype=torch.float32)
+        self.native = _native()
+        if self.native and not self._run(KINDS["fp32"], 1, 1):
+            self.native = None  # the sources have the kernel, the built module does not yet
+        self.source = f"native {self.native.isa()}" if self.native else "torch (no native probe in this build)"
 
     @classmethod
     def of(cls, quick: bool) -> "Probe":

@@ -10,6 +10,7 @@ import ramify
 from ramify.decode.loop import decode
 from ramify.decode.output import Request
 from ramify.decode.sampling import SamplingParams
+from ramify.decode.text import TextStream
 from ramify.draft.base import ChainDrafter
 from ramify.draft.plain import Plain
 from ramify.registry import drafter
@@ -185,6 +186,29 @@ def test_stream_joins_to_the_text(method):
             assert out.text == whole if out.finish_reason != "stop" else whole.startswith(out.text)
             halves += "\ufffd" in out.text
         assert halves or stop, "the test should meet characters cut in two"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_text_stream(seed):
+    """Characters whose bytes come in several ids, in any grouping of the ids; stop strings wherever they begin and end."""
+    rng = np.random.default_rng(seed)
+    tokenizer = FakeTokenizer()
+    ids = rng.choice([2, 3, 5, 6, 7, 8, 9, 10], 40, p=[0.05, 0.05, 0.2, 0.2, 0.2, 0.1, 0.1, 0.1]).tolist()
+    ids[10:10] = [8, 7, 5, 6, 7]
+    whole = tokenizer.decode(ids)
+    for stops in ((), ("a€€",), ("b",)):
+        seen: list[int] = []
+        stream = TextStream(tokenizer, seen, 0, stops)
+        pieces = []
+        while len(seen) < len(ids) and not stream.stopped:
+            seen += ids[len(seen) : len(seen) + int(rng.integers(1, 4))]
+            stream.read()
+            pieces.append(stream.take())
+            assert whole.startswith("".join(pieces))
+        stream.finish()
+        pieces.append(stream.take(last=True))
+        found = [whole.find(stop) for stop in stops if stop in whole]
+        assert "".join(pieces) == stream.text == (whole[: min(found)] if found else whole)
 
 
 def test_interrupt_leaves_nothing_behind():

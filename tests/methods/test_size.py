@@ -68,6 +68,11 @@ def test_hopeless_drafter_on_a_short_text():
     assert machine.speedup > 0.93
 
 
+def test_dear_trials_keep_to_their_share():
+    machine = Machine(Measured(), accepts=lambda n: 0, draft=lambda n: (n - 1) * 3 * STEP).run(300)
+    assert machine.policy._lost < 1.2 * 0.02 * machine.seconds
+
+
 def test_trials_grow_apart():
     machine = Machine(Measured(), accepts=lambda n: 0).run(2000)
     at = [i for i, width in enumerate(machine.widths) if width > 1][4:]
