@@ -63,6 +63,7 @@ RowStatsArgs = _struct(
     "RowStatsArgs", 9, "rows:p logits:p dtype:i V:i stride:i argmax:p top:p lse:p topk:i topk_ids:p topk_values:p scratch:p"
 )
 PackArgs = _struct("PackArgs", 10, "weight:p dtype:i N:i K:i stride:i out:p")
+ProbeArgs = _struct("ProbeArgs", 11, "kind:i data:p bytes:i streams:i repeat:i done:p sink:p")
 
 STRUCTS = (
     LinearArgs,
@@ -76,6 +77,7 @@ STRUCTS = (
     CommitArgs,
     RowStatsArgs,
     PackArgs,
+    ProbeArgs,
 )
 
 uniform = _cpu.uniform

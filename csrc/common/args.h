@@ -165,6 +165,18 @@ struct PackArgs {
   void* out;
 };
 
+// What a core can do at most (probe.cpp): the floors of benchmarks/.
+enum Probe : int64_t { kProbeRead = 0, kProbeFp32 = 1, kProbeBf16 = 2, kProbeInt8 = 3 };
+
+struct ProbeArgs {
+  int64_t kind;
+  const void* data;        // kProbeRead: 64-byte aligned
+  int64_t bytes, streams;  // streams a thread
+  int64_t repeat;
+  int64_t* done;  // what one thread did: bytes, or products and sums; 0 where the level has no such instruction
+  double* sink;
+};
+
 enum Kernel : int64_t {
   kLinear,
   kAttention,
@@ -177,6 +189,7 @@ enum Kernel : int64_t {
   kCommit,
   kRowStats,
   kPack,
+  kProbe,
   kKernels
 };
 

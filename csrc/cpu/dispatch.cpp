@@ -10,20 +10,24 @@ namespace ramify {
   extern const KernelRow glue_kernels[];      \
   extern const KernelRow kv_kernels[];        \
   extern const KernelRow verify_kernels[];    \
+  extern const KernelRow probe_kernels[];     \
   }
 RAMIFY_LEVELS(X)
 #undef X
 
 namespace {
 
-constexpr int kFiles = 5;
+constexpr int kFiles = 6;
 
 struct Level {
   const char* name;
   const KernelRow* files[kFiles];
 };
 
-#define X(level) {#level, {level::linear_kernels, level::attention_kernels, level::glue_kernels, level::kv_kernels, level::verify_kernels}},
+#define X(level)                                                                                                    \
+  {#level,                                                                                                          \
+   {level::linear_kernels, level::attention_kernels, level::glue_kernels, level::kv_kernels, level::verify_kernels, \
+    level::probe_kernels}},
 const Level levels[] = {RAMIFY_LEVELS(X)};
 #undef X
 constexpr int kLevels = sizeof(levels) / sizeof(levels[0]);
