@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/rng.h"
+#include "common/tree_bits.h"
 #include "cpu/dispatch.h"
 
 namespace py = pybind11;
@@ -58,6 +59,10 @@ PYBIND11_MODULE(_cpu, m) {
     return row->scratch ? row->scratch(reinterpret_cast<const void*>(args), threads) : 0;
   });
   m.def("uniform", [](uint64_t seed, uint64_t index, uint32_t purpose, uint32_t lane) { return uniform(seed, index, purpose, lane); });
+  m.def("check_words", [](uintptr_t ancestors, int64_t B, int64_t T, int64_t words, uintptr_t used, uintptr_t depth) {
+    return check_words(reinterpret_cast<const int64_t*>(ancestors), B, T, words, reinterpret_cast<const int32_t*>(used),
+                       reinterpret_cast<int32_t*>(depth));
+  });
   m.def("sizes", [] {
     py::dict d;
 #define SIZE(T) d[#T] = sizeof(T)

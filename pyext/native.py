@@ -83,6 +83,14 @@ STRUCTS = (
 uniform = _cpu.uniform
 
 
+def check_words(ancestors: torch.Tensor, used: torch.Tensor | None = None, depth: torch.Tensor | None = None) -> int:
+    """Check contiguous ancestor words int64 [B, T, W] of which used[b] rows count; fill depth int32 [B, T] when it is given.
+
+    Returns b * T + i of the first row that does not see itself or sees a later one, or -1.
+    """
+    return _cpu.check_words(ancestors.data_ptr(), *ancestors.shape, pointer(used) or 0, pointer(depth) or 0)
+
+
 def levels() -> dict[str, bool]:
     """ISA level -> whether this machine runs it, lowest first."""
     return dict(_cpu.levels())

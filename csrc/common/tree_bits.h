@@ -34,4 +34,24 @@ RAMIFY_TREE int64_t tree_bits(const int32_t* parent, int64_t rows, int64_t words
   return -1;
 }
 
+// Checks the words of a batch, ancestors[B, T, words] with used[b] rows in use (all of them when null), and fills depth[B, T]
+// where it is given: how many rows each row sees besides itself. Returns b * T + i of the first row that does not see itself or sees a
+// later row, or -1.
+RAMIFY_TREE int64_t check_words(const int64_t* ancestors, int64_t B, int64_t T, int64_t words, const int32_t* used, int32_t* depth) {
+  for (int64_t row = 0; row < B * T; ++row) {
+    const int64_t i = row % T, own = i >> 6;
+    if (depth) depth[row] = 0;
+    if (used && i >= used[row / T]) continue;
+    int seen = 0;
+    for (int64_t w = 0; w < words; ++w) {
+      const uint64_t word = static_cast<uint64_t>(ancestors[row * words + w]);
+      const uint64_t below = w < own ? ~uint64_t(0) : w > own ? 0 : (uint64_t(2) << (i & 63)) - 1;
+      if ((word & ~below) != 0 || (w == own && (word >> (i & 63) & 1) == 0)) return row;
+      for (uint64_t rest = word; rest; rest &= rest - 1) ++seen;
+    }
+    if (depth) depth[row] = seen - 1;
+  }
+  return -1;
+}
+
 }  // namespace ramify

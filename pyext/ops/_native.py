@@ -116,7 +116,8 @@ def tree_attention(
     out, lse = outs
     B, T, Hq, D = q.shape
     ancestors = ancestors.contiguous()
-    depth = (_popcount(ancestors).sum(-1) - 1).int()
+    depth = torch.empty(B, T, dtype=torch.int32)
+    n.check_words(ancestors, tail_rows, depth)
     offset = torch.arange(0, B * T, T, dtype=torch.int32)
     if tail_rows is None:
         tail_rows = torch.full((B,), T, dtype=torch.int32)
@@ -180,11 +181,3 @@ def _store(rows: Tensor, out: Tensor) -> None:
     """What a kernel wrote into `_target(out)` is in `out` afterwards."""
     if rows.data_ptr() != out.data_ptr():
         out.copy_(rows.view(out.shape))
-
-
-def _popcount(words: Tensor) -> Tensor:
-    """Set bits of each int64: pairs, nibbles, bytes, then the sum of the bytes. Masks undo the sign that >> drags along."""
-    x = words - ((words >> 1) & 0x5555555555555555)
-    x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F0F0F0F0F
-    return (x * 0x0101010101010101) >> 56

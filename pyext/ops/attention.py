@@ -1,12 +1,12 @@
 """tree_attention over the user's own tensors, and merge_states for whoever splits the keys."""
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ramify import reference
+from ramify.backends import native
 from ramify.checks import number, whole
 from ramify.ops import _native
 from ramify.ops._checks import FLOATS, INT32, INT64, MAX_ROWS, Shapes, check_cache, outputs
@@ -116,29 +116,14 @@ def _check_values(q: Tensor, k: Tensor, ancestors: Tensor, prefix_len: Tensor, p
             pages = page_table[b, : -(-n // k.shape[1])]
             if n and not (0 <= int(pages.min()) and int(pages.max()) < k.shape[0]):
                 raise ValueError(f"tree_attention: page_table[{b}] names a page that k lacks; takes 0 to {k.shape[0] - 1}.")
-    own, later = _row_masks(T, ancestors.shape[2])
-    wrong = ((ancestors & own) != own) | ((ancestors & later) != 0)
-    if tail_rows is not None:
-        wrong &= (torch.arange(T) < tail_rows[:, None])[..., None]
-    if wrong.any():
-        b, i, w = wrong.nonzero()[0].tolist()
+    row = native().check_words(ancestors.contiguous(), tail_rows)
+    if row >= 0:
+        b, i = divmod(row, T)
+        words = [f"{int(word) % 2**64:#x}" for word in ancestors[b, i]]
         raise ValueError(
-            f"tree_attention: word {w} of ancestors[{b}, {i}] is {int(ancestors[b, i, w]) % 2**64:#x}; "
-            "takes the row's own bit and bits of rows before it. Order the rows so that a parent stands before its child."
+            f"tree_attention: ancestors[{b}, {i}] is {', '.join(words)}; takes the row's own bit and bits of rows before it. "
+            "Order the rows so that a parent stands before its child."
         )
-
-
-@lru_cache(maxsize=64)
-def _row_masks(T: int, W: int) -> tuple[Tensor, Tensor]:
-    """Words [T, W] of each row's own bit, and of the rows after it."""
-    bit = torch.arange(64 * W)
-    row = torch.arange(T)[:, None]
-    weight = torch.ones(64, dtype=torch.int64) << torch.arange(64)
-
-    def words(bits: Tensor) -> Tensor:
-        return (bits.view(T, W, 64) * weight).sum(-1)
-
-    return words(bit == row), words(bit > row)
 
 
 def _reference(q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows):
