@@ -39,7 +39,8 @@ def methods_table(root: Path) -> str:
             continue  # a plugin's
         lossless = "yes" if each.lossless else "**no**"
         needs = {"yes": "a second model", "maybe": "may use a second model"}.get(getattr(each, "takes_model", "no"), "nothing")
-        rows.append([f"`{each.name}`", each.summary.rstrip("."), lossless, "trained weights" if each.trained else needs, each.source])
+        name = f"`{each.name}`" + (" (for tests)" if getattr(each, "testing", False) else "")
+        rows.append([name, each.summary.rstrip("."), lossless, "trained weights" if each.trained else needs, each.source])
     return _table(["method", "what it does", "lossless", "needs", "source"], rows)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ramify.verify import Verdict
 
 
-@drafter("oracle", lossless=True, trained=False)
+@drafter("oracle", lossless=True, trained=False, testing=True)
 @dataclass
 class Oracle(Drafter):
     """A chain of true tokens, each replaced by a wrong one with probability 1 - accuracy; every true row may get wrong siblings.

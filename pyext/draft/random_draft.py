@@ -11,7 +11,7 @@ from ramify.draft.base import Drafter, drafter
 from ramify.tree import TokenTree
 
 
-@drafter("random_draft", lossless=True, trained=False)
+@drafter("random_draft", lossless=True, trained=False, testing=True)
 @dataclass
 class RandomDraft(Drafter):
     """Trees of random shape and random tokens. seed: of shapes and tokens, which also depend on the order of the calls."""
