@@ -15,7 +15,6 @@ _HOME = {
     "TokenTree": "tree",
     "UnsupportedModelError": "errors",
     "backend": "backends",
-    "cache_policy": "registry",
     "drafter": "registry",
     "explain": "backends",
     "generate": "decode.generate",

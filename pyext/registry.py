@@ -132,7 +132,6 @@ def _literal(text: str) -> Any:
 drafter = Registry("drafter", "ramify.draft")
 verifier = Registry("verifier", "ramify.verify")
 size_policy = Registry("size_policy", "ramify.size")
-cache_policy = Registry("cache_policy", "ramify.cache")
 page_format = Registry("page_format", "ramify.cache")
 
 

@@ -1,4 +1,4 @@
-// csrc/common/rng.h: the counter-based random numbers of pyext/decode/rng.py, bit for bit. Source: Random123, Philox4x32-10.
+// csrc/common/rng.h: the counter-based random numbers of pyext/sampling/rng.py, bit for bit. Source: Random123, Philox4x32-10.
 //
 // A number is a function of (seed, index, purpose, lane) and of nothing else: index is the absolute position of the token that
 // is decided, lane tells siblings or vocabulary entries apart. No state, so any thread may compute any number.

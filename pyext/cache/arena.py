@@ -4,12 +4,18 @@ A commit does not copy at once. It notes (draft slot, page slot) pairs, and the 
 the step's own parallel region; whoever reads pages without running a step calls `flush` first. Rejected rows are never noted.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 
 from ramify import native
 from ramify.cache.base import PageFormat
-from ramify.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from ramify.model.config import ModelConfig
 
 PAGE = native.TILE
 PREFILL_ROWS = 512

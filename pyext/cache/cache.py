@@ -10,7 +10,8 @@ from ramify.cache.arena import PAGE, Arena
 class Cache:
     """Slots 0 .. B-1, one per sequence, over the pages of an arena.
 
-    lengths int32 [B]: committed tokens of each slot, both what attention walks and what RoPE counts (no policy evicts yet).
+    lengths int32 [B]: committed tokens of each slot, both what attention walks and what RoPE counts (nothing is evicted yet).
+    A slot's last, partly filled page is its open window; full pages are sealed and never written again, but for a crop.
     page_table int32 [B, P]: page of every 64 slots of a sequence.
     """
 

@@ -1,1 +1,1 @@
-"""The loop and what it needs. Import from the modules: `ramify.decode.generate`, `ramify.decode.loop`, `ramify.decode.sampling`."""
+"""The loop and what it needs. Import from the modules: `ramify.decode.generate`, `ramify.decode.loop`, `ramify.sampling.pipeline`."""

@@ -6,10 +6,10 @@ from weakref import WeakKeyDictionary
 
 from ramify.decode.loop import decode
 from ramify.decode.output import Output, Request, Stream, read_stops
-from ramify.decode.sampling import SamplingParams
 from ramify.draft.base import Drafter
 from ramify.registry import drafter as drafters
 from ramify.registry import size_policy as size_policies
+from ramify.sampling.pipeline import SamplingParams
 from ramify.size.base import SizePolicy
 
 ZOO, ZOO_DRAFTER = "zoo", "zoo-drafter"

@@ -9,9 +9,9 @@ from typing import Any
 
 from ramify.decode.clock import Clock
 from ramify.decode.output import Output, Request, Stream
-from ramify.decode.sampling import Sampling
 from ramify.draft.base import Drafter
 from ramify.registry import verifier as verifiers
+from ramify.sampling.pipeline import Sampling
 from ramify.size.base import SizePolicy
 from ramify.tree import MAX_ROWS, TokenTree
 from ramify.verify import choose_verifier

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ramify.checks import whole
-from ramify.decode.sampling import SamplingParams
 from ramify.decode.text import TextStream
+from ramify.sampling.pipeline import SamplingParams
 
 Stream = Callable[[int, list[int], str], None]
 """Called with the request's index, its new token ids, and the text that they finished (text that may still change is held back)."""

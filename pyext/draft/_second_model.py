@@ -5,17 +5,19 @@ pending tokens as a chain above the root, so catching up costs no forward of its
 accepted rows that were never run (the last guess of a chain) become pending.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ramify.decode.output import Request
-from ramify.decode.sampling import Sampling
 from ramify.draft.base import Drafter
+from ramify.sampling.pipeline import Sampling
 from ramify.tree import MAX_ROWS, TokenTree
 
 if TYPE_CHECKING:
+    from ramify.decode.output import Request
     from ramify.verify import Verdict
 
 _NOTHING = np.zeros(0, np.int32)
@@ -165,7 +167,7 @@ class ModelDrafter(Drafter):
             self.text[slot] = list(prompt)
         self.second.begin(slots, prompts)
 
-    def observe(self, slots: Sequence[int], tree: TokenTree, out: Any, verdict: "Verdict") -> None:
+    def observe(self, slots: Sequence[int], tree: TokenTree, out: Any, verdict: Verdict) -> None:
         """Commit the rows of the draft model that were accepted; what it has not run waits for the next step."""
         for slot, tokens in zip(slots, verdict.emitted, strict=True):
             self.text[slot] += tokens

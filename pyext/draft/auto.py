@@ -5,11 +5,12 @@ width brings; the best one drafts, the others watch. A drafter nobody has met is
 fell behind is tried again at growing intervals, within a share of the time.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ramify.decode.output import Request
 from ramify.draft.base import Drafter, Wants, drafter
 from ramify.registry import drafter as drafters
 from ramify.size.base import SizePolicy
@@ -18,6 +19,7 @@ from ramify.tree import TokenTree
 
 if TYPE_CHECKING:
     from ramify.decode.clock import Clock
+    from ramify.decode.output import Request
     from ramify.verify import Verdict
 
 _FIRST, _LAST = 24, 512  # steps between two visits to drafters that are behind
@@ -95,7 +97,7 @@ class Auto(Drafter):
             arm.drafter.begin(slots, [self.text[slot] for slot in slots])
         return arm.drafter.propose(slots, roots, rows)
 
-    def observe(self, slots: Sequence[int], tree: TokenTree, out: Any, verdict: "Verdict") -> None:
+    def observe(self, slots: Sequence[int], tree: TokenTree, out: Any, verdict: Verdict) -> None:
         """All that have begun see every step."""
         for slot, tokens in zip(slots, verdict.emitted, strict=True):
             self.text[slot] += tokens
@@ -142,7 +144,7 @@ class _AutoSize(SizePolicy):
             return [size.visit(batch)] * batch
         return size.rows(live, lengths)
 
-    def observe(self, tree: TokenTree, verdict: "Verdict", clock: "Clock") -> None:
+    def observe(self, tree: TokenTree, verdict: Verdict, clock: Clock) -> None:
         """The chosen drafter's policy learns; a visit's loss is written down."""
         arms, batch = self.auto.arms, tree.B
         size = arms[self.auto.chosen].size

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ramify.checks import between, whole
-from ramify.decode.sampling import Sampling, draw_children
 from ramify.draft._second_model import ROOM, Guessing, ModelDrafter
 from ramify.draft.base import drafter
+from ramify.sampling.pipeline import Sampling, draw_children
 from ramify.size.base import SizePolicy
 from ramify.size.fixed import Fixed
 from ramify.tree import TokenTree

@@ -3,17 +3,19 @@
 It decodes every request plainly first, which costs as much as it saves: a tool for tests and measurements.
 """
 
+from __future__ import annotations
+
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ramify.checks import between, whole
-from ramify.decode.output import Request
 from ramify.draft.base import Drafter, drafter
 from ramify.tree import TokenTree
 
 if TYPE_CHECKING:
+    from ramify.decode.output import Request
     from ramify.verify import Verdict
 
 
@@ -73,7 +75,7 @@ class Oracle(Drafter):
             parents.append(p)
         return TokenTree.from_parents(tokens, parents)
 
-    def observe(self, slots: Sequence[int], tree: TokenTree, out: Any, verdict: "Verdict") -> None:
+    def observe(self, slots: Sequence[int], tree: TokenTree, out: Any, verdict: Verdict) -> None:
         """Go on by as much as was emitted."""
         for slot, tokens in zip(slots, verdict.emitted, strict=True):
             self._at[slot] += len(tokens)

@@ -5,16 +5,18 @@ aggressive decoding). Exact with any exact verifier. No weights. Wins where the 
 Cost: one dict probe per n-gram length and sequence; no tensor is touched before the tree is built.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ramify.checks import one_of, whole
-from ramify.decode.output import Request
 from ramify.draft.base import Drafter, drafter
 from ramify.tree import TokenTree
 
 if TYPE_CHECKING:
+    from ramify.decode.output import Request
     from ramify.verify import Verdict
 
 
@@ -64,7 +66,7 @@ class PromptLookup(Drafter):
         """Chains of the running copies; a sequence without a match is its root alone."""
         return TokenTree.chains(roots, [self._guess(self._sources[slot], n - 1) for slot, n in zip(slots, rows, strict=True)])
 
-    def observe(self, slots: Sequence[int], tree: TokenTree, out: Any, verdict: "Verdict") -> None:
+    def observe(self, slots: Sequence[int], tree: TokenTree, out: Any, verdict: Verdict) -> None:
         """Index what was emitted, and move or end the running copy."""
         for slot, tokens in zip(slots, verdict.emitted, strict=True):
             source = self._sources[slot]

@@ -1,14 +1,18 @@
 """Random guesses in random trees: wrong nearly always, legal always. For tests of everything that must not depend on the drafter."""
 
+from __future__ import annotations
+
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ramify.checks import at_least
-from ramify.decode.output import Request
 from ramify.draft.base import Drafter, drafter
 from ramify.tree import TokenTree
+
+if TYPE_CHECKING:
+    from ramify.decode.output import Request
 
 
 @drafter("random_draft", lossless=True, trained=False, testing=True)

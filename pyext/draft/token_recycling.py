@@ -5,6 +5,8 @@ Wins on every kind of text once the table is warm; cost: 81 rows if the size pol
 Rows of one step that hold the same token: the last one in row order wins, on every backend.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -14,11 +16,11 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from ramify.decode.output import Request
 from ramify.draft.base import Drafter, Wants, drafter
 from ramify.tree import TokenTree
 
 if TYPE_CHECKING:
+    from ramify.decode.output import Request
     from ramify.verify import Verdict
 
 WIDTH = 8
@@ -100,7 +102,7 @@ class TokenRecycling(Drafter):
         pruned = [_prune(t, parents, n) for t, n in zip(tokens.tolist(), rows, strict=True)]
         return TokenTree.from_parents([t for t, _ in pruned], [p for _, p in pruned])
 
-    def observe(self, slots: Sequence[int], tree: TokenTree, out: Any, verdict: "Verdict") -> None:
+    def observe(self, slots: Sequence[int], tree: TokenTree, out: Any, verdict: Verdict) -> None:
         """Every row, accepted or not, says what is likely after its token."""
         self._learn(tree.tokens.tolist(), out.topk_ids)
 

@@ -27,12 +27,12 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from ramify.decode.generate import build_drafter, build_size
 from ramify.decode.loop import decode
 from ramify.decode.output import Output, Request
-from ramify.decode.rng import SAMPLE
-from ramify.decode.sampling import Sampling, SamplingParams, inverse_cdf, logits_of
 from ramify.draft.base import Drafter
 from ramify.hf.model import HFModel
 from ramify.registry import drafter as drafters
 from ramify.registry import verifier as verifiers
+from ramify.sampling.pipeline import Sampling, SamplingParams, inverse_cdf, logits_of
+from ramify.sampling.rng import SAMPLE
 from ramify.size.base import SizePolicy
 from ramify.size.fixed import Fixed
 from ramify.tree import TokenTree

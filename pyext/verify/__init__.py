@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ramify.decode.sampling import SamplingParams
+from ramify.sampling.pipeline import SamplingParams
 from ramify.verify.base import Verdict, Verifier, Walk, residual
 
 __all__ = ["Verdict", "Verifier", "Walk", "choose_verifier", "residual"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ramify.decode.sampling import Sampling, logits_of
+from ramify.sampling.pipeline import Sampling, logits_of
 from ramify.tree import CANDIDATE, MODES, TokenTree
 
 

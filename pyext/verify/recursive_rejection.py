@@ -4,9 +4,9 @@ Source: SpecInfer (Miao et al. 2023) for draws with replacement; EAGLE (Li et al
 without. Exact when children stand in the order in which they were drawn from q; sorting them by score afterwards is not exact.
 """
 
-from ramify.decode.rng import ACCEPT, RESIDUAL
-from ramify.decode.sampling import inverse_cdf
 from ramify.registry import verifier
+from ramify.sampling.pipeline import inverse_cdf
+from ramify.sampling.rng import ACCEPT, RESIDUAL
 from ramify.verify.base import Verifier, Walk, residual
 
 

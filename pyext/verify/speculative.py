@@ -4,9 +4,9 @@ Source: Leviathan et al. 2023; Chen et al. 2023. Exact when q is what the guess 
 Accepts sum_x min(p(x), q(x)) of the guesses, and no coupling of one guess accepts more.
 """
 
-from ramify.decode.rng import ACCEPT, RESIDUAL
-from ramify.decode.sampling import inverse_cdf
 from ramify.registry import verifier
+from ramify.sampling.pipeline import inverse_cdf
+from ramify.sampling.rng import ACCEPT, RESIDUAL
 from ramify.verify.base import Verifier, Walk, residual
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from ramify.decode.rng import ACCEPT, RESIDUAL, SAMPLE, uniforms
-from ramify.decode.sampling import Sampling, SamplingParams, draw_children, inverse_cdf, weights
 from ramify.registry import verifier
+from ramify.sampling.pipeline import Sampling, SamplingParams, draw_children, inverse_cdf, weights
+from ramify.sampling.rng import ACCEPT, RESIDUAL, SAMPLE, uniforms
 from ramify.tree import TokenTree
 from ramify.verify import Verifier, residual
 

@@ -5,9 +5,9 @@ import pytest
 
 from ramify.decode.loop import decode
 from ramify.decode.output import Request
-from ramify.decode.sampling import SamplingParams
 from ramify.draft import draft_chain, draft_tree
 from ramify.registry import drafter
+from ramify.sampling.pipeline import SamplingParams
 from ramify.size.fixed import Fixed
 from ramify.testing import FakeModel
 

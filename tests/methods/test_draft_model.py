@@ -8,10 +8,10 @@ import pytest
 
 import ramify
 from ramify.decode.output import Request
-from ramify.decode.sampling import SamplingParams
 from ramify.draft.draft_chain import DraftChain
 from ramify.draft.draft_tree import DraftTree, static_tree
 from ramify.registry import drafter
+from ramify.sampling.pipeline import SamplingParams
 from ramify.size.fixed import Fixed
 from ramify.testing import FakeModel
 from ramify.verify import Verdict

@@ -9,11 +9,11 @@ import pytest
 import ramify
 from ramify.decode.loop import decode
 from ramify.decode.output import Request
-from ramify.decode.sampling import SamplingParams
 from ramify.decode.text import TextStream
 from ramify.draft.base import ChainDrafter
 from ramify.draft.plain import Plain
 from ramify.registry import drafter
+from ramify.sampling.pipeline import SamplingParams
 from ramify.size.base import SizePolicy
 from ramify.size.fixed import Fixed
 from ramify.testing import FakeModel, FakeTokenizer

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from ramify.decode.rng import ACCEPT, DRAFT, SAMPLE, philox, uniform, uniforms
-from ramify.decode.sampling import Sampling, SamplingParams, draw_children, inverse_cdf, probabilities, weights
+from ramify.sampling.pipeline import Sampling, SamplingParams, draw_children, inverse_cdf, probabilities, weights
+from ramify.sampling.rng import ACCEPT, DRAFT, SAMPLE, philox, uniform, uniforms
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from ramify.decode.rng import ACCEPT, RESIDUAL, SAMPLE, uniform
-from ramify.decode.sampling import Sampling, SamplingParams, draw_children
 from ramify.reference.verify import residual_sample, verify_greedy, verify_sample
 from ramify.registry import verifier
+from ramify.sampling.pipeline import Sampling, SamplingParams, draw_children
+from ramify.sampling.rng import ACCEPT, RESIDUAL, SAMPLE, uniform
 from ramify.tree import CANDIDATE, PAD, PROBE, TokenTree
 from ramify.verify import Verdict, Verifier, choose_verifier, residual
 

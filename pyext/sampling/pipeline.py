@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ramify.checks import at_least, between, number, whole
-from ramify.decode.rng import DRAFT, SAMPLE, uniform
+from ramify.sampling.rng import DRAFT, SAMPLE, uniform
 from ramify.tree import MAX_ROWS
 
 _WHO = "SamplingParams"
