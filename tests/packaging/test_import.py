@@ -61,7 +61,6 @@ PUBLIC = [
         "TokenTree",
         "UnsupportedModelError",
         "backend",
-        "cache_policy",
         "drafter",
         "explain",
         "generate",

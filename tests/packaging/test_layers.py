@@ -29,12 +29,8 @@ ABOVE = {
 
 def imported(tree: ast.AST) -> set[str]:
     """Rooms of ramify that a module imports when it runs; imports for type checkers do not count."""
-    skipped = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-        for inner in ast.walk(node)
-    }
+    typing = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
+    skipped = {id(inner) for node in typing for inner in ast.walk(node)}
     rooms = set()
     for node in ast.walk(tree):
         if id(node) in skipped:
