@@ -104,14 +104,16 @@ RAMIFY_INLINE T* reread(T* p) {
   return p;
 }
 
-// Adds K products to each accumulator; row m's value k is a[k * kStepK + m * kStepM].
+// Adds K products to each accumulator; row m's value k is a[k * kStepK + m * kStepM]. `ahead` (elements) is what the next tile reads
+// where this one reads now: a tile narrower than a panel skips every other line, which no hardware prefetcher expects.
 template <int kStepK, int kStepM, int M, int N, class B>
-RAMIFY_INLINE void multiply(Vec (&acc)[M][N], const float* a, const B& b, int64_t K) {
+RAMIFY_INLINE void multiply(Vec (&acc)[M][N], const float* a, const B& b, int64_t K, int64_t ahead = 0) {
   const int64_t step = b.step();
   const auto* p = b.at(0);
   const auto at = [&](int n) { return b.at(n) - b.at(0); };  // a constant, or one register
   if constexpr (B::kPairs) {
     for (int64_t k = 0; k + 1 < K; k += 2, p += step, a += 2 * kStepK) {
+      if (ahead != 0) __builtin_prefetch(p + ahead);
       multiply_one<kStepM>(acc, a, [&](int n) { return Pairs::load(p + at(n)).even(); });
       const auto* again = reread(p);
       multiply_one<kStepM>(acc, a + kStepK, [&](int n) { return Pairs::load(again + at(n)).odd(); });

@@ -73,7 +73,9 @@ RAMIFY_INLINE void tile(const LinearArgs& a, const Part& part, int64_t column) {
 #if RAMIFY_BF16_DOT
     multiply_bf16<M, N>(acc, static_cast<const uint32_t*>(part.group) + part.begin / 2 * M, w, (K + 1) / 2);
 #else
-    multiply<M, 1>(acc, x, w, K);
+    const int64_t width = 2 * N * L;
+    const bool whole = N * L >= kPanel;
+    multiply<M, 1>(acc, x, w, K, whole ? 0 : lane + N * L < kPanel ? width : width - 2 * kPanel + size);
 #endif
   } else {
     multiply<M, 1>(acc, x, F32Panels{static_cast<const float*>(a.weight) + start + lane, size}, K);
