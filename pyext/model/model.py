@@ -1,5 +1,7 @@
 """Model: token trees in, logits out, over captured steps."""
 
+import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -160,18 +162,13 @@ class Model:
         return taps
 
     def _forward(self, tree, view, first, span, head, topk, taps, hidden, limit) -> StepOut:
-        B, arena = tree.B, view.cache.arena
+        B, arena = len(tree.row_start) - 1, view.cache.arena
         if len(view.slots) != B:
             raise ValueError(f"forward: tree has {B} sequences; takes {len(view.slots)}, as the view has.")
-        old = np.zeros(B, np.int32) if first is None else np.asarray(first, np.int32)
-        new = tree.rows - old
-        M = int(new.sum())
-        if int(new.min()) < 1 or int(old.min()) < 0:
-            raise ValueError(f"forward: first is {old.tolist()}; takes 0 to one less than the rows, {tree.rows.tolist()}.")
-        if int(tree.rows.max()) > limit:
-            raise ValueError(f"forward: {int(tree.rows.max())} rows in a sequence; takes 1 to {limit}. Lower rows= of the size policy.")
-        step = self._step(arena, view.cache, M, tree.M, B, span, head, topk, taps)
-        self._fill(step, tree, view, old, new, M, first is None)
+        shape = _Shape.of(tree, limit) if first is None else _Shape.grown(tree, first, limit)
+        M = shape.M
+        step = self._step(arena, view.cache, max(M, len(tree.tokens)), B, span, head, topk, taps)
+        self._fill(step, shape, tree, view)
         if hidden is not None:
             if hidden.shape != (M, self.config.hidden_size):
                 raise ValueError(f"forward: hidden is {list(hidden.shape)}; takes [{M}, {self.config.hidden_size}], a state per row.")
@@ -185,50 +182,85 @@ class Model:
             out.argmax, out.top, out.lse, out.logits = named["argmax"][:M], named["top"][:M], named["lse"][:M], named["logits"][:M]
             if topk:
                 out.topk_ids, out.topk_values = named["topk_ids"][:M], named["topk_values"][:M]
-            if not np.isfinite(out.lse).all():
+            if not math.isfinite(out.lse.sum()):
                 row = int(np.flatnonzero(~np.isfinite(out.lse))[0])
                 raise ValueError(f"forward: logits of row {row} are not finite; takes weights without NaN. Check the checkpoint.")
         return out
 
-    def _step(self, arena: Arena, cache: Cache, M: int, tail: int, B: int, span, head, topk, taps) -> Step:
-        rows = 1 << (max(M, tail) - 1).bit_length()
-        plan = Plan(rows, B, span, head, topk, taps)
-        pages = cache.page_table.shape[1]
-        step = arena.programs.get((plan, pages))
+    def _step(self, arena: Arena, cache: Cache, rows: int, B: int, span, head, topk, taps) -> Step:
+        bucket, pages = 1 << (rows - 1).bit_length(), cache.page_table.shape[1]
+        key = (bucket, B, span, head, topk, taps, pages)
+        step = arena.programs.get(key)
         if step is None or step.threads != threads():
-            step = Step(self.config, self.weights, self._rope, arena, plan, pages)
+            plan = Plan(bucket, B, span, head, topk, taps)
+            step = arena.programs[key] = Step(self.config, self.weights, self._rope, arena, plan, pages)
             step.inputs.draft_page[:] = np.arange(B) * DRAFT_PAGES
-            arena.programs[plan, pages] = step
         return step
 
-    def _fill(self, step: Step, tree: TokenTree, view: CacheView, old: np.ndarray, new: np.ndarray, M: int, whole: bool) -> None:
-        """Write a step's inputs; checks what a wrong address could come from."""
-        i, B, cache = step.inputs, tree.B, view.cache
+    def _fill(self, step: Step, shape: "_Shape", tree: TokenTree, view: CacheView) -> None:
+        """Write a step's inputs; checks what a wrong address could come from. A shape that the step has seen last is not written again."""
+        i, M, cache, B = step.inputs, shape.M, view.cache, len(view.slots)
         lengths = cache.lengths[view.slots]
-        tokens, depth, ancestors, words = tree.tokens, tree.depth, tree.ancestors, tree.ancestors.shape[1]
-        if not whole:
-            keep = np.concatenate([np.arange(tree.row_start[b] + old[b], tree.row_start[b + 1]) for b in range(B)])
-            tokens, depth, ancestors = tokens[keep], depth[keep], ancestors[keep]
-        if int(tokens.min()) < 0 or int(tokens.max()) >= self.config.vocab_size:
+        tokens = tree.tokens if shape.keep is None else tree.tokens[shape.keep]
+        if int(tokens.view(np.uint32).max()) >= self.config.vocab_size:  # a negative id is a large unsigned one
             bad = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)][0]
             raise ValueError(f"forward: token {bad}; takes 0 to {self.config.vocab_size - 1}. Is it another model's vocabulary?")
-        if words > WORDS:
-            raise ValueError(f"forward: ancestors has {words} words a row; takes at most {WORDS}.")
-        i.count[0] = M
-        i.tokens[:M], i.depth[:M] = tokens, depth
-        i.ancestors[:M, :words] = ancestors
-        i.tail_depth[: tree.M], i.tail_offset[: B + 1] = tree.depth, tree.row_start
-        i.prefix[:B], i.tail[:B] = lengths, tree.rows
-        i.page_table[:B] = cache.page_table[view.slots]
-        if B == 1:
-            i.row_start[1] = M
-            np.add(depth, lengths[0], out=i.position[:M])
-            i.draft_slot[:M] = np.arange(old[0], old[0] + M)
-        else:
-            np.cumsum(new, out=i.row_start[1 : B + 1])
-            np.add(depth, np.repeat(lengths, new), out=i.position[:M])
-            for b in range(B):
-                i.draft_slot[i.row_start[b] : i.row_start[b + 1]] = np.arange(old[b], tree.rows[b]) + b * DRAFT_PAGES * TILE
-        last = int(i.position[:M].max())
+        last = int(lengths[0]) + shape.deepest if B == 1 else int((lengths + shape.depths).max())
         if last >= self.config.max_positions:
             raise ValueError(f"forward: position {last}; takes 0 to {self.config.max_positions - 1}. Shorten the text or the tree.")
+        i.tokens[:M] = tokens
+        i.prefix[:] = lengths
+        i.page_table[:] = cache.page_table[view.slots]
+        np.add(shape.depth, lengths[0] if B == 1 else lengths[shape.sequence], out=i.position[:M])
+        if step.shape is not shape:
+            i.count[0] = M
+            i.depth[:M], i.draft_slot[:M], i.row_start[:] = shape.depth, shape.draft_slot, shape.row_start
+            i.ancestors[:M, : shape.ancestors.shape[1]] = shape.ancestors
+            i.tail_depth[: len(tree.depth)], i.tail_offset[:], i.tail[:] = tree.depth, tree.row_start, shape.rows
+            step.shape = shape
+
+
+class _Shape:
+    """What a step needs of a tree besides its tokens. Trees of one shape share their arrays, so a shape is worked out once."""
+
+    _recent: OrderedDict[tuple[int, int, int], "_Shape"] = OrderedDict()
+
+    def __init__(self, tree: TokenTree, old: np.ndarray | None, limit: int):
+        self.arrays = (tree.depth, tree.row_start, tree.ancestors)  # held, so that their identities stay theirs
+        self.rows, B = tree.rows, tree.B
+        new = self.rows if old is None else self.rows - old
+        if old is not None and (int(new.min()) < 1 or int(old.min()) < 0):
+            raise ValueError(f"forward: first is {old.tolist()}; takes 0 to one less than the rows, {self.rows.tolist()}.")
+        if int(self.rows.max()) > limit:
+            raise ValueError(f"forward: {int(self.rows.max())} rows in a sequence; takes 1 to {limit}. Lower rows= of the size policy.")
+        if tree.ancestors.shape[1] > WORDS:
+            raise ValueError(f"forward: ancestors has {tree.ancestors.shape[1]} words a row; takes at most {WORDS}.")
+        begin = np.zeros(B, np.int32) if old is None else old
+        self.keep = (
+            None if old is None else np.concatenate([np.arange(s + n, e) for s, n, e in zip(tree.row_start, old, tree.row_start[1:])])
+        )
+        self.M = int(new.sum())
+        self.depth = tree.depth if self.keep is None else tree.depth[self.keep]
+        self.ancestors = tree.ancestors if self.keep is None else tree.ancestors[self.keep]
+        self.depths = np.maximum.reduceat(tree.depth, tree.row_start[:-1])
+        self.deepest = int(self.depths.max())
+        self.sequence = np.repeat(np.arange(B), new)
+        self.row_start = np.concatenate([[0], np.cumsum(new)]).astype(np.int32)
+        inside = [np.arange(n, r) + b * DRAFT_PAGES * TILE for b, (n, r) in enumerate(zip(begin, self.rows))]
+        self.draft_slot = np.concatenate(inside).astype(np.int32)
+
+    @classmethod
+    def of(cls, tree: TokenTree, limit: int) -> "_Shape":
+        """The shape of a whole tree, from the recent ones if its arrays were there."""
+        key = (id(tree.depth), id(tree.row_start), id(tree.ancestors))
+        shape = cls._recent.get(key)
+        if shape is None:
+            shape = cls._recent[key] = cls(tree, None, limit)
+            if len(cls._recent) > 256:
+                cls._recent.popitem(last=False)
+        return shape
+
+    @classmethod
+    def grown(cls, tree: TokenTree, first: Sequence[int], limit: int) -> "_Shape":
+        """The rows of a tree from `first` on."""
+        return cls(tree, np.asarray(first, np.int32), limit)

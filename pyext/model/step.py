@@ -58,6 +58,7 @@ class Step:
         capture.model()
         self.x, self.outputs, self.taps = capture.x.numpy(), capture.outputs, capture.taps
         self.calls = capture.calls
+        self.shape: object = None  # of the tree whose rows `inputs` describes
         self.program = native.Program(capture.calls, (capture, self.inputs))
 
     def run(self, eager: bool = False) -> None:
