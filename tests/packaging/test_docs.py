@@ -19,7 +19,7 @@ def test_readme_is_current():
 def test_every_op_and_method_is_in_the_readme():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     methods = [each.name for each in drafter.all() if each.__module__.startswith("ramify.")]
-    assert [name for name in [*backends.OPS, *methods] if f"| `{name}` |" not in text] == []
+    assert [name for name in [*backends.OPS, *methods] if f"| `{name}`" not in text] == []
 
 
 def test_check_finds_a_difference(tmp_path, capsys):
