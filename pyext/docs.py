@@ -65,7 +65,8 @@ def _end_to_end(rows: Sequence[dict]) -> str:
         shape, cell = row["shape"], [row["provider"], row["dtype"] or "-"]
         if row["status"] == "ok":
             over = [f"{row[key]:.2f}x" if key in row else "-" for key in ("ratio", "over_plain")]
-            figures = [f"{row['tokens_per_second']:.1f}", *over, f"{row['tokens_per_step']:.2f}", f"{row['share_of_floor']:.0%}"]
+            floor = f"{row['share_of_floor']:.0%}" if "share_of_floor" in row else "-"
+            figures = [f"{row['tokens_per_second']:.1f}", *over, f"{row['tokens_per_step']:.2f}", floor]
             lines.append([shape["model"], f"{shape['temperature']:g}", *cell, *figures, row.get("identical", "-")])
         else:
             lines.append([shape["model"], f"{shape['temperature']:g}", *cell, *"-----", row["status"]])
