@@ -19,7 +19,9 @@ class Cache:
         self.arena, self._release = arena, release
         self.capacities = np.array(capacities, np.int64)
         self.lengths = np.zeros(len(capacities), np.int32)
-        self.page_table = np.zeros((len(capacities), max(1, -(-int(self.capacities.max()) // PAGE))), np.int32)
+        widest = max(1, -(-int(self.capacities.max()) // PAGE))
+        width = 1 << (widest - 1).bit_length()  # few widths, so that an arena's captured steps serve many caches
+        self.page_table = np.zeros((len(capacities), width), np.int32)
         self._pages: list[list[int]] = [[] for _ in capacities]
         self._live = len(capacities)
 
@@ -57,14 +59,15 @@ class Cache:
 
 
 class CacheView:
-    """Some slots of a cache in the order of a step's sequences. draft_page int32 [B] is set by the step that filled the draft region."""
+    """Some slots of a cache in the order of a step's sequences. draft_page and draft_rows int32 [B] come from the
+    step that filled the draft region."""
 
-    __slots__ = ("_single", "cache", "draft_page", "slots")
+    __slots__ = ("cache", "draft_page", "draft_rows", "slots")
 
     def __init__(self, cache: Cache, slots: Sequence[int]):
         self.cache, self.slots = cache, list(slots)
-        self._single = self.slots[0] if len(self.slots) == 1 else None
         self.draft_page: np.ndarray | None = None
+        self.draft_rows: np.ndarray | None = None
 
     @property
     def lengths(self) -> np.ndarray:
@@ -74,12 +77,17 @@ class CacheView:
     def commit(self, paths: Sequence[np.ndarray]) -> None:
         """Append draft rows paths[b] (ascending rows of the last forward's tree) to each sequence; the other rows are forgotten.
 
-        Raises ValueError without a forward before it, or beyond a slot's capacity; nothing is appended then.
+        Raises ValueError without a forward before it, for a row that it did not run, or beyond a slot's capacity; nothing is appended then.
         """
-        if self.draft_page is None:
+        if self.draft_page is None or self.draft_rows is None:
             raise ValueError("CacheView.commit: no forward has filled the draft region of this view; run model.forward(tree, view) first.")
         cache = self.cache
-        for slot, path in zip(self.slots, paths, strict=True):
+        paths = [np.asarray(path, np.int32) for path in paths]
+        for slot, path, rows in zip(self.slots, paths, self.draft_rows, strict=True):
+            if len(path) and int(path.view(np.uint32).max()) >= rows:  # a negative row is a large unsigned one
+                raise ValueError(
+                    f"CacheView.commit: path of slot {slot} is {path.tolist()}; takes rows 0 to {rows - 1} of the last forward's tree."
+                )
             cache.reserve(slot, int(cache.lengths[slot]) + len(path))
         for b, (slot, path) in enumerate(zip(self.slots, paths, strict=True)):
             count = len(path)

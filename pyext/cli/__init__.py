@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BROKEN_PIPE
     except KeyboardInterrupt:
         return INTERRUPTED
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except Exception as error:  # one line for a person; RAMIFY_TRACEBACK shows where it came from
         if os.environ.get("RAMIFY_TRACEBACK"):
             raise
         print(f"ramify {_one_line(error)}", file=sys.stderr)

@@ -175,7 +175,7 @@ class Model:
             step.x[:M] = hidden
         step.run(self.eager)
         arena.flushed()
-        view.draft_page = step.inputs.draft_page
+        view.draft_page, view.draft_rows = step.inputs.draft_page, shape.rows
         out = StepOut(taps={i: rows[:M] for i, rows in step.taps.items()})
         if head:
             named = step.outputs
@@ -223,7 +223,7 @@ class Model:
 class _Shape:
     """What a step needs of a tree besides its tokens. Trees of one shape share their arrays, so a shape is worked out once."""
 
-    _recent: OrderedDict[tuple[int, int, int], "_Shape"] = OrderedDict()
+    _recent: OrderedDict[tuple[int, int, int, int], "_Shape"] = OrderedDict()
 
     def __init__(self, tree: TokenTree, old: np.ndarray | None, limit: int):
         self.arrays = (tree.depth, tree.row_start, tree.ancestors)  # held, so that their identities stay theirs
@@ -235,6 +235,13 @@ class _Shape:
             raise ValueError(f"forward: {int(self.rows.max())} rows in a sequence; takes 1 to {limit}. Lower rows= of the size policy.")
         if tree.ancestors.shape[1] > WORDS:
             raise ValueError(f"forward: ancestors has {tree.ancestors.shape[1]} words a row; takes at most {WORDS}.")
+        total = int(self.rows.sum())
+        if not len(tree.tokens) == len(tree.depth) == len(tree.ancestors) == total or int(self.rows.min()) < 1:
+            raise ValueError(
+                f"forward: tokens, depth and ancestors have other lengths than the {total} rows of row_start. Try TokenTree.check()."
+            )
+        if int(tree.depth.min()) < 0 or (tree.depth >= np.repeat(self.rows, self.rows)).any():
+            raise ValueError("forward: depth has a row outside 0 to rows - 1; takes one more than its parent's. Try TokenTree.check().")
         begin = np.zeros(B, np.int32) if old is None else old
         self.keep = (
             None if old is None else np.concatenate([np.arange(s + n, e) for s, n, e in zip(tree.row_start, old, tree.row_start[1:])])
@@ -252,7 +259,7 @@ class _Shape:
     @classmethod
     def of(cls, tree: TokenTree, limit: int) -> "_Shape":
         """The shape of a whole tree, from the recent ones if its arrays were there."""
-        key = (id(tree.depth), id(tree.row_start), id(tree.ancestors))
+        key = (id(tree.depth), id(tree.row_start), id(tree.ancestors), limit)
         shape = cls._recent.get(key)
         if shape is None:
             shape = cls._recent[key] = cls(tree, None, limit)

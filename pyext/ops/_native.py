@@ -111,7 +111,7 @@ def tree_attention(
     sink: int,
     tail_rows: Tensor | None,
 ) -> None:
-    """o and lse, straight into the outputs; rows that are not in use are cleared first."""
+    """o and lse, straight into the outputs; rows that are not in use are cleared."""
     n = native()
     out, lse = outs
     B, T, Hq, D = q.shape
@@ -121,9 +121,6 @@ def tree_attention(
     offset = torch.arange(0, B * T, T, dtype=torch.int32)
     if tail_rows is None:
         tail_rows = torch.full((B,), T, dtype=torch.int32)
-    else:
-        out.zero_()
-        lse.fill_(-torch.inf)
     args = n.AttentionArgs(B=B, T=T, Hq=Hq, Hkv=tail_k.shape[2], D=D, scale=scale, window=window, sink=sink)
     args.q, args.q_dtype = q.data_ptr(), n.DTYPES[q.dtype]
     args.q_stride_b, args.q_stride_t, args.q_stride_h, _ = q.stride()
@@ -146,6 +143,10 @@ def tree_attention(
     args.tail_v_stride_b, args.tail_v_stride_t, args.tail_v_stride_h, _ = tail_v.stride()
     args.max_slots = int(prefix_len.max()) + T
     _run_with_scratch(args)
+    for b, used in enumerate(tail_rows.tolist()):  # afterwards: `out` may be q
+        if used < T:
+            out[b, used:] = 0
+            lse[b, used:] = -torch.inf
 
 
 def _stats(logits: Tensor, argmax: Tensor, lse: Tensor, top: Tensor, values: Tensor | None = None, ids: Tensor | None = None) -> None:

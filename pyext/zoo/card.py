@@ -13,7 +13,7 @@ tags: [ramify, python, tiny]
 ---
 # ramify zoo: {name}
 
-A {millions:.1f} M parameter Llama that continues Python source, trained from nothing by `python -m ramify.zoo.train` so that
+A Llama with {millions:.1f} M parameters that continues Python source, trained from nothing by `python -m ramify.zoo.train` so that
 ramify's demo, tests and benchmarks decode real text with real weights and no download. It knows no facts and follows no
 instructions: use it to see decoding methods work, not to write software.
 

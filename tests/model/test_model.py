@@ -322,3 +322,23 @@ def test_load_refuses_by_name(folders, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}))
     with pytest.raises(ramify.UnsupportedModelError, match="MambaForCausalLM"):
         ramify.load(tmp_path)
+
+
+def test_hand_made_trees_and_paths_are_checked(model):
+    """What would become a wrong address is refused: depths outside the tree, arrays of other lengths, rows that no forward ran."""
+    view = model.new_cache([20]).of([0])
+    tree = TokenTree.chains([1], [[2, 3]])
+    for depth in ([0, -2_000_000, 2], [0, 1, 900]):
+        bad = TokenTree(tree.tokens, tree.parent, np.array(depth, np.int32), tree.row_start, tree.ancestors, tree.kind)
+        with pytest.raises(ValueError, match="depth"):
+            model.forward(bad, view)
+    short = TokenTree(tree.tokens, tree.parent, tree.depth[:2], tree.row_start, tree.ancestors, tree.kind)
+    with pytest.raises(ValueError, match="other lengths"):
+        model.forward(short, view)
+    model.forward(tree, view)
+    for path in ([100_000_000], [0, -1], [0, 3]):
+        with pytest.raises(ValueError, match="takes rows 0 to 2"):
+            view.commit([np.array(path, np.int32)])
+    assert view.lengths[0] == 0
+    view.commit([np.array([0, 1, 2], np.int32)])
+    assert view.lengths[0] == 3
