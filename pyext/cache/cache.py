@@ -60,7 +60,8 @@ class Cache:
 
 class CacheView:
     """Some slots of a cache in the order of a step's sequences. draft_page and draft_rows int32 [B] come from the
-    step that filled the draft region."""
+    step that filled the draft region.
+    """
 
     __slots__ = ("cache", "draft_page", "draft_rows", "slots")
 
