@@ -18,7 +18,7 @@ F32, BF16 = 0, 1
 DTYPES = {torch.float32: F32, torch.bfloat16: BF16}
 COPY, RMS_NORM, SILU_MUL = 0, 1, 2
 NO_ACTIVATION, SILU = 0, 1
-PANEL, TILE, CHUNK, MAX_TOPK = 32, 64, 512, 32
+PANEL, TILE, CHUNK = 32, 64, 512
 
 
 def _struct(name: str, kernel: int, fields: str) -> type[ctypes.Structure]:

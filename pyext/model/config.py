@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ramify.backends import HEAD_SIZES
 from ramify.errors import CheckpointError, UnsupportedModelError
 
-HEAD_SIZES = (64, 96, 128, 256)
 ROPE_TYPES = ("default", "linear", "llama3")
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from ramify.backends import MAX_TOPK
 from ramify.cache.arena import PREFILL_ROWS, Arena
 from ramify.cache.cache import Cache, CacheView
 from ramify.model.config import ModelConfig
@@ -15,7 +16,7 @@ from ramify.model.rope import rope_tables
 from ramify.model.step import WORDS, Plan, Step
 from ramify.model.tokenizer import Tokenizer
 from ramify.model.weights import Weights
-from ramify.native import MAX_TOPK, TILE, threads
+from ramify.native import TILE, threads
 from ramify.registry import page_format
 from ramify.tree import MAX_ROWS, TokenTree
 

@@ -10,9 +10,6 @@ from torch import Tensor
 
 from ramify.checks import show
 
-MAX_ROWS = 256
-"""Rows of one sequence in one step: the trees that attention kernels and their scratch are built for."""
-
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INT32, INT64 = (torch.int32,), (torch.int64,)
 INDICES = (torch.int32, torch.int64)

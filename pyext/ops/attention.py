@@ -9,8 +9,9 @@ from ramify import reference
 from ramify.backends import native
 from ramify.checks import number, whole
 from ramify.ops import _native
-from ramify.ops._checks import FLOATS, INT32, INT64, MAX_ROWS, Shapes, check_cache, outputs
+from ramify.ops._checks import FLOATS, INT32, INT64, Shapes, check_cache, outputs
 from ramify.ops._library import Op
+from ramify.tree import MAX_ROWS
 
 
 def tree_attention(

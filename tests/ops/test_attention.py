@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ramify import ops, reference
-from ramify.ops._checks import MAX_ROWS
 from ramify.testing.tensors import TREES, attention_case, levels, padded, poisoned, running, runs, threads
+from ramify.tree import MAX_ROWS
 
 F32, BF16 = torch.float32, torch.bfloat16
 

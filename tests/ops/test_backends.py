@@ -1,6 +1,7 @@
 """The table of backends: who is chosen, why not another, what is forced, and that a fallback is said once."""
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,11 +110,6 @@ def test_params_name_what_runs():
     assert bool(params["cpu"].marks) == bool(backends.missing("cpu"))
 
 
-def test_shared_limits_agree():
-    """Said where they are used, equal everywhere."""
-    from ramify.ops._checks import MAX_ROWS
-    from ramify.tree import MAX_ROWS as of_trees
-
-    assert of_trees == MAX_ROWS
-    if not backends.missing("cpu"):
-        assert backends.native().MAX_TOPK == backends.MAX_TOPK
+def test_limits_are_those_of_the_kernels():
+    source = (Path(__file__).parents[2] / "csrc/common/args.h").read_text()
+    assert f"kMaxTopK = {backends.MAX_TOPK};" in source

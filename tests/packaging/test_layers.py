@@ -11,6 +11,7 @@ FLOORS = (
     {"native", "tree", "sampling"},
     {"reference"},
     {"backends"},
+    {"quant"},
     {"ops", "cache"},
     {"model"},
     {"verify", "draft", "size"},
