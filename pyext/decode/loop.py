@@ -49,7 +49,8 @@ def decode(
         while live:
             with clock.draft:
                 rows = group.fit(size.rows(live, group.view.lengths))
-                tree = drafter.propose(live, [out.ids[-1] for out in group.outs], rows)
+                roots = [out.ids[-1] for out in group.outs]
+                tree = drafter.propose(live, roots, rows) if max(rows) > 1 else TokenTree.roots(roots)
             with clock.forward:
                 out = model.forward(tree, group.view, taps=wants.taps, topk=wants.topk, logits=wants.logits or group.needs_logits)
             with clock.verify:

@@ -61,12 +61,11 @@ class SecondModel:
         self._view: Any = None  # of the slots in _run
 
     def begin(self, slots: Sequence[int], prompts: Sequence[list[int]]) -> None:
-        """Feed every prompt but its last token."""
+        """Take the prompts down. They are fed when a guess is first wanted: a drafter that only watches costs no forward."""
         if self.cache is None:
             self.cache = self.model.new_cache(self.capacities)
         for slot, prompt in zip(slots, prompts, strict=True):
             self.pending[slot], self._length[slot] = list(prompt[:-1]), 0
-        self._prefill(slots, few=0)
 
     def end(self, slots: Sequence[int]) -> None:
         """Free these slots; those that never began or have ended are left alone."""
@@ -162,7 +161,7 @@ class ModelDrafter(Drafter):
         self.last = None
 
     def begin(self, slots: Sequence[int], prompts: Sequence[list[int]]) -> None:
-        """Feed the prompts to the draft model."""
+        """Take the prompts down for the draft model."""
         for slot, prompt in zip(slots, prompts, strict=True):
             self.text[slot] = list(prompt)
         self.second.begin(slots, prompts)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ramify.draft.base import Drafter, Wants, drafter
 from ramify.registry import drafter as drafters
+from ramify.size._experience import Experience, remembered
 from ramify.size.base import SizePolicy
 from ramify.size.measured import Measured
 from ramify.tree import TokenTree
@@ -24,14 +25,14 @@ if TYPE_CHECKING:
 
 _FIRST, _LAST = 24, 512  # steps between two visits to drafters that are behind
 _VISIT = 3  # steps of a visit
+_STAND = 8  # steps that the choice of a drafter stands
 
 
 class Arm:
-    """A drafter, its size policy, and whether it has begun: those with a model of their own begin when they are first chosen."""
+    """A drafter and its size policy."""
 
-    def __init__(self, drafter: Drafter, lazy: bool) -> None:
-        self.drafter, self.lazy, self.begun = drafter, lazy, False
-        self.size = Measured(about=f"auto {drafter.name}")
+    def __init__(self, drafter: Drafter) -> None:
+        self.drafter, self.size = drafter, Measured(about=f"auto {drafter.name}")
 
 
 @drafter("auto", lossless=True, trained=False, takes_model="maybe")
@@ -52,7 +53,7 @@ class Auto(Drafter):
         for cls in drafters.all():
             needs = getattr(cls, "takes_model", "no") == "yes"
             if getattr(cls, "portfolio", False) and not (needs and self.model is None):
-                self.arms.append(Arm(cls(model=self.model) if needs else cls(), lazy=needs))
+                self.arms.append(Arm(cls(model=self.model) if needs else cls()))
         wants = [arm.drafter.wants for arm in self.arms]
         self.wants = Wants(
             topk=max(w.topk for w in wants),
@@ -67,19 +68,13 @@ class Auto(Drafter):
 
     def bind(self, model: Any, requests: Sequence[Request]) -> None:
         """Bind every drafter."""
-        self.text: dict[int, list[int]] = {}
         for arm in self.arms:
-            arm.begun = False
             arm.drafter.bind(model, requests)
 
     def begin(self, slots: Sequence[int], prompts: Sequence[list[int]]) -> None:
-        """Begin those that watch from the start."""
-        for slot, prompt in zip(slots, prompts, strict=True):
-            self.text[slot] = list(prompt)
+        """Begin everywhere: all watch from the start."""
         for arm in self.arms:
-            if arm.begun or not arm.lazy:
-                arm.begun = True
-                arm.drafter.begin(slots, prompts)
+            arm.drafter.begin(slots, prompts)
 
     def read(self, slot: int, tokens: Sequence[int], out: Any) -> None:
         """Show the prompt to those that want it."""
@@ -88,57 +83,50 @@ class Auto(Drafter):
                 arm.drafter.read(slot, tokens, out)
 
     def propose(self, slots: Sequence[int], roots: Sequence[int], rows: Sequence[int]) -> TokenTree:
-        """The chosen drafter's tree; the roots alone when no rows are left for guesses."""
-        if max(rows) == 1:
-            return TokenTree.roots(roots)
-        arm = self.arms[self.chosen]
-        if not arm.begun:
-            arm.begun = True
-            arm.drafter.begin(slots, [self.text[slot] for slot in slots])
-        return arm.drafter.propose(slots, roots, rows)
+        """The chosen drafter's tree."""
+        return self.arms[self.chosen].drafter.propose(slots, roots, rows)
 
     def observe(self, slots: Sequence[int], tree: TokenTree, out: Any, verdict: Verdict) -> None:
-        """All that have begun see every step."""
-        for slot, tokens in zip(slots, verdict.emitted, strict=True):
-            self.text[slot] += tokens
+        """All see every step."""
         for arm in self.arms:
-            if arm.begun:
-                arm.drafter.observe(slots, tree, out, verdict)
+            arm.drafter.observe(slots, tree, out, verdict)
 
     def end(self, slots: Sequence[int]) -> None:
         """End the slots everywhere."""
-        for slot in slots:
-            self.text.pop(slot, None)
         for arm in self.arms:
-            if arm.begun:
-                arm.drafter.end(slots)
+            arm.drafter.end(slots)
 
 
 class _AutoSize(SizePolicy):
-    """Chooses the drafter, then lets that drafter's own policy choose the width."""
+    """Chooses the drafter, then lets that drafter's own policy choose the width. What it knows of visits is kept like an experience."""
 
     def __init__(self, auto: Auto) -> None:
-        self.auto = auto
-        self.wait, self.since, self.visit = _FIRST, 0, 0
-        self.spent = self.lost = 0.0
+        self.auto, self.log = auto, Experience()
+        self.visit = self.stands = 0  # steps left of a visit; steps for which the choice of a drafter stands
         self.home = self.next = 0
 
     def bind(self, model: Any, requests: Sequence[Request]) -> None:
         """Bind every drafter's policy."""
         for arm in self.auto.arms:
             arm.size.bind(model, requests)
+        if model is not None:
+            self.log = remembered(model, "auto")
+        self.log.wait = max(self.log.wait, _FIRST)
 
     def rows(self, live: Sequence[int], lengths: Sequence[int]) -> list[int]:
         """Choose the drafter of most tokens per second, or a visit to another; then its width."""
         arms, batch = self.auto.arms, len(live)
-        self.since += 1
+        self.log.since += 1
         if not self.visit:
-            rates = [arm.size.decide(batch) for arm in arms]
-            self.home = self.auto.chosen = rates.index(max(rates))
-            if len(arms) > 1 and self.since > self.wait and self.lost <= self.share():
-                self.next = (self.next + 1) % len(arms)
-                self.next = (self.next + 1) % len(arms) if self.next == self.home else self.next
-                self.auto.chosen, self.visit, self.since = self.next, _VISIT, 0
+            if self.stands:
+                self.stands -= 1
+            else:
+                rates = [arm.size.decide(batch) for arm in arms]
+                self.stands = _STAND if self.home == rates.index(max(rates)) else 0
+                self.home = self.auto.chosen = rates.index(max(rates))
+            self.auto.chosen = self.home
+            if len(arms) > 1 and self.log.since > self.log.wait:
+                self._leave_home(batch)
         size = arms[self.auto.chosen].size
         if self.visit:
             return [size.visit(batch)] * batch
@@ -146,21 +134,28 @@ class _AutoSize(SizePolicy):
 
     def observe(self, tree: TokenTree, verdict: Verdict, clock: Clock) -> None:
         """The chosen drafter's policy learns; a visit's loss is written down."""
-        arms, batch = self.auto.arms, tree.B
+        arms, batch, log = self.auto.arms, tree.B, self.log
         size = arms[self.auto.chosen].size
         seconds = clock.draft.last + clock.forward.last + clock.verify.last + clock.commit.last
-        self.spent += seconds
+        log.spent += seconds
         size.observe(tree, verdict, clock)
         if not self.visit:
             return
         tokens = sum(map(len, verdict.path)) / batch
         home = arms[self.home].size.decide(batch)
-        self.lost += max(0.0, seconds - tokens / home)
+        log.lost += max(0.0, seconds - tokens / home)
         self.visit -= 1
         if not self.visit:
-            won = size.decide(batch) > home
-            self.wait = _FIRST if won else min(2 * self.wait, _LAST)
+            self.stands = 0
+            log.wait = _FIRST if size.decide(batch) > home else min(2 * log.wait, _LAST)
 
-    def share(self) -> float:
-        """Seconds that visits may cost so far."""
-        return self.auto.share * self.spent
+    def _leave_home(self, batch: int) -> None:
+        """Begin a visit to the next drafter, if the share of the time that visits may cost allows it."""
+        arms, log = self.auto.arms, self.log
+        other = (self.next + 1) % len(arms)
+        other = (other + 1) % len(arms) if other == self.home else other
+        price = arms[other].size.price(batch, arms[self.home].size.decide(batch))
+        log.since = max(0, log.wait - _STAND)  # refused or not, not asked again at once
+        if log.lost + price <= self.auto.share * log.spent:
+            self.next = self.auto.chosen = other
+            self.visit, log.since = _VISIT, 0

@@ -56,7 +56,8 @@ class Drafter:
     def propose(self, slots: Sequence[int], roots: Sequence[int], rows: Sequence[int]) -> TokenTree:
         """Return one tree over all slots, at most rows[i] rows for slots[i], its root included.
 
-        Rows stand in order of priority, which is also topological: the tree for fewer rows is a prefix of the tree for more.
+        Rows stand in order of priority, which is also topological: the tree for fewer rows is a prefix of the tree for more. The loop
+        does not ask when every sequence may have its root alone.
         """
         raise NotImplementedError
 

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from ramify.checks import one_of
 from ramify.draft.base import Drafter, Wants, drafter
 from ramify.tree import TokenTree
 
@@ -49,17 +50,20 @@ _tables: WeakKeyDictionary[Any, np.ndarray] = WeakKeyDictionary()  # target -> i
 class TokenRecycling(Drafter):
     """A static tree filled from a table of likely successors, which every verified row updates.
 
-    keep: share one table between all calls with the same target ("hot start"); else begin empty. prompt: also learn from the rows of the
-    prompt, which the original does not. table: int32 [V, 8], likeliest first, -1 where nothing was seen; a saved one may be given.
+    keep: share one table between all calls with the same target ("hot start"); else begin empty. prompt: what a prompt teaches, which in
+    the original is nothing ("none"): "pairs" takes what followed each token in the prompt itself, where the table is empty; "rows" takes
+    the target's own likely ids, which costs the logits of every prompt row. table: int32 [V, 8], likeliest first, -1 where nothing was
+    seen; a saved one may be given.
     """
 
     keep: bool = True
-    prompt: bool = True
+    prompt: str = "pairs"
     table: Any = field(default=None, repr=False)
     wants: Wants = field(default=Wants(), init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.wants = Wants(topk=WIDTH, prompt=self.prompt)
+        one_of("prompt", self.prompt, ("none", "pairs", "rows"), "token_recycling")
+        self.wants = Wants(topk=WIDTH, prompt=self.prompt == "rows")
 
     def bind(self, model: Any, requests: Sequence[Request]) -> None:
         """Take the table of this target. Raises ValueError when the given one is of another vocabulary."""
@@ -83,16 +87,26 @@ class TokenRecycling(Drafter):
         """Write the table as .npy."""
         np.save(path, self.table)
 
+    def begin(self, slots: Sequence[int], prompts: Sequence[list[int]]) -> None:
+        """Learn what followed what in the prompts, the latest first."""
+        if self.prompt != "pairs":
+            return
+        after: dict[int, dict[int, None]] = {}
+        for prompt in prompts:
+            for token, follower in zip(prompt[-2::-1], prompt[:0:-1], strict=True):
+                after.setdefault(token, {})[follower] = None
+        for token, followers in after.items():
+            if self.table[token, 0] < 0:
+                known = list(followers)[:WIDTH]
+                self.table[token, : len(known)] = known
+
     def read(self, slot: int, tokens: Sequence[int], out: Any) -> None:
         """Learn from the rows of a prompt."""
         self._learn(list(tokens), out.topk_ids)
 
     def propose(self, slots: Sequence[int], roots: Sequence[int], rows: Sequence[int]) -> TokenTree:
         """The first rows of the template, without the places whose token is not known."""
-        most = max(rows)
-        if most == 1:
-            return TokenTree.roots(roots)
-        levels, parents = template(most)
+        levels, parents = template(max(rows))
         tokens = np.empty((len(roots), len(parents)), np.int32)
         tokens[:, 0] = roots
         for row, parent, rank in levels:

@@ -1,17 +1,13 @@
 """What a step costs on this machine: seconds of a target step by rows, measured once, kept on disk, corrected while decoding."""
 
-import hashlib
-import json
-import os
-import platform
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import ramify
+import numpy as np
+
+from ramify.size import _store
 from ramify.tree import MAX_ROWS, TokenTree
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -37,6 +33,11 @@ class CostTable:
         k, share = self._place(rows)
         return self.seconds[k] + share * (self.seconds[k + 1] - self.seconds[k])
 
+    def over(self, rows: np.ndarray) -> np.ndarray:
+        """`at` of many row counts."""
+        slope = (self.seconds[-1] - self.seconds[-2]) / (self.rows[-1] - self.rows[-2])
+        return np.interp(rows, self.rows, self.seconds) + np.maximum(rows - self.rows[-1], 0) * slope
+
     def observe(self, rows: int, seconds: float) -> None:
         """Move the two nearest buckets a little towards what a step really took. One step counts at most for a factor of two."""
         k, share = self._place(rows)
@@ -55,16 +56,16 @@ class CostTable:
 def cost_table(model: Any) -> CostTable:
     """The table of this model on this machine: from this process, from disk, or measured now (about a second) and written to disk.
 
-    On disk a model is known by its `fingerprint` (str), or by its config and dtype; one that has neither is measured in every process.
+    A model that has neither a fingerprint nor a config and dtype is measured in every process.
     """
     table = _tables.get(model)
     if table is None:
-        path = _path(model)
-        seconds = _read(path) if path else None
+        path = _store.path_of("step-cost", model)
+        seconds = _seconds(_store.read(path)) if path else None
         if seconds is None:
             seconds = measure(model)
             if path:
-                _write(path, seconds)
+                _store.write(path, {"rows": list(BUCKETS), "seconds": seconds})
         table = _tables[model] = CostTable(seconds)
     return table
 
@@ -95,50 +96,10 @@ def measure(model: Any) -> list[float]:
     return seconds
 
 
-def cache_folder() -> Path:
-    """Where measured costs are kept: $XDG_CACHE_HOME/ramify or ~/.cache/ramify."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ramify"
-
-
-def _path(model: Any) -> Path | None:
-    fingerprint = getattr(model, "fingerprint", None)
-    if not fingerprint and hasattr(model, "dtype"):
-        fingerprint = f"{model.config!r} {model.dtype}"
-    if not fingerprint:
-        return None
-    threads = os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    machine = [platform.machine(), _cpu_name(), os.environ.get("RAMIFY_ISA", ""), os.environ.get("RAMIFY_BACKEND", ""), str(threads)]
-    key = json.dumps([ramify.__version__, str(fingerprint), str(getattr(model, "device", "cpu")), machine])
-    return cache_folder() / f"step-cost-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
-
-
-def _cpu_name() -> str:
+def _seconds(kept: Any) -> list[float] | None:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
-def _read(path: Path) -> list[float] | None:
-    try:
-        kept = json.loads(path.read_text())
         seconds = [float(s) for s in kept["seconds"]]
-    except (OSError, ValueError, TypeError, KeyError):
-        return None  # not there, or damaged: measure again
+    except (ValueError, TypeError, KeyError):
+        return None
     good = kept.get("rows") == list(BUCKETS) and len(seconds) == len(BUCKETS) and all(0 < s < 1e6 for s in seconds)
     return seconds if good else None
-
-
-def _write(path: Path, seconds: list[float]) -> None:
-    """Whole or not at all, so that processes which measure together never read half a file. A folder that refuses is not an error."""
-    temporary = ""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            temporary = file.name
-            json.dump({"rows": list(BUCKETS), "seconds": seconds}, file)
-        os.replace(temporary, path)
-    except OSError:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)

@@ -1,9 +1,15 @@
 """What a drafter has brought at each width. A whole tree tells of all smaller ones: the accepted rows in a prefix are theirs."""
 
+import atexit
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
+
+from ramify.size import _store
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 81, 128, 192, 256)
 """Rows per sequence that are considered. 81 is the whole tree of Token Recycling."""
@@ -14,25 +20,32 @@ _PRIOR = 1 + 1.2 * (1 - _N**-0.7)
 
 _MEMORY = 0.05  # weight of the newest step
 _STALE = 0.3  # steps, after forgetting, below which a width counts as not tried
+_TRUST = 8.0  # steps that what an earlier process learned counts as, at most: the next text may be another kind
+FIRST_WAIT = 8
 
 
 class Experience:
-    """Tokens and rows per sequence and step, and seconds of drafting, by width.
+    """Tokens and rows per sequence and step, and seconds of drafting, by width; and how trials of this drafter stand.
 
-    Widths up to the widest tree of the last few dozen steps are known; wider ones hold what the known ones promise.
+    Widths up to the widest tree of the last few dozen steps are known; wider ones hold what the known ones promise. opening: seconds that
+    the first draft of a text takes beyond the others, such as a draft model's reading of the prompt. spent, lost: seconds of all steps and
+    of trials; wait, since: steps between two trials, and since the last.
     """
 
     def __init__(self) -> None:
         self.tokens = _PRIOR.copy()
         self.rows = _N.astype(np.float64)
         self.steps = np.zeros(len(_N))
+        self.opening = self.spent = self.lost = 0.0
+        self.wait, self.since = FIRST_WAIT, 0
         self.draft: dict[int, deque[float]] = {}
+        self._guess: np.ndarray | None = None
 
     def add(self, width: int, rows: np.ndarray, paths: Sequence[np.ndarray], steps: int = 1) -> None:
         """Learn from `steps` steps of this width: the rows of each tree that was verified, and the rows accepted of it."""
         k = WIDTHS.index(width) + 1
         n = _N[:k]
-        tokens = np.array([path.searchsorted(n) for path in paths]).mean(axis=0)
+        tokens = sum(path.searchsorted(n) for path in paths) / len(paths)
         used = np.minimum(rows[:, None], n).mean(axis=0)
         weight = np.maximum(1 - (1 - _MEMORY) ** steps, steps / (self.steps[:k] + steps + 1))
         self.tokens[:k] += weight * (tokens - self.tokens[:k])
@@ -47,6 +60,43 @@ class Experience:
         if seen is None:
             seen = self.draft[width] = deque(maxlen=5)
         seen.append(seconds)
+        self._guess = None
+
+    def drafting(self) -> np.ndarray:
+        """Seconds of drafting of each width: the median of the last few, and between constant and linear for widths not tried."""
+        if self._guess is None:
+            self._guess = np.zeros(len(_N))
+            if self.draft:
+                known = sorted((n, sorted(seen)[(len(seen) - 1) // 2]) for n, seen in self.draft.items())
+                widths, seconds = [float(n) for n, _ in known], [s for _, s in known]
+                if widths[0] > 1:
+                    widths, seconds = [1.0, *widths], [0.0, *seconds]
+                guess = np.interp(_N, widths, seconds)
+                self._guess = np.where(_N > widths[-1], seconds[-1] * np.sqrt(_N / widths[-1]), guess)
+        return self._guess
+
+    def state(self) -> dict[str, Any]:
+        """What a later process wants to know, as JSON takes it."""
+        draft = {str(n): sorted(seen)[(len(seen) - 1) // 2] for n, seen in self.draft.items()}
+        numbers = {name: getattr(self, name) for name in ("opening", "wait", "since")}
+        return {"tokens": self.tokens.tolist(), "rows": self.rows.tolist(), "steps": self.steps.tolist(), "draft": draft, **numbers}
+
+    @classmethod
+    def of(cls, state: Any) -> "Experience":
+        """The experience of an earlier process; a new one when the state is damaged."""
+        e = cls()
+        try:
+            arrays = [np.array(state[name], np.float64) for name in ("tokens", "rows", "steps")]
+            draft = {int(n): deque([float(s)], maxlen=5) for n, s in state["draft"].items()}
+            opening, wait, since = float(state["opening"]), int(state["wait"]), int(state["since"])
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return e
+        if any(a.shape != _N.shape or not np.isfinite(a).all() or (a < 0).any() for a in arrays) or not set(draft) <= set(WIDTHS):
+            return e
+        e.tokens, e.rows, e.steps = arrays
+        np.minimum(e.steps, _TRUST, out=e.steps)
+        e.draft, e.opening, e.wait, e.since = draft, opening, wait, since
+        return e
 
     def _extrapolate(self) -> None:
         """Widths not known go on from the widest known one: tokens as the prior does, rows straight."""
@@ -58,13 +108,25 @@ class Experience:
             self.tokens[known:] = self.tokens[last] + steepness * (_PRIOR[known:] - _PRIOR[last])
             self.rows[known:] = self.rows[last] + slope * (_N[known:] - _N[last])
 
-    def drafting(self) -> np.ndarray:
-        """Seconds of drafting of each width: the median of the last few, and between constant and linear for widths not tried."""
-        if not self.draft:
-            return np.zeros(len(_N))
-        known = sorted((n, sorted(seen)[(len(seen) - 1) // 2]) for n, seen in self.draft.items())
-        widths, seconds = [float(n) for n, _ in known], [s for _, s in known]
-        if widths[0] > 1:
-            widths, seconds = [1.0, *widths], [0.0, *seconds]
-        guess = np.interp(_N, widths, seconds)
-        return np.where(_N > widths[-1], seconds[-1] * np.sqrt(_N / widths[-1]), guess)
+
+_met: WeakKeyDictionary[Any, dict[str, Experience]] = WeakKeyDictionary()  # target -> what was learned about its drafters
+_files: dict[Path, dict[str, Experience]] = {}  # what this process will leave on disk when it ends
+
+
+def remembered(model: Any, about: str) -> Experience:
+    """What is known about a drafter with this target, from this process or an earlier one on this machine."""
+    met = _met.get(model)
+    if met is None:
+        path = _store.path_of("drafters", model)
+        kept = _store.read(path) if path else None
+        met = _met[model] = {name: Experience.of(state) for name, state in kept.items()} if isinstance(kept, dict) else {}
+        if path:
+            if not _files:
+                atexit.register(_leave)
+            _files[path] = met
+    return met.setdefault(about, Experience())
+
+
+def _leave() -> None:
+    for path, met in _files.items():
+        _store.write(path, {name: e.state() for name, e in met.items()})

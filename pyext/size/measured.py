@@ -11,13 +11,12 @@ The choice stands for a few steps and is then made anew: deciding takes as long 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from ramify.checks import between, whole
 from ramify.size._cost import cost_table
-from ramify.size._experience import WIDTHS, Experience
+from ramify.size._experience import FIRST_WAIT, WIDTHS, Experience, remembered
 from ramify.size.base import SizePolicy, size_policy
 from ramify.tree import MAX_ROWS, TokenTree
 
@@ -27,10 +26,8 @@ if TYPE_CHECKING:
     from ramify.verify import Verdict
 
 _SILENT, _CLOSE = 1.5, 0.03  # a drafter that offers so few rows goes on being asked while that is this close to plain
-_FIRST, _LAST = 8, 256  # steps between trials: at first, and after many that failed
+_LAST_WAIT = 256  # steps between trials, after many that failed
 _STAND = 8  # steps that a choice stands, once the first few steps were seen
-
-_met: WeakKeyDictionary[Any, dict[str, Experience]] = WeakKeyDictionary()  # target -> what was learned about its drafters
 
 
 @size_policy("measured")
@@ -39,7 +36,8 @@ class Measured(SizePolicy):
     """The width of most tokens per second.
 
     most: rows per sequence, at most. share: of the time, for trials of a drafter that was given up and of wider trees. about: a name under
-    which what was learned with this target is kept for later calls in this process; "" begins anew. costs: a CostTable; None measures.
+    which what was learned with this target is kept for later calls, in this process and (in the cache folder) in later ones; "" begins
+    anew. costs: a CostTable; None measures.
     """
 
     most: int = MAX_ROWS
@@ -58,8 +56,11 @@ class Measured(SizePolicy):
         self._batch = 0
         self._loss = 0.0  # what a trial of the wider one is expected to cost
         self._rate = 0.0  # tokens per second and sequence of the best width
-        self._trial, self._wait, self._since = False, _FIRST, 0
-        self._spent = self._lost = self._rest = 0.0  # seconds: all, of trials, of verify and commit in a step
+        self._trial = False
+        self._rest = 0.0  # seconds of verify and commit in a step
+        self._left = np.inf  # tokens that the longest request may still bring
+        self._first: float | None = None  # seconds of this call's first draft, while it waits for a second to compare with
+        self._opened = False
         self._rows: list[np.ndarray] = []
         self._paths: list[np.ndarray] = []
 
@@ -68,7 +69,9 @@ class Measured(SizePolicy):
         if self.costs is None:
             self.costs = cost_table(model)
         if self.about:
-            self.experience = _met.setdefault(model, {}).setdefault(self.about, self.experience)
+            sampled = any(r.params.temperature > 0 for r in requests)
+            self.experience = remembered(model, f"{self.about}, sampled" if sampled else self.about)
+        self._left = max((r.max_new_tokens for r in requests), default=np.inf)
 
     def rows(self, live: Sequence[int], lengths: Sequence[int]) -> list[int]:
         """The best width for every sequence, or a trial's."""
@@ -77,10 +80,11 @@ class Measured(SizePolicy):
     def choose(self, batch: int) -> int:
         """Rows per sequence of the next step for a batch of this many."""
         self.decide(batch)
-        self._since += 1
-        if self._since > self._wait and self._wider > self._best and self._lost + self._loss <= self.share * self._spent:
+        e = self.experience
+        e.since += 1
+        if e.since > e.wait and self._wider > self._best and e.lost + self._loss <= self.share * e.spent:
             self._take(self._wider)
-            self._trial, self._since = True, 0
+            self._trial, e.since = True, 0
         return self._chosen
 
     def visit(self, batch: int) -> int:
@@ -88,6 +92,13 @@ class Measured(SizePolicy):
         self.decide(batch)
         self._take(max(self._best, self._wider))
         return self._chosen
+
+    def price(self, batch: int, rate: float) -> float:
+        """Seconds that a visit is expected to lose against decoding at `rate` tokens per second."""
+        self.decide(batch)
+        rates, tokens, _ = self._rates(batch)
+        k = max(self._best, self._wider)
+        return max(0.0, float(tokens[k] / rates[k] - tokens[k] / rate)) + self._opening()
 
     def decide(self, batch: int) -> float:
         """Choose the best width, if the last choice does not stand any more; returns its tokens per second and sequence."""
@@ -99,30 +110,49 @@ class Measured(SizePolicy):
         best = 1 + int(rates[1:].argmax()) if len(rates) > 1 else 0
         if best and rates[best] <= (1 - _CLOSE if rows[best] < _SILENT else 1) * rates[0]:
             best = 0
-        settled = best == self._best and self.experience.steps[0] > _STAND
+        settled = best == self._best and self.experience.steps[0] >= _STAND
         self._best = self._wider = best
         if best < len(rates) - 1:
             self._wider = wider = best + 1 + int(rates[best + 1 :].argmax())
-            self._loss = max(0.0, float(tokens[wider] / rates[wider] - tokens[wider] / rates[best]))
+            self._loss = max(0.0, float(tokens[wider] / rates[wider] - tokens[wider] / rates[best])) + self._opening()
         self._batch, self._trial, self._rate, self._chosen = batch, False, float(rates[best]), self._widths[best]
         self._stands = _STAND if settled else 0
         return self._rate
 
     def observe(self, tree: TokenTree, verdict: "Verdict", clock: "Clock") -> None:
         """Learn from a step that was drafted with the width last chosen."""
-        draft, forward = clock.draft.last, clock.forward.last
+        e, draft, forward = self.experience, clock.draft.last, clock.forward.last
         self._rest += 0.1 * (clock.verify.last + clock.commit.last - self._rest)
         seconds = draft + forward + self._rest
-        self._spent += seconds
+        tokens = sum(map(len, verdict.path)) / tree.B
+        e.spent += seconds
+        self._left -= tokens
         self.costs.observe(tree.M, forward)
-        self.experience.drafted(self._chosen, draft)
+        self._drafted(draft)
         self._rows.append(tree.row_start)
         self._paths += verdict.path
         if self._trial:
-            tokens, best = sum(map(len, verdict.path)) / tree.B, self._best
-            self._lost += max(0.0, seconds - tokens / self._rate)
+            best = self._best
+            e.lost += max(0.0, seconds - tokens / self._rate)
             self.decide(tree.B)
-            self._wait = _FIRST if self._best > best else min(2 * self._wait, _LAST)
+            e.wait = FIRST_WAIT if self._best > best else min(2 * e.wait, _LAST_WAIT)
+
+    def _drafted(self, seconds: float) -> None:
+        """Note the seconds of a draft; what the first one of a call takes longer than the second is its opening."""
+        e, width = self.experience, self._chosen
+        if width == 1 or self._opened:
+            e.drafted(width, seconds)
+        elif self._first is None and max(e.draft, default=1) == 1:
+            self._first = seconds  # nothing to compare with yet
+        else:
+            usual = seconds if self._first is not None else float(e.drafting()[WIDTHS.index(width)])
+            e.opening, self._opened = max(0.0, (seconds if self._first is None else self._first) - usual), True
+            if self._first is not None:
+                e.drafted(width, seconds)
+
+    def _opening(self) -> float:
+        """Seconds that the next draft takes beyond the usual."""
+        return self.experience.opening if self._first is None and not self._opened else 0.0
 
     def _take(self, width: int) -> None:
         """Leave the choice for one step."""
@@ -138,7 +168,9 @@ class Measured(SizePolicy):
 
     def _rates(self, batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens per second, tokens and rows per step, of each width."""
-        count = len(self._widths)
-        tokens, rows = np.maximum.accumulate(self.experience.tokens), self.experience.rows
-        forward = np.array([self.costs.at(batch * n) for n in rows[:count].tolist()])
-        return tokens[:count] / (forward + self.experience.drafting()[:count] + self._rest), tokens[:count], rows[:count]
+        e, count = self.experience, len(self._widths)
+        tokens, rows = np.maximum.accumulate(e.tokens)[:count], e.rows[:count]
+        seconds = self.costs.over(batch * rows) + e.drafting()[:count] + self._rest
+        if opening := self._opening():  # shared among the tokens that are still to come
+            seconds[1:] += opening * tokens[1:] / max(1.0, self._left)
+        return tokens / seconds, tokens, rows

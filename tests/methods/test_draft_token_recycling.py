@@ -92,12 +92,24 @@ def test_after_a_step_the_table_holds_a_row_of_that_token():
         assert drafter.table[token].tolist() == np.argsort(-model.law([token]), kind="stable")[:WIDTH].tolist()
 
 
-def test_prompt_rows_teach():
+def test_a_prompt_teaches_as_asked():
     model = FakeModel(VOCAB)
-    for prompt, known in ((True, 20), (False, 1)):
+    for prompt, known in (("rows", 20), ("pairs", 20), ("none", 1)):
         drafter = TokenRecycling(keep=False, prompt=prompt)
         ramify.generate(model, [list(range(20))], method=drafter, size=Fixed(1), max_new_tokens=1)
         assert (drafter.table[:, 0] >= 0).sum() == known
+
+
+def test_pairs_of_the_prompt_stand_latest_first():
+    drafter = bound()
+    drafter.table[9] = 4
+    drafter.begin([0, 1], [[1, 2, 1, 3, 1, 2], [5, 9, 6, *range(10, 20), 9, 7]])
+    assert drafter.table[1].tolist() == [2, 3] + [-1] * 6
+    assert drafter.table[3].tolist() == [1] + [-1] * 7
+    assert drafter.table[9].tolist() == [4] * 8  # what the target said is worth more
+    many = bound()
+    many.begin([0], [[x for follower in range(10, 30) for x in (1, follower)]])
+    assert many.table[1].tolist() == list(range(29, 21, -1))
 
 
 def test_table_is_kept_per_target_and_can_be_reset_and_saved(tmp_path):

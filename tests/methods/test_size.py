@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import deque
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from ramify.draft.auto import Arm, Auto
 from ramify.registry import size_policy
-from ramify.size import _cost
+from ramify.size import _cost, _experience
 from ramify.size._cost import BUCKETS, CostTable, cost_table
 from ramify.size._experience import WIDTHS
 from ramify.size.measured import Measured
@@ -70,7 +71,7 @@ def test_hopeless_drafter_on_a_short_text():
 
 def test_dear_trials_keep_to_their_share():
     machine = Machine(Measured(), accepts=lambda n: 0, draft=lambda n: (n - 1) * 3 * STEP).run(300)
-    assert machine.policy._lost < 1.2 * 0.02 * machine.seconds
+    assert machine.policy.experience.lost < 1.2 * 0.02 * machine.seconds
 
 
 def test_trials_grow_apart():
@@ -143,6 +144,49 @@ def test_rare_matches_stay_open():
     rng = random.Random(0)
     machine = Machine(Measured(), accepts=lambda n: n - 1, offers=lambda n: n if rng.random() < 0.05 else 1, draft=lambda n: 5e-6).run(1500)
     assert np.mean(np.array(machine.widths[200:]) > 1) > 0.9
+
+
+def test_a_dear_opening_is_weighed_against_what_is_left():
+    """A draft model must read the prompt before its first guess: worth it for a long text, not for a short one."""
+
+    def speedup(tokens, opening):
+        policy, first = Measured(), []
+
+        def draft(n):
+            first.append(n)
+            return 2e-5 + (opening if len(first) == 1 else 0.0) if n > 1 else 0.0
+
+        machine = Machine(policy, accepts=lambda n: min(2, n - 1), draft=draft)
+        policy.experience.opening, policy.experience.draft = opening, {4: deque([2e-5])}
+        policy._left = tokens
+        steps = 0
+        while machine.tokens < tokens and steps < 5000:
+            machine.run(1)
+            steps += 1
+        return machine.speedup, max(machine.widths)
+
+    assert speedup(40, 60 * STEP)[1] == 1
+    long, width = speedup(1000, 60 * STEP)
+    assert width > 1 and long > 1.5
+
+
+def test_what_was_learned_outlives_the_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first, second = FakeModel(16), FakeModel(16)
+    first.fingerprint = second.fingerprint = "abc"
+    known = _experience.remembered(first, "x")
+    known.add(8, np.array([8]), [np.arange(5)], 30)
+    known.drafted(8, 1e-3)
+    _experience._leave()
+    found = _experience.remembered(second, "x")
+    assert found is not known and found.tokens.tolist() == known.tokens.tolist()
+    assert found.steps.max() < known.steps.max() and found.drafting()[5] == pytest.approx(1e-3)
+    path = next(tmp_path.rglob("drafters-*.json"))
+    for damaged in ("", "[]", '{"x": 3}', '{"x": {"tokens": [1]}}', path.read_text().replace("[", "[null,", 1)):
+        path.write_text(damaged)
+        third = FakeModel(16)
+        third.fingerprint = "abc"
+        assert _experience.remembered(third, "x").steps.max() == 0
 
 
 def test_what_was_learned_is_kept_by_name():
@@ -228,7 +272,7 @@ class Watching:
 def auto_machine(**drafters):
     """`auto` over drafters that are rules: each (accepts, seconds of drafting by width)."""
     auto = Auto()
-    auto.arms = [Arm(Watching(name), lazy=False) for name in drafters]
+    auto.arms = [Arm(Watching(name)) for name in drafters]
     for arm in auto.arms:
         arm.size = Measured(costs=CostTable([cpu_like(rows) for rows in BUCKETS]))
     chosen = []

@@ -1,0 +1,62 @@
+"""Small JSON files in the user's cache folder: what was measured on this machine about a model."""
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ramify
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/ramify or ~/.cache/ramify."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ramify"
+
+
+def path_of(kind: str, model: Any) -> Path | None:
+    """The file of this model on this machine, at its present ISA level and thread count; None for a model that cannot be told apart.
+
+    A model is known by its `fingerprint` (str), or by its config and dtype.
+    """
+    fingerprint = getattr(model, "fingerprint", None)
+    if not fingerprint and hasattr(model, "dtype"):
+        fingerprint = f"{model.config!r} {model.dtype}"
+    if not fingerprint:
+        return None
+    threads = os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    machine = [platform.machine(), _cpu_name(), os.environ.get("RAMIFY_ISA", ""), os.environ.get("RAMIFY_BACKEND", ""), str(threads)]
+    key = json.dumps([ramify.__version__, str(fingerprint), str(getattr(model, "device", "cpu")), machine])
+    return cache_folder() / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+
+def read(path: Path) -> Any:
+    """What the file holds; None when it is not there or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def write(path: Path, value: Any) -> None:
+    """Whole or not at all, so that processes which measure together never read half a file. A folder that refuses is not an error."""
+    temporary = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            temporary = file.name
+            json.dump(value, file)
+        os.replace(temporary, path)
+    except OSError:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
