@@ -8,6 +8,7 @@ from torch import Tensor
 from ramify import native
 from ramify.model.checkpoint import Checkpoint
 from ramify.model.config import ModelConfig
+from ramify.quant import QuantizedWeight
 
 
 @dataclass
@@ -20,12 +21,17 @@ class Linear:
     bias: Tensor | None = None
 
     @classmethod
-    def of(cls, parts: list[Tensor], biases: list[Tensor | None], dtype: torch.dtype) -> "Linear":
-        """Stack matrices that share their input (q, k, v; gate, up) into one layer."""
-        weight = torch.cat([part.to(dtype) for part in parts]).contiguous()
+    def of(cls, parts: list[Tensor | QuantizedWeight], biases: list[Tensor | None], dtype: torch.dtype) -> "Linear":
+        """Stack matrices that share their input (q, k, v; gate, up) into one layer.
+
+        Low-bit weights are dequantised to `dtype` here, the one place that a kernel for them replaces; so formats and orders
+        of inputs may differ from part to part.
+        """
+        dense = [part.dequantize() if isinstance(part, QuantizedWeight) else part for part in parts]
+        weight = torch.cat([part.to(dtype) for part in dense]).contiguous()
         bias = None
         if any(b is not None for b in biases):
-            bias = torch.cat([torch.zeros(len(p)) if b is None else b.float() for p, b in zip(parts, biases, strict=True)])
+            bias = torch.cat([torch.zeros(len(p)) if b is None else b.float() for p, b in zip(dense, biases, strict=True)])
         return cls(native.pack_weight(weight), *weight.shape, bias)
 
     @property
@@ -96,6 +102,6 @@ class Weights:
                 )
             )
         weights.final_norm = checkpoint.tensor("final_norm").float().contiguous()
-        head = embed if config.tied_embeddings else checkpoint.tensor("lm_head")
+        head = checkpoint.tensor("lm_head") if "lm_head" in checkpoint.names else embed
         weights.lm_head = Linear.of([head], [None], dtype)
         return weights
