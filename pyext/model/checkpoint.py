@@ -82,20 +82,33 @@ class Checkpoint:
         """Canonical names of all tensors, in order of use."""
         return tuple(self._table)
 
+    def source_name(self, name: str) -> str:
+        """The Hugging Face name of a canonical one."""
+        return self._table[name][0]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor by canonical name."""
+        return self._table[name][1]
+
     def tensor(self, name: str) -> Tensor | QuantizedWeight:
         """One tensor by canonical name: float32 or bfloat16 as stored; float16 comes as float32, which loses nothing.
 
         A QuantizedWeight where the checkpoint is low-bit.
         """
-        if name not in self._table:
-            raise KeyError(f"Checkpoint.tensor: {name} is no tensor of {self.config.architecture} under this config.")
-        theirs, shape = self._table[name]
         if name in self._low_bit:
             assert self._source is not None
-            return self._source.read(self._stored, self._low_bit[name], (shape[0], shape[1]), self._file)
-        tensor = self._stored(theirs)
-        assert tensor is not None  # the headers were checked
+            N, K = self.shape(name)
+            return self._source.read(self._stored, self._low_bit[name], (N, K), self._file)
+        tensor = self.stored(name)
         return tensor.float() if tensor.dtype == torch.float16 else tensor
+
+    def stored(self, name: str) -> Tensor:
+        """One dense tensor by canonical name, in the dtype of the file."""
+        if name not in self._table:
+            raise KeyError(f"Checkpoint.tensor: {name} is no tensor of {self.config.architecture} under this config.")
+        tensor = self._stored(self.source_name(name))
+        assert tensor is not None  # the headers were checked
+        return tensor
 
     def layer(self, index: int) -> dict[str, Tensor | QuantizedWeight]:
         """The tensors of one layer by short name ("q", "down", ...)."""
