@@ -21,7 +21,7 @@ from ramify.model.load import ZOO, folder_of
 from ramify.model.model import Model
 from ramify.model.perplexity import Perplexity, perplexity
 from ramify.model.tokenizer import Tokenizer
-from ramify.model.weights import Weights
+from ramify.model.weights import Settings, Weights
 from ramify.quant import METHODS, Format, QuantizedWeight, quantize
 from ramify.zoo import corpus
 
@@ -191,7 +191,7 @@ def _share(error: Tensor, w: Tensor, hessian: Tensor | None = None) -> float:
 
 def _measured(checkpoint: Checkpoint, tokenizer: Tokenizer | None, texts: list[str]) -> Perplexity:
     """Perplexity of a checkpoint's weights in float32."""
-    model = Model(checkpoint.config, Weights.load(checkpoint, torch.float32), tokenizer)
+    model = Model(checkpoint.config, Weights.load(checkpoint, Settings(torch.float32)), tokenizer)
     return perplexity(model, texts, window=min(1024, model.config.max_positions - 1))
 
 
