@@ -57,7 +57,7 @@ def _inverse_factor(hessian: Tensor, damp: float) -> Tensor:
 def _rounded(w: Tensor, format: Format, upper: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes [N, K], scales, zeros. Works on the transpose, so that an input's weights lie together."""
     N, K = w.shape
-    left = w.t().contiguous()  # the weights, corrected so far
+    left = w.t().clone(memory_format=torch.contiguous_format)  # the weights, corrected so far
     q = torch.empty_like(left)
     group = format.group or K
     found = [] if format.group else [grid.fit(w, format, dtype)]
