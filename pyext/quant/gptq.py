@@ -68,13 +68,14 @@ def _rounded(w: Tensor, format: Format, upper: Tensor, dtype: torch.dtype) -> tu
             if format.group and k % group == 0:
                 found.append(grid.fit(left[k : k + group].t(), format, dtype))
             if k % group == 0:
-                s, z = (None if p is None else _by_row(p, format, N) for p in found[-1])
+                scale, zero = found[-1]
+                s, z = _by_row(scale, format, N), None if zero is None else _by_row(zero, format, N)
             q[k] = grid.codes(left[k], s, z, format)
             errors[k - start] = (left[k] - grid.values(q[k], s, z, format)) / upper[k, k]
             left[k + 1 : end] -= upper[k, k + 1 : end, None] * errors[k - start]
         left[end:] -= upper[start:end, end:].t() @ errors
-    scale, zero = (None if p[0] is None else torch.cat(p, 1) for p in zip(*found))
-    return q.t().contiguous(), scale, zero
+    zeros = [zero for _, zero in found if zero is not None]
+    return q.t().contiguous(), torch.cat([scale for scale, _ in found], 1), torch.cat(zeros, 1) if zeros else None
 
 
 def _by_row(parameter: Tensor, format: Format, N: int) -> Tensor:

@@ -96,7 +96,7 @@ def _symmetric(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def _asymmetric(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scale and fractional zero of each group [M, G]. The codes span 0 as well, so that a zero always fits float16."""
     low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
-    tried = []
+    tried: list[tuple[Tensor, Tensor | None]] = []
     for down in SHRINKS:
         for up in SHRINKS:
             scale = ((high * up - low * down) / INT4_TOP).to(dtype)

@@ -365,3 +365,7 @@ def test_the_dense_reading_refuses(source, tmp_path):
     save_file(tensors, out / SINGLE)
     with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.o_proj\.weight.*scale is \[128, 1\]; takes \[128, 2\]"):
         dict(DequantizedCheckpoint(out).tensors())
+    del tensors[name]
+    save_file(tensors, out / SINGLE)
+    with pytest.raises(CheckpointError, match=r'o_proj\.weight_scale" is missing; int4-g64 takes one'):
+        dict(DequantizedCheckpoint(out).tensors())
