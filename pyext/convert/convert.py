@@ -81,8 +81,9 @@ def convert(
     to: a format by name. method: "rtn", "hqq" or "gptq"; None is gptq for int4 with calibration text, hqq without, rtn for 8 bits.
     calibration: a text, or the Path of one, of which gptq reads up to calibration_tokens; the zoo has its own. head: the format in
     which the model layer holds the head after loading; None leaves it as it is. evaluate: a text or the Path of one on which
-    perplexity is measured before and after, in float32; the zoo has its own. progress: wraps the layers' numbers, as tqdm does.
-    `out` is written under another name and renamed. Raises ValueError, UnsupportedModelError and CheckpointError, naming the tensor.
+    perplexity is measured before and after, with all weights in memory as float32; the zoo has its own. progress: wraps the
+    layers' numbers, as tqdm does. `out` is written under another name and renamed.
+    Raises ValueError, UnsupportedModelError and CheckpointError, naming the tensor.
     """
     start, folder, out = time.perf_counter(), folder_of(source), Path(out)
     format, is_zoo = Format.parse(to), str(source) in ZOO
@@ -91,6 +92,8 @@ def convert(
         has_text = is_zoo or calibration is not None
         method = ("gptq" if has_text else "hqq") if format.kind == "int4" else "rtn"
     one_of("method", method, METHODS, "convert")
+    if method == "hqq":
+        one_of("to", format.kind, ("int4",), 'convert: method "hqq"')
     whole("calibration_tokens", calibration_tokens, 2, "convert")
     refuse(out, force)
     if out.exists() and folder.resolve().is_relative_to(out.resolve()):

@@ -28,7 +28,7 @@ def quantize(w: Tensor, format: Format, hessian: Tensor | None = None, act_order
         raise ValueError('quantize_weight: hessian is None; method "gptq" takes 2 X^T X of calibration inputs. Or take method "hqq".')
     if tuple(hessian.shape) != (K, K) or not bool(torch.isfinite(hessian).all()):
         raise ValueError(f"quantize_weight: hessian is {list(hessian.shape)}; takes [{K}, {K}] of finite numbers.")
-    hessian, perm = hessian.float(), None
+    hessian, perm = hessian.to(w.device, torch.float32), None
     if act_order and (format.kind == "int4" or not format.group):
         perm = hessian.diagonal().argsort(descending=True, stable=True)
         w, hessian = w[:, perm], hessian[perm][:, perm]
@@ -63,7 +63,7 @@ def _rounded(w: Tensor, format: Format, upper: Tensor, dtype: torch.dtype) -> tu
     found = [] if format.group else [grid.fit(w, format, dtype)]
     for start in range(0, K, COLUMNS):
         end = min(start + COLUMNS, K)
-        errors = torch.empty(end - start, N)
+        errors = left.new_empty(end - start, N)
         for k in range(start, end):
             if format.group and k % group == 0:
                 found.append(grid.fit(left[k : k + group].t(), format, dtype))

@@ -314,7 +314,7 @@ def poison(tensors):
         (None, {"head": "int3"}, ValueError, 'format is "int3"'),
         (None, {"method": "awq"}, ValueError, 'convert: method is "awq"; takes "rtn" or "hqq" or "gptq"'),
         (None, {"method": "gptq"}, ValueError, "calibration is missing.*--calibration FILE"),
-        (None, {"method": "hqq", "to": "int8"}, ValueError, 'model.layers.0.self_attn.q_proj.weight.*"hqq": format is "int8"'),
+        (None, {"method": "hqq", "to": "int8"}, ValueError, 'convert: method "hqq": to is "int8"; takes "int4"'),
         (None, {"calibration_tokens": 1, "calibration": TEXT}, ValueError, "calibration_tokens is 1; takes 2 or more"),
         (None, {"evaluate": "", "method": "rtn"}, ValueError, "no token to predict"),
     ],
