@@ -105,4 +105,5 @@ class Stream:
                 continue
             distance = self._distance[:T, :T]
             visible = (distance >= 0) & (distance < (T if window is None else window))
-            yield attend(w, c, normed, *(table[:T] for table in self._rope), visible)
+            cos, sin = (table[:T] for table in self._rope)
+            yield attend(w, c, normed, cos, sin, visible)

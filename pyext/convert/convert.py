@@ -12,7 +12,7 @@ from torch import Tensor
 from ramify.checks import one_of, whole
 from ramify.convert import calibrate
 from ramify.convert.card import card
-from ramify.convert.dense import DequantizedCheckpoint
+from ramify.convert.dense import ENDS, DequantizedCheckpoint
 from ramify.convert.folder import NewFolder, refuse
 from ramify.errors import UnsupportedModelError
 from ramify.model.checkpoint import Checkpoint
@@ -28,14 +28,13 @@ from ramify.zoo import corpus
 VERSION = 1
 """Of the layout of the folder."""
 
-KEPT_FILES = ("generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
-KEPT_FILES += ("chat_template*", "LICENSE*", "NOTICE*", "USE_POLICY*")
+KEPT_FILES = (
+    *("generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template*", "LICENSE*", "NOTICE*", "USE_POLICY*"),
+)
 
 HELD_OUT_CHARACTERS = 4500
 """Of each held-out module that a zoo model is judged on: about 21,000 tokens in all."""
-
-ENDS = {"codes": "weight", "scale": "weight_scale", "zero": "weight_zero", "perm": "weight_perm"}
-"""Part of a QuantizedWeight -> what its tensor's name ends with."""
 
 
 @dataclass
@@ -82,8 +81,9 @@ def convert(
     to: a format by name. method: "rtn", "hqq" or "gptq"; None is gptq for int4 with calibration text, hqq without, rtn for 8 bits.
     calibration: a text, or the Path of one, of which gptq reads up to calibration_tokens; the zoo has its own. head: the format in
     which the model layer holds the head after loading; None leaves it as it is. evaluate: a text or the Path of one on which
-    perplexity is measured before and after, in float32; the zoo has its own. progress: wraps the layers' numbers, as tqdm does.
-    `out` is written under another name and renamed. Raises ValueError, UnsupportedModelError and CheckpointError, naming the tensor.
+    perplexity is measured before and after, with all weights in memory as float32; the zoo has its own. progress: wraps the
+    layers' numbers, as tqdm does. `out` is written under another name and renamed.
+    Raises ValueError, UnsupportedModelError and CheckpointError, naming the tensor.
     """
     start, folder, out = time.perf_counter(), folder_of(source), Path(out)
     format, is_zoo = Format.parse(to), str(source) in ZOO
@@ -92,6 +92,8 @@ def convert(
         has_text = is_zoo or calibration is not None
         method = ("gptq" if has_text else "hqq") if format.kind == "int4" else "rtn"
     one_of("method", method, METHODS, "convert")
+    if method == "hqq":
+        one_of("to", format.kind, ("int4",), 'convert: method "hqq"')
     whole("calibration_tokens", calibration_tokens, 2, "convert")
     refuse(out, force)
     if out.exists() and folder.resolve().is_relative_to(out.resolve()):
@@ -163,11 +165,13 @@ def _quantised_layer(
     checkpoint: Checkpoint, i: int, stream: calibrate.Stream | None, made: Conversion, format: Format
 ) -> list[tuple[str, QuantizedWeight, int]]:
     """(Hugging Face name, low-bit weight, dense bytes) of a layer's linear layers; moves the calibration text through the layer."""
-    w, found = {name: tensor.float() for name, tensor in checkpoint.layer(i).items()}, []
+    prefix, found = f"layers.{i}.", []
+    stored = {name.removeprefix(prefix): checkpoint.stored(name) for name in checkpoint.names if name.startswith(prefix)}
+    w = {name: tensor.float() for name, tensor in stored.items()}
     for stage in calibrate.STAGES:
         hessian = stream.hessian(i, stage, w) if stream else None
         for name in stage:
-            theirs, size = checkpoint.source_name(f"layers.{i}.{name}"), checkpoint.stored(f"layers.{i}.{name}").nbytes
+            theirs = checkpoint.source_name(prefix + name)
             try:
                 weight = quantize(w[name], format, made.method, hessian)
             except ValueError as problem:
@@ -177,7 +181,7 @@ def _quantised_layer(
             if hessian is not None:
                 made.output_errors[theirs] = _share(low_bit - w[name], w[name], hessian)
             w[name] = low_bit
-            found.append((theirs, weight, size))
+            found.append((theirs, weight, stored[name].nbytes))
         if stream:
             stream.advance(i, stage, w)
     return found

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
@@ -10,6 +11,9 @@ from ramify.errors import CheckpointError
 from ramify.model.checkpoint import Checkpoint, expected
 from ramify.model.config import ModelConfig, read_json
 from ramify.quant import Format, QuantizedWeight, quantize
+
+ENDS = {"codes": "weight", "scale": "weight_scale", "zero": "weight_zero", "perm": "weight_perm"}
+"""Part of a QuantizedWeight -> what its tensor's name ends with."""
 
 
 class DequantizedCheckpoint(Checkpoint):
@@ -37,13 +41,20 @@ class DequantizedCheckpoint(Checkpoint):
         if name == "lm_head":
             head = self.stored("embed" if self._tied else "lm_head").float()
             return head if self.head is None else quantize(head, self.head).dequantize()
-        prefix = self._table[name][0].removesuffix(".weight")
-        return self.quantized(prefix).dequantize() if f"{prefix}.weight_scale" in self._where else super().tensor(name)
+        is_linear = name.startswith("layers.") and len(self.shape(name)) == 2
+        return self.quantized(self.source_name(name).removesuffix(".weight")).dequantize() if is_linear else super().tensor(name)
 
     def quantized(self, prefix: str) -> QuantizedWeight:
         """The low-bit weight of one linear layer, "model.layers.0.self_attn.q_proj" say."""
-        parts = {"codes": "weight", "scale": "weight_scale", "zero": "weight_zero", "perm": "weight_perm"}
-        found = {ours: self._read(f"{prefix}.{theirs}") for ours, theirs in parts.items() if f"{prefix}.{theirs}" in self._where}
+        found: dict[str, Any] = {}
+        for part, ending in ENDS.items():
+            theirs = f"{prefix}.{ending}"
+            if theirs in self._where:
+                found[part] = self._read(theirs)
+            elif part in ("codes", "scale"):
+                raise CheckpointError(
+                    f'load: {self.folder.name}, tensor "{theirs}" is missing; takes one for each {self.format.name} weight.'
+                )
         try:
             return QuantizedWeight(self.format, **found)
         except (TypeError, ValueError) as problem:

@@ -8,6 +8,7 @@ from ramify.ops.attention import merge_states, tree_attention
 from ramify.ops.glue import embed, rms_norm, rope, silu_mul
 from ramify.ops.kv import kv_append, kv_commit
 from ramify.ops.linear import PackedWeight, linear
+from ramify.ops.quantize import quantize_weight
 from ramify.ops.verify import RowStats, row_stats, topk_logits, verify_greedy
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "kv_commit",
     "linear",
     "merge_states",
+    "quantize_weight",
     "rms_norm",
     "rope",
     "row_stats",

@@ -78,7 +78,7 @@ def test_out_form_is_the_functional_one(name, args, outs):
 
 def test_every_op_is_here():
     """Public ops, the backend table, the reference, torch.ops and the list above name the same things."""
-    public = {name for name in ops.__all__ if name.islower()}
+    public = {name for name in ops.__all__ if name.islower()} - {"quantize_weight"}  # makes an object, so torch cannot hold it
     assert (
         public
         == set(backends.OPS)

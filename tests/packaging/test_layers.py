@@ -17,6 +17,7 @@ FLOORS = (
     {"verify", "draft", "size"},
     {"decode"},
     {"hf", "zoo"},
+    {"convert"},
     {"testing"},
     {"cli", "docs", "__main__", "__init__"},
 )
