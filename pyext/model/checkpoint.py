@@ -92,8 +92,8 @@ class Checkpoint:
         theirs, shape = self._table[name]
         if name in self._low_bit:
             assert self._source is not None
-            return self._source.read(self._stored, self._low_bit[name], (shape[0], shape[1]), self._file)
-        tensor = self._stored(theirs)
+            return self._source.read(self._raw, self._low_bit[name], (shape[0], shape[1]), self._file)
+        tensor = self._raw(theirs)
         assert tensor is not None  # the headers were checked
         return tensor.float() if tensor.dtype == torch.float16 else tensor
 
@@ -107,7 +107,7 @@ class Checkpoint:
         for name in self._table:
             yield name, self.tensor(name)
 
-    def _stored(self, theirs: str) -> Tensor | None:
+    def _raw(self, theirs: str) -> Tensor | None:
         """A tensor by its name in the files, as it is stored."""
         file = self._where.get(theirs)
         if file is None:
