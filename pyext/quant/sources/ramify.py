@@ -44,7 +44,7 @@ class Ramify(Source):
     def _read(self, parts: Parts) -> QuantizedWeight:
         form = self.format_of(parts.prefix)
         codes = parts.take("weight", (CODES[form.kind],), None, None)
-        N, K = codes.shape[0], codes.shape[1] * (2 if form.kind == "int4" else 1)
+        N, K = parts.sized(codes.shape[0], codes.shape[1] * (2 if form.kind == "int4" else 1))
         groups = form.scale_shape(N, K)
         scale = parts.scale("weight_scale", *groups)
         zero = parts.take("weight_zero", (torch.float16,), *groups) if form.zero_point else None
