@@ -102,17 +102,14 @@ class _Quantize(ConversionOps):
     def __init__(self, quantizer: RamifyQuantizer) -> None:
         self.hf_quantizer = quantizer
 
-    def convert(
-        self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, missing_keys: Any = None, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        """Values of `input_dict` are one weight [N, K]; full_layer_name ends in ".weight"."""
+    def convert(self, input_dict: dict[str, Any], *patterns: Any, **given: Any) -> dict[str, Any]:
+        """Values of `input_dict` are one weight [N, K]; given["full_layer_name"] ends in ".weight"."""
         [w] = [value[0] if isinstance(value, list) else value for value in input_dict.values()]
-        prefix = full_layer_name.removesuffix(".weight")
-        weight = _round_to_nearest(w, model.get_submodule(prefix).format)
+        prefix = given["full_layer_name"].removesuffix(".weight")
+        weight = _round_to_nearest(w, given["model"].get_submodule(prefix).format)
         named = {f"{prefix}.{FIELDS[part]}": tensor for part, tensor in weight.state_dict().items()}
-        for name in named:
-            if missing_keys is not None:
-                missing_keys.discard(name)
+        if (missing := given.get("missing_keys")) is not None:
+            missing -= named.keys()
         return named
 
 

@@ -1,11 +1,11 @@
-"""Low-bit checkpoints in the model layer: the same logits, bit for bit, as the dense model of the dequantised weights; and damage, by name."""
+"""Low-bit checkpoints in the model layer: logits equal those of the dense model of the dequantised weights bit for bit; damage is named."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import ramify
 from ramify.errors import CheckpointError, UnsupportedModelError
@@ -166,8 +166,6 @@ def test_layers_that_lie_dense_stay_dense(tmp_path):
 
 
 def damaged(folder, says, change, **options):
-    from safetensors.torch import load_file
-
     tensors = load_file(folder / SINGLE)
     change(tensors)
     save_file(tensors, folder / SINGLE)
@@ -211,8 +209,6 @@ def test_damaged_own_files(tmp_path):
 
 
 def test_a_shard_without_its_scales(tmp_path):
-    from safetensors.torch import load_file
-
     folder = make(tmp_path, GPTQ, half_scales, write=gptq)
     tensors = load_file(folder / SINGLE)
     (folder / SINGLE).unlink()
