@@ -11,6 +11,7 @@ import ramify
 from ramify.errors import CheckpointError, UnsupportedModelError
 from ramify.model.checkpoint import INDEX, SINGLE, Checkpoint, expected
 from ramify.model.config import ModelConfig
+from ramify.model.weights import Linear, Weights
 from ramify.quant import Format, QuantizedWeight
 from ramify.quant.sources.ramify import config_of, stored
 from ramify.tree import TokenTree
@@ -105,8 +106,11 @@ def test_head(tmp_path, tied):
     quantization = config_of(Format.parse("int4-g64"), head=Format("int8"), dense=())
     config = {**CONFIG, "tie_word_embeddings": tied}
     folder = make(tmp_path, quantization, lambda ours, N, K: low_bit("int8" if ours == "lm_head" else "int4-g64", N, K), config)
-    assert Checkpoint(folder).tensor("lm_head").format.name == "int8"
+    head = Checkpoint(folder).tensor("lm_head")
+    assert head.format.name == "int8"
     same(folder)
+    loaded = Weights.load(Checkpoint(folder), torch.float32)
+    assert torch.equal(loaded.lm_head.packed, Linear.of([head], [None], torch.float32).packed)
 
 
 def test_tied_head_that_is_not_low_bit(tmp_path):

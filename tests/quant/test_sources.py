@@ -191,6 +191,17 @@ def test_layers_that_are_refused():
     refused(config, {**tensors, "proj._weight_scale": torch.ones(16, 2)}, "2 float8 scales a row")
 
 
+def test_wide_groups_keep_their_scales_and_zeros():
+    """Two groups of 256 become four of 128, each pair with one scale and one zero."""
+    torch.manual_seed(0)
+    q, scale, zero = torch.randint(0, 16, (8, 512)), torch.rand(8, 2), torch.randint(0, 16, (8, 2))
+    words = pack_nibbles(zero.T.contiguous()).view(torch.int32).T.contiguous()
+    tensors = {"proj.weight_packed": pack_nibbles(q).view(torch.int32), "proj.weight_scale": scale, "proj.weight_zero_point": words}
+    weight = read(ct(group_size=256, symmetric=False), tensors, (8, 512))
+    assert weight.format.name == "int4-g128-zp"
+    assert torch.equal(weight.dequantize(), (q - zero.repeat_interleave(256, 1)) * scale.repeat_interleave(256, 1))
+
+
 def test_torchao_plain_int4():
     """Int4Tensor: signed nibbles, lowest first, scales and float zeros [K / G, N]; exact where its zeros are 0."""
     torch.manual_seed(0)
