@@ -98,7 +98,7 @@ class Checkpoint:
         if name in self._low_bit:
             assert self._source is not None
             N, K = self.shape(name)
-            return self._source.read(self._stored, self._low_bit[name], (N, K), self._file)
+            return self._source.read(self._raw, self._low_bit[name], (N, K), self._file)
         tensor = self.stored(name)
         return tensor.float() if tensor.dtype == torch.float16 else tensor
 
@@ -106,7 +106,7 @@ class Checkpoint:
         """One dense tensor by canonical name, in the dtype of the file."""
         if name not in self._table:
             raise KeyError(f"Checkpoint.tensor: {name} is no tensor of {self.config.architecture} under this config.")
-        tensor = self._stored(self.source_name(name))
+        tensor = self._raw(self.source_name(name))
         assert tensor is not None  # the headers were checked
         return tensor
 
@@ -120,7 +120,7 @@ class Checkpoint:
         for name in self._table:
             yield name, self.tensor(name)
 
-    def _stored(self, theirs: str) -> Tensor | None:
+    def _raw(self, theirs: str) -> Tensor | None:
         """A tensor by its name in the files, as it is stored."""
         file = self._where.get(theirs)
         if file is None:

@@ -38,7 +38,7 @@ class Awq(Source):
 
     def _read(self, parts: Parts) -> QuantizedWeight:
         qweight = parts.take("qweight", INT, None, None)
-        K, N = qweight.shape[0], 8 * qweight.shape[1]
+        N, K = parts.sized(8 * qweight.shape[1], qweight.shape[0])
         groups = count_groups(parts, K, self.group)
         qzeros = parts.take("qzeros", INT, groups, N // 8)
         scale = parts.scale("scales", groups, N)

@@ -55,17 +55,14 @@ class Source:
         shape: (N, K) that the model's config makes it, if known. file: the file of a tensor, for messages. Raises
         CheckpointError, naming file and tensor, for what is missing, of another shape or dtype, or makes no sense.
         """
-        parts = Parts(get, prefix, file)
         codes = self.tensors(prefix).needed[0].removeprefix(f"{prefix}.")
+        parts = Parts(get, prefix, file, codes, shape)
         try:
-            weight = self._read(parts)
+            return self._read(parts)
         except (CheckpointError, UnsupportedModelError):
             raise
         except (ValueError, TypeError) as problem:  # what QuantizedWeight itself refuses
             raise parts.wrong(codes, f"makes no weight ({problem})") from None
-        if shape is not None and weight.shape != tuple(shape):
-            raise parts.wrong(codes, f"makes a weight {list(weight.shape)}; config.json makes it {list(shape)}")
-        return weight
 
     def _read(self, parts: "Parts") -> QuantizedWeight:
         raise NotImplementedError
@@ -74,8 +71,14 @@ class Source:
 class Parts:
     """The tensors of one layer, each checked as it is taken."""
 
-    def __init__(self, get: Get, prefix: str, file: Callable[[str], str]) -> None:
-        self.get, self.prefix, self.file = get, prefix, file
+    def __init__(self, get: Get, prefix: str, file: Callable[[str], str], codes: str, shape: tuple[int, int] | None) -> None:
+        self.get, self.prefix, self.file, self.codes, self.shape = get, prefix, file, codes, shape
+
+    def sized(self, N: int, K: int) -> tuple[int, int]:
+        """The size that the codes make the weight; every source says it before it reads on."""
+        if self.shape is not None and (N, K) != tuple(self.shape):
+            raise self.wrong(self.codes, f"makes a weight {[N, K]}; config.json makes it {list(self.shape)}")
+        return N, K
 
     def take(self, name: str, dtypes: tuple[torch.dtype, ...], *shape: int | None) -> Tensor:
         """A tensor that must be there; None in `shape` is any length but 0."""

@@ -62,9 +62,9 @@ class CompressedTensors(Source):
         if scheme is None:
             raise parts.beyond("has no scheme in quantization_config; takes one")
         codes = scheme.codes(parts)
+        N, K = parts.sized(*codes.shape)
         if codes.dtype == torch.float8_e4m3fn:
             return scheme.fp8(parts, codes)
-        N, K = codes.shape
         scale = scheme.scale(parts, N, K)
         zero = scheme.zero(parts, N, scale.shape[1])
         if scheme.bits == 8:

@@ -43,7 +43,7 @@ class Gptq(Source):
     def _read(self, parts: Parts) -> QuantizedWeight:
         per_word = 32 // self.bits
         qweight = parts.take("qweight", INT, None, None)
-        K, N = per_word * qweight.shape[0], qweight.shape[1]
+        N, K = parts.sized(qweight.shape[1], per_word * qweight.shape[0])
         groups = count_groups(parts, K, self.group)
         scale = parts.scale("scales", groups, N).T
         words = parts.take("qzeros", INT, groups, -(-N // per_word)) + self.offset

@@ -2,7 +2,8 @@
 
 A layer has `weight` (the codes), `weight_scale` and, where its format asks for them, `weight_zero` and `weight_perm`, with shapes
 and dtypes as in QuantizedWeight. quantization_config: {"quant_method": "ramify_w4" (int4) or "ramify_w8" (int8, fp8), "format":
-"int4-g64", "method": the quantizer's name, "head": a format for lm_head or null, "modules_to_not_convert": [...], "version": 1}.
+"int4-g64", "method": the quantizer's name, "head": the format of lm_head or null, "modules_to_not_convert": [...], "version": 1}.
+A head among modules_to_not_convert lies in the file dense, and `head` says what the model layer makes of it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,10 +37,6 @@ class Ramify(Source):
         if config.get("quant_method") != method_of(self.format):
             raise refuse("quant_method", config.get("quant_method"), f"{method_of(self.format)} for the format {self.format.name}")
 
-    def covers(self, module: str) -> bool:
-        """Every linear layer that is not left out; the head where it has a format of its own."""
-        return self.head is not None if module == "lm_head" else super().covers(module)
-
     def format_of(self, module: str) -> Format:
         """The format of one covered layer."""
         return self.head if module == "lm_head" and self.head is not None else self.format
@@ -47,7 +44,7 @@ class Ramify(Source):
     def _read(self, parts: Parts) -> QuantizedWeight:
         form = self.format_of(parts.prefix)
         codes = parts.take("weight", (CODES[form.kind],), None, None)
-        N, K = codes.shape[0], codes.shape[1] * (2 if form.kind == "int4" else 1)
+        N, K = parts.sized(codes.shape[0], codes.shape[1] * (2 if form.kind == "int4" else 1))
         groups = form.scale_shape(N, K)
         scale = parts.scale("weight_scale", *groups)
         zero = parts.take("weight_zero", (torch.float16,), *groups) if form.zero_point else None
@@ -66,7 +63,7 @@ def config_of(form: Format, method: str = "rtn", head: Format | None = None, den
         "format": form.name,
         "method": method,
         "head": None if head is None else head.name,
-        "modules_to_not_convert": [name for name in dense if head is None or name != "lm_head"],
+        "modules_to_not_convert": list(dense),
         "version": VERSION,
     }
 

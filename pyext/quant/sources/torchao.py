@@ -29,7 +29,7 @@ class Torchao(Source):
         zero = parts.look("_weight_zero_point", (*SCALES, torch.int8, torch.int32, torch.int64))
         if zero is not None and zero.is_floating_point():
             return _plain(parts, codes, zero)
-        N, K = codes.shape
+        N, K = parts.sized(*codes.shape)
         scale = parts.scale("_weight_scale", None, None)
         if scale.shape[0] not in (1, N) or K % scale.shape[1]:
             raise parts.wrong("_weight_scale", f"is {list(scale.shape)}; takes [{N}, groups], [{N}, 1] or [1, 1]")
@@ -53,5 +53,6 @@ def _plain(parts: Parts, codes: Tensor, zero: Tensor) -> QuantizedWeight:
         raise parts.wrong("_weight_qdata", "is float8; takes bytes of two codes where zeros are floats")
     if bool(zero.any()):
         raise parts.beyond("has float zeros that are added to code * scale (Int4Tensor); takes zeros of 0, or whole zeros (Intx)")
-    scale = parts.scale("_weight_scale", None, codes.shape[0])
+    N, _ = parts.sized(codes.shape[0], 2 * codes.shape[1])
+    scale = parts.scale("_weight_scale", None, N)
     return int4(parts, codes.view(torch.uint8) ^ 0x88, scale.T, None)
