@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ramify import reference
 from ramify.backends import native
-from ramify.checks import number, whole
+from ramify.checks import INT64_MAX, number, whole
 from ramify.ops import _native
-from ramify.ops._checks import FLOATS, INT32, INT64, Shapes, check_cache, outputs
+from ramify.ops._checks import FLOATS, INT32, INT64, Results, Shapes, check_cache, outputs, tensor
 from ramify.ops._library import Op
 from ramify.tree import MAX_ROWS
 
@@ -44,38 +44,14 @@ def tree_attention(
     may hold anything. Raises ValueError for shapes and values, lengths and bits included where the tensors are on the CPU;
     TypeError for dtypes. Source: arXiv 2305.09781; the softmax is the integer-reference one that makes rows independent.
     """
-    check = Shapes("tree_attention")
-    check("q", q, "B T Hq D", FLOATS)
-    check("tail_k", tail_k, "B T Hkv D", FLOATS)
-    check("tail_v", tail_v, "B T Hkv D", (tail_k.dtype,))
-    check_cache(check, "k", k, "v", v, page_table)
-    check.same_dtype("k", k, "tail_k", tail_k.dtype)
-    check("ancestors", ancestors, "B T W", INT64)
-    check("prefix_len", prefix_len, "B", INT32)
-    if tail_rows is not None:
-        check("tail_rows", tail_rows, "B", INT32)
-    _, T, Hq, D = q.shape
-    Hkv = tail_k.shape[2]
-    if Hkv == 0 or Hq % Hkv:
-        raise ValueError(
-            f"tree_attention: q has {Hq} heads and k has {Hkv}; q heads must be a multiple of k heads. "
-            "Axes are q [B, T, Hq, D], k [B, S, Hkv, D]."
-        )
-    if T > MAX_ROWS:
-        raise check.fail(f"q has {T} rows a sequence", f"1 to {MAX_ROWS}", "Lower the rows of the tree, or feed them in chunks.")
-    if 64 * ancestors.shape[2] < T:
-        raise check.fail(f"ancestors has {ancestors.shape[2]} words a row", f"{-(-T // 64)} for {T} rows")
+    tensor("tree_attention", "q", q)
+    D = math.prod(q.shape[-1:]) or 1  # no D, or one of 0, is for the check to refuse
     scale = 1 / math.sqrt(D) if scale is None else float(number("scale", scale, "tree_attention"))
-    window = 0 if window is None else whole("window", window, 1, "tree_attention")
-    sink = 0 if sink is None else whole("sink", sink, 0, "tree_attention")
-    outs = outputs("tree_attention", out, 2 if return_lse else 1)
-    if outs is not None:
-        check.out("out", outs[0], q.shape, q.dtype)
-        if return_lse:
-            check.out("out[1]", outs[1], q.shape[:3], torch.float32)
-        else:
-            outs = (outs[0], q.new_empty(q.shape[:3], dtype=torch.float32))
-    result = _tree_attention(q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows, out=outs)
+    window = 0 if window is None else whole("window", window, 1, "tree_attention", INT64_MAX)
+    sink = 0 if sink is None else whole("sink", sink, 0, "tree_attention", INT64_MAX)
+    if out is not None and not return_lse:
+        out = (outputs("tree_attention", out, 1)[0], q.new_empty(q.shape[:3], dtype=torch.float32))
+    result = _tree_attention(q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows, out=out)
     return result if return_lse else result[0]
 
 
@@ -86,6 +62,53 @@ def merge_states(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, *, out: tup
     o may be anything. Returns o [..., D] in o1's dtype and lse float32 [...]; `out` takes the same pair. Raises ValueError for
     shapes, TypeError for dtypes. Source: arXiv 1805.02867.
     """
+    return _merge_states(o1, lse1, o2, lse2, out=out)
+
+
+def _check_tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tail_k: Tensor,
+    tail_v: Tensor,
+    ancestors: Tensor,
+    prefix_len: Tensor,
+    page_table: Tensor | None,
+    scale: float,
+    window: int,
+    sink: int,
+    tail_rows: Tensor | None,
+) -> Results:
+    check = Shapes("tree_attention")
+    check("q", q, "B T Hq D", FLOATS)
+    check("tail_k", tail_k, "B T Hkv D", FLOATS)
+    check("tail_v", tail_v, "B T Hkv D", (tail_k.dtype,))
+    check_cache(check, "k", k, "v", v, page_table)
+    check.same_dtype("k", k, "tail_k", tail_k.dtype)
+    check("ancestors", ancestors, "B T W", INT64)
+    check("prefix_len", prefix_len, "B", INT32)
+    if tail_rows is not None:
+        check("tail_rows", tail_rows, "B", INT32)
+    _, T, Hq, _ = q.shape
+    Hkv = tail_k.shape[2]
+    if Hq % Hkv:
+        raise ValueError(
+            f"tree_attention: q has {Hq} heads and k has {Hkv}; q heads must be a multiple of k heads. "
+            "Axes are q [B, T, Hq, D], k [B, S, Hkv, D]."
+        )
+    if T > MAX_ROWS:
+        raise check.fail(f"q has {T} rows a sequence", f"1 to {MAX_ROWS}", "Lower the rows of the tree, or feed them in chunks.")
+    if 64 * ancestors.shape[2] < T:
+        raise check.fail(f"ancestors has {ancestors.shape[2]} words a row", f"{-(-T // 64)} for {T} rows")
+    if not math.isfinite(scale):
+        raise check.fail(f"scale is {scale}", "a finite number")
+    for name, value in (("window", window), ("sink", sink)):
+        if value < 0:
+            raise check.fail(f"{name} is {value}", "0 or more")
+    return ((q.shape, q.dtype), (q.shape[:3], torch.float32))
+
+
+def _check_merge_states(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> Results:
     check = Shapes("merge_states")
     check("o1", o1, "... D", FLOATS)
     check("o2", o2, "... D", (o1.dtype,))
@@ -93,11 +116,7 @@ def merge_states(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, *, out: tup
     for name, lse in (("lse1", lse1), ("lse2", lse2)):
         check(name, lse, "...", (torch.float32,), dense=False)
         check.same_shape(name, lse, "o1 without its last axis", o1.shape[:-1])
-    outs = outputs("merge_states", out, 2)
-    if outs is not None:
-        check.out("out[0]", outs[0], o1.shape, o1.dtype)
-        check.out("out[1]", outs[1], o1.shape[:-1], torch.float32)
-    return _merge_states(o1, lse1, o2, lse2, out=outs)
+    return ((o1.shape, o1.dtype), (lse1.shape, torch.float32))
 
 
 def _check_values(q: Tensor, k: Tensor, ancestors: Tensor, prefix_len: Tensor, page_table: Tensor | None, tail_rows: Tensor | None) -> None:
@@ -145,7 +164,7 @@ _tree_attention = Op(
     "Tensor q, Tensor k, Tensor v, Tensor tail_k, Tensor tail_v, Tensor ancestors, Tensor prefix_len, "
     "Tensor? page_table, float scale, int window, int sink, Tensor? tail_rows",
     ["out", "lse_out"],
-    allocate=lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)),
+    check=_check_tree_attention,
     sizes=lambda q, k, *_: {"dtype": q.dtype, "D": q.shape[3], "kv": k.dtype},
     reference=_reference,
     cpu=_cpu,
@@ -154,7 +173,7 @@ _merge_states = Op(
     "merge_states",
     "Tensor o1, Tensor lse1, Tensor o2, Tensor lse2",
     ["out", "lse_out"],
-    allocate=lambda o1, lse1, o2, lse2: (o1.new_empty(o1.shape), lse1.new_empty(lse1.shape)),
+    check=_check_merge_states,
     sizes=lambda o1, *_: {"dtype": o1.dtype},
     reference=reference.merge_states,
 )

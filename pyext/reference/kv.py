@@ -48,5 +48,5 @@ def kv_commit(
     else:
         page = k_cache.shape[1]
         where = (page_table[b, slot // page].long(), slot % page)
-    k_cache[where] = tail_k[b, row].to(k_cache.dtype)
-    v_cache[where] = tail_v[b, row].to(v_cache.dtype)
+    new_k, new_v = tail_k[b, row], tail_v[b, row]  # copies: the tail may lie in the caches
+    k_cache[where], v_cache[where] = new_k.to(k_cache.dtype), new_v.to(v_cache.dtype)

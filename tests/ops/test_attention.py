@@ -204,7 +204,7 @@ def test_accepts_full_width_and_says_what_it_does_not_take():
         (TypeError, "scale is", {"scale": "0.1"}),
         (ValueError, "tail_rows[1] is 6", {"tail_rows": torch.tensor([5, 6], dtype=torch.int32)}),
         (TypeError, "out is list", {"out": [q]}),
-        (ValueError, "out is [2, 5, 4, 32]", {"out": torch.empty(2, 5, 4, 32)}),
+        (ValueError, "out[0] is [2, 5, 4, 32]", {"out": torch.empty(2, 5, 4, 32)}),
         (TypeError, "tuple of 2", {"out": q, "return_lse": True}),
         (ValueError, "page_table[0] names a page", {"k": k[0, :, None], "v": v[0, :, None], "page_table": torch.full((2, 9), 99).int()}),
         (ValueError, f"q has {MAX_ROWS + 1} rows", dict(zip(good, wide.tensors))),

@@ -65,20 +65,21 @@ def test_commit(page, B, T, seed, wide):
 
 def test_says_what_it_does_not_take():
     k, one = torch.randn(2, 3, 1, 4), torch.ones(2, dtype=torch.int32)
-    cache, path, table = torch.zeros(2, 8, 1, 4), torch.zeros(2, 3, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int32)
+    cache, other, path = torch.zeros(2, 8, 1, 4), torch.zeros(2, 8, 1, 4), torch.zeros(2, 3, dtype=torch.int32)
+    table = torch.zeros(2, 2, dtype=torch.int32)
     bad = [
-        (ops.kv_append, (k, k, cache, cache, one * 6), {}, ValueError, "length[0] is 6 and 3 rows follow; takes 8 slots in all"),
-        (ops.kv_append, (k, k, cache, cache, one), {"n_rows": one * 4}, ValueError, "n_rows[0] is 4; takes 0 to 3"),
-        (ops.kv_append, (k, k, cache, cache, one.long()), {}, TypeError, "length is int64; takes int32 [B]. Use length.int()"),
-        (ops.kv_append, (k, k, cache[..., :3], cache, one), {}, ValueError, "k_cache is [2, 8, 1, 3]"),
-        (ops.kv_append, (k, k, cache, cache, one), {"page_table": table + 2}, ValueError, "page_table[0] names a page outside"),
-        (ops.kv_commit, (k, k, cache, cache, path + 3, one, one), {}, ValueError, "path[0, 0] is 3; takes 0 to 2"),
-        (ops.kv_commit, (k, k, cache, cache, path, one * 4, one), {}, ValueError, "count[0] is 4; takes 0 to 3"),
-        (ops.kv_commit, (k, k, cache, cache, path, one, one - 2), {}, ValueError, "length[0] is -1"),
+        (ops.kv_append, (k, k, cache, other, one * 6), {}, ValueError, "length[0] is 6 and 3 rows follow; takes 8 slots in all"),
+        (ops.kv_append, (k, k, cache, other, one), {"n_rows": one * 4}, ValueError, "n_rows[0] is 4; takes 0 to 3"),
+        (ops.kv_append, (k, k, cache, other, one.long()), {}, TypeError, "length is int64; takes int32 [B]. Use length.int()"),
+        (ops.kv_append, (k, k, cache[..., :3], other, one), {}, ValueError, "k_cache is [2, 8, 1, 3]"),
+        (ops.kv_append, (k, k, cache, other, one), {"page_table": table + 2}, ValueError, "page_table[0] names page"),
+        (ops.kv_commit, (k, k, cache, other, path + 3, one, one), {}, ValueError, "path[0, 0] is 3; takes 0 to 2"),
+        (ops.kv_commit, (k, k, cache, other, path, one * 4, one), {}, ValueError, "count[0] is 4; takes 0 to 3"),
+        (ops.kv_commit, (k, k, cache, other, path, one, one - 2), {}, ValueError, "length[0] is -1"),
         (ops.kv_commit, (k, k, cache, cache.bfloat16(), path, one, one), {}, TypeError, "v_cache is bfloat16; takes float32"),
     ]
     for op, args, kwargs, kind, said in bad:
         with pytest.raises(kind) as error:
             op(*args, **kwargs)
         assert said in str(error.value) and str(error.value).startswith(f"{op.__name__}: "), str(error.value)
-    assert not cache.any()  # a refused call has written nothing
+    assert not cache.any() and not other.any()  # a refused call has written nothing

@@ -114,10 +114,10 @@ def test_says_what_it_does_not_take():
     parents = torch.tensor([[-1, 0, 1], [-1, 0, 0]], dtype=I32)
     bad = [
         (ops.row_stats, (x[0],), ValueError, "logits is [8]; takes 2 axes [R, V]"),
-        (ops.row_stats, (x[:, :0],), ValueError, "logits has no columns"),
+        (ops.row_stats, (x[:, :0],), ValueError, "logits is [3, 0]; takes [R, V] with V of 1 or more"),
         (ops.row_stats, (x.T,), ValueError, "Use logits.contiguous()"),
         (ops.topk_logits, (x, 0), ValueError, "k is 0; takes 1 or more"),
-        (ops.topk_logits, (x, 9), ValueError, "k is 9; takes at most 8"),
+        (ops.topk_logits, (x, 9), ValueError, "k is 9; takes 1 to 8, the columns of logits"),
         (ops.topk_logits, (x, 2.0), TypeError, "k is 2.0; takes a whole number"),
         (ops.verify_greedy, (t, parents, t.float(), n), TypeError, "argmax is float32"),
         (ops.verify_greedy, (t, parents, t, n + 1), ValueError, "n_rows[0] is 4; takes 1 to 3"),
