@@ -89,39 +89,44 @@ def linear(
     return _linear(x, weight, bias, activation, residual, out=out)
 
 
-def _check_layer(
-    check: Shapes, x: Tensor, weight: tuple[int, int], bias: Tensor | None, activation: str | None, residual: Tensor | None
-) -> Results:
-    """What every form takes beside its weight, which has this shape."""
+def _rows(x: Tensor, N: int | None = None, K: int | None = None) -> Shapes:
+    """The checks of one call, x and the sizes of its weight already in them."""
+    check = Shapes("linear")
     check("x", x, "... K", FLOATS)
-    N, K = weight
-    if x.shape[-1] != K:
-        raise check.fail(f"x is {list(x.shape)}", f"[..., {K}]", f"The weight is [{N}, {K}].")
+    if N is not None:
+        if x.shape[-1] != K:
+            raise check.fail(f"weight is [{N}, {K}]", f"[N, K] with K = {x.shape[-1]}, as in x")
+        check.sizes["N"] = (N, "weight")
+    return check
+
+
+def _check_layer(check: Shapes, x: Tensor, N: int, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Results:
+    """What every form takes beside its weight."""
     shape = (*x.shape[:-1], N)
     if bias is not None:
-        check("bias", bias, "...", FLOATS)
-        check.same_shape("bias", bias, "the weight's outputs", (N,))
+        check("bias", bias, "N", FLOATS)
     if residual is not None:
-        check("residual", residual, "...", FLOATS)
+        check("residual", residual, "... N", FLOATS)
         check.same_shape("residual", residual, "the result", shape)
     one_of("activation", activation, ACTIVATIONS, "linear")
     return ((shape, x.dtype),)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Results:
-    check = Shapes("linear", x)
+    check = _rows(x)
     check("weight", weight, "N K", FLOATS)
-    return _check_layer(check, x, (weight.shape[0], weight.shape[1]), bias, activation, residual)
+    return _check_layer(check, x, weight.shape[0], bias, activation, residual)
 
 
 def _check_packed(x: Tensor, panels: Tensor, N: int, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Results:
-    check = Shapes("linear", x)
+    check = _rows(x)
     check("panels", panels, "size", FLOATS[:2])
-    K = x.shape[-1] if x.ndim else 0
+    K = x.shape[-1]
     size = -(-N // 32) * 32 * (K + K % 2 if panels.dtype == torch.bfloat16 else K)
     if N < 1 or len(panels) != size:
         raise check.fail(f"x is {list(x.shape)} and the packed weight {len(panels):,} values", f"{size:,} for K = {K} and N = {N}")
-    return _check_layer(check, x, (N, K), bias, activation, residual)
+    check.sizes["N"] = (N, "weight")
+    return _check_layer(check, x, N, bias, activation, residual)
 
 
 def _check_low_bit(
@@ -137,11 +142,13 @@ def _check_low_bit(
     residual: Tensor | None,
     activations: str,
 ) -> Results:
-    check, f = Shapes("linear", x), Format.parse(form)
-    check("codes", codes, "N W", (CODES[f.kind],))
+    f = Format.parse(form)
+    Shapes("linear")("codes", codes, "N W", (CODES[f.kind],))
     N, K = codes.shape[0], codes.shape[1] * (2 if f.kind == "int4" else 1)
     if K == 0 or (f.kind == "int4" and K % f.group):
-        raise check.fail(f"codes are {list(codes.shape)}", f"whole groups of {f.group or 1} inputs, as {form} has")
+        raise ValueError(f"linear: codes are {list(codes.shape)}; takes whole groups of {f.group or 1} inputs, as {form} has.")
+    check = _rows(x, N, K)
+    check("codes", codes, "...", (CODES[f.kind],))
     one_of("activations", activations, ("exact",) if f.kind == "fp8" else ROUNDED, "linear")
     check("scale", scale, "...", SCALES)
     check.same_shape("scale", scale, form, f.scale_shape(N, K))
@@ -156,7 +163,7 @@ def _check_low_bit(
     if panels is not None:
         check("panels", panels, "...", (torch.uint8,))
         check.same_shape("panels", panels, "this format", (packed_bytes(f, N, K, scale.dtype),))
-    return _check_layer(check, x, (N, K), bias, activation, residual)
+    return _check_layer(check, x, N, bias, activation, residual)
 
 
 def _unpack(panels: Tensor, N: int, K: int) -> Tensor:
