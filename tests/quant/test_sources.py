@@ -6,8 +6,8 @@ float32 the product of a code and a scale is exact (8 bits times 11) or rounded 
 
 import importlib.util
 import json
+import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -62,29 +62,20 @@ def test_formats():
     assert set(names.values()) >= {"int4-g32", "int4-g32-zp", "int4-g64-zp", "fp8"}
 
 
-PACKAGES = {"gptq": "gptqmodel", "awq": "awq", "compressed_tensors": "compressed_tensors", "torchao": "torchao"}
+PACKAGES = {"gptq": "gptqmodel", "awq": "awq", "torchao": "torchao"}
+PACKAGES |= dict.fromkeys(("compressed_tensors", "compressed_tensors_old"), "compressed_tensors")
 
 
-@pytest.mark.parametrize("source", [*PACKAGES, "compressed_tensors_old"])
-def test_live(source, tmp_path, monkeypatch):
-    """The installed package writes the files anew: they read as bit-exactly."""
-    package = PACKAGES.get(source, "compressed_tensors")
-    if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed; its files in fixtures/quant were read instead")
-    try:
-        old = version("compressed-tensors").startswith("0.1")
-    except PackageNotFoundError:
-        old = False
-    if package == "compressed_tensors" and old != source.endswith("_old"):
-        pytest.skip("needs another version of compressed-tensors; its files in fixtures/quant were read instead")
-    spec = importlib.util.spec_from_file_location("make_fixtures", FIXTURES / "make.py")
-    make = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make)
-    monkeypatch.setattr(make, "HERE", tmp_path)
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
-    getattr(make, source)()
+@pytest.mark.parametrize("source", PACKAGES)
+def test_live(source, tmp_path):
+    """Where the package is installed, it writes the files anew, and they read as bit-exactly."""
+    if importlib.util.find_spec(PACKAGES[source]) is None:
+        pytest.skip(f"{PACKAGES[source]} is not installed; its files in fixtures/quant were read instead")
+    done = subprocess.run([sys.executable, FIXTURES / "make.py", "--out", tmp_path, source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     written = [path.stem for path in tmp_path.iterdir()]
-    assert written
+    if not written:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
     for name in written:
         config, tensors, expected = opened(name, tmp_path)
         assert torch.equal(read(config, tensors).dequantize().to(expected.dtype), expected), name
