@@ -52,9 +52,7 @@ class DequantizedCheckpoint(Checkpoint):
             if theirs in self._where:
                 found[part] = self._read(theirs)
             elif part in ("codes", "scale"):
-                raise CheckpointError(
-                    f'load: {self.folder.name}, tensor "{theirs}" is missing; takes one for each {self.format.name} weight.'
-                )
+                raise CheckpointError(f'load: {self.folder.name}, tensor "{theirs}" is missing; {self.format.name} takes one.')
         try:
             return QuantizedWeight(self.format, **found)
         except (TypeError, ValueError) as problem:
