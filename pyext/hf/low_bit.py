@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from ramify import ops
 from ramify.quant import Format, QuantizedWeight
 from ramify.quant.sources.ramify import FIELDS
 from ramify.quant.weight import CODES
@@ -65,8 +65,7 @@ class LowBitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype."""
-        # Until ops.linear takes a QuantizedWeight; then: return ops.linear(x, self.quantized, self.bias)
-        return functional.linear(x, self.quantized.dequantize().to(x.dtype), self.bias)
+        return ops.linear(x, self.quantized, self.bias)
 
     def extra_repr(self) -> str:
         """Sizes and the format, as print(model) shows them."""

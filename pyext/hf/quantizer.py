@@ -9,16 +9,15 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ramify.hf.low_bit import LowBitLinear
-from ramify.quant import Format, QuantizedWeight
+from ramify.quant import Format, quantize
 from ramify.quant.sources.ramify import FIELDS, VERSION, Ramify, method_of
-from ramify.quant.weight import CODES, pack_nibbles
 
 METHODS = ("ramify_w4", "ramify_w8")
 
@@ -106,34 +105,11 @@ class _Quantize(ConversionOps):
         """Values of `input_dict` are one weight [N, K]; given["full_layer_name"] ends in ".weight"."""
         [w] = [value[0] if isinstance(value, list) else value for value in input_dict.values()]
         prefix = given["full_layer_name"].removesuffix(".weight")
-        weight = _round_to_nearest(w, given["model"].get_submodule(prefix).format)
+        weight = quantize(w, given["model"].get_submodule(prefix).format)
         named = {f"{prefix}.{FIELDS[part]}": tensor for part, tensor in weight.state_dict().items()}
         if (missing := given.get("missing_keys")) is not None:
             missing -= named.keys()
         return named
-
-
-def _round_to_nearest(w: Tensor, form: Format) -> QuantizedWeight:
-    """Stands in for ops.quantize_weight(w, form.name), and goes when that is here."""
-    if not bool(torch.isfinite(w).all()):
-        raise ValueError("quantize_weight: w holds NaN or infinity; takes finite weights.")
-    N, K = w.shape
-    w, top = w.float(), {"int8": 127.0, "int4": 7.0, "fp8": 448.0}[form.kind]
-    rows, columns = form.scale_shape(N, K)
-    tall, wide = -(-N // rows), -(-K // columns)
-    padded = nn.functional.pad(w, (0, columns * wide - K, 0, rows * tall - N)).view(rows, tall, columns, wide)
-    if form.zero_point:
-        low, high = padded.amin((1, 3)).clamp(max=0), padded.amax((1, 3)).clamp(min=0)
-        scale, zero = ((high - low) / 15).clamp(min=1e-12), None
-        zero = (-low / scale).round()
-        codes = (padded / scale[:, None, :, None] + zero[:, None, :, None]).round().clamp(0, 15)
-    else:
-        scale, zero = (padded.abs().amax((1, 3)) / top).clamp(min=1e-12), None
-        codes = padded / scale[:, None, :, None]
-        codes = codes.clamp(-top, top) if form.kind == "fp8" else codes.round().clamp(-top, top) + (8 if form.kind == "int4" else 0)
-    codes = codes.view(rows * tall, columns * wide)[:N, :K]
-    packed = pack_nibbles(codes) if form.kind == "int4" else codes.to(CODES[form.kind])
-    return QuantizedWeight(form, packed.contiguous(), scale, None if zero is None else zero.half())
 
 
 def _stored_names(files: Any) -> set[str]:

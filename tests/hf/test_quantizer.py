@@ -65,7 +65,8 @@ def test_quantised_saved_and_loaded_alike(dense, tmp_path, family, form):
         plain.get_submodule(name).weight.data = layer.quantized.dequantize().bfloat16()
     with torch.no_grad():
         logits = model(TOKENS).logits
-        assert torch.equal(logits, plain.eval()(TOKENS).logits)
+        want = plain.eval()(TOKENS).logits.float()
+        assert (logits.float() - want).std() < 0.1 * want.std()  # the inputs of these layers are rounded to int8, all sums to bfloat16
         model.save_pretrained(tmp_path)
         again = load(tmp_path)
         assert torch.equal(again(TOKENS).logits, logits)

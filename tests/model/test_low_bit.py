@@ -11,8 +11,8 @@ import ramify
 from ramify.errors import CheckpointError, UnsupportedModelError
 from ramify.model.checkpoint import INDEX, SINGLE, Checkpoint, expected
 from ramify.model.config import ModelConfig
-from ramify.model.weights import Linear, Weights
 from ramify.quant import Format, QuantizedWeight
+from ramify.quant.packing import packed
 from ramify.quant.sources.ramify import config_of, stored
 from ramify.tree import TokenTree
 
@@ -66,8 +66,8 @@ def make(folder, quantization, weight_of, config=CONFIG, write=stored):
     return folder
 
 
-def logits(folder, dtype):
-    model = ramify.load(folder, dtype=dtype)
+def logits(folder):
+    model = ramify.load(folder, dtype="fp32", activations="exact")
     cache = model.new_cache([32])
     view, rows = cache.of([0]), []
     for token in range(0, 40, 7):
@@ -77,9 +77,9 @@ def logits(folder, dtype):
 
 
 def same(folder):
-    for dtype in ("fp32", "bf16"):
-        ours, dense = logits(folder, dtype), logits(folder / "dense", dtype)
-        assert np.array_equal(ours, dense) and np.isfinite(ours).all() and ours.std() > 0.05
+    """Exact layers of float32 sum the same products as dense ones, an order of inputs aside: 1e-4 of logits of order 1."""
+    ours, dense = logits(folder), logits(folder / "dense")
+    assert np.abs(ours - dense).max() < 1e-4 * max(1.0, np.abs(dense).max()) and ours.std() > 0.05
 
 
 @pytest.mark.parametrize("name", ["int4-g32", "int4-g64-zp", "int8", "fp8", "fp8-b128"])
@@ -109,8 +109,8 @@ def test_head(tmp_path, tied):
     head = Checkpoint(folder).tensor("lm_head")
     assert head.format.name == "int8"
     same(folder)
-    loaded = Weights.load(Checkpoint(folder), torch.float32)
-    assert torch.equal(loaded.lm_head.packed, Linear.of([head], [None], torch.float32).packed)
+    [loaded] = ramify.load(folder).weights.lm_head
+    assert torch.equal(loaded.panels, packed(head))
 
 
 def test_tied_head_that_is_not_low_bit(tmp_path):
