@@ -66,7 +66,7 @@ class Stream:
 
     def __init__(self, checkpoint: Checkpoint, texts: Sequence[Sequence[int]]) -> None:
         self.config = checkpoint.config
-        embed = checkpoint.tensor("embed")
+        embed = checkpoint.stored("embed")
         self.hidden = [embed[torch.tensor(ids)].float() for ids in texts]
         longest = max(map(len, texts))
         self._rope = rope_tables(self.config.rope, self.config.head_dim, longest)

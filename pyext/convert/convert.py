@@ -27,7 +27,6 @@ from torch import Tensor
 from ramify.checks import one_of, whole
 from ramify.convert import calibrate
 from ramify.convert.card import card
-from ramify.convert.dense import ENDS, DequantizedCheckpoint
 from ramify.convert.folder import NewFolder, refuse
 from ramify.errors import UnsupportedModelError
 from ramify.model.checkpoint import Checkpoint
@@ -38,10 +37,8 @@ from ramify.model.perplexity import Perplexity, perplexity
 from ramify.model.tokenizer import Tokenizer
 from ramify.model.weights import Settings, Weights
 from ramify.quant import METHODS, Format, QuantizedWeight, quantize
+from ramify.quant.sources.ramify import config_of, stored
 from ramify.zoo import corpus
-
-VERSION = 1
-"""Of the layout of the folder."""
 
 KEPT_FILES = (
     *("generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
@@ -129,11 +126,11 @@ def convert(
     with NewFolder(out, force) as new, torch.no_grad():
         _write_tensors(checkpoint, new, made, format, texts, progress)
         values = read_json(folder / "config.json")
-        new.json("config.json", {**values, "quantization_config": _quantization_config(made, format)})
+        new.json("config.json", {**values, "quantization_config": config_of(format, method, head_format)})
         for file in sorted({file for pattern in KEPT_FILES for file in folder.glob(pattern) if file.is_file()}):
             new.copy(file)
         if judged:
-            made.after = _measured(DequantizedCheckpoint(new.path), tokenizer, judged)
+            made.after = _measured(Checkpoint(new.path), tokenizer, judged, head_format)
         made.seconds = time.perf_counter() - start
         new.text("README.md", card(made, values, checkpoint.config.name))
     return made
@@ -166,8 +163,8 @@ def _write_tensors(
         for name, weight, size in _quantised_layer(checkpoint, i, stream, made, format):
             layer_bytes[0] += size
             layer_bytes[1] += weight.nbytes
-            for part, tensor in weight.state_dict().items():
-                new.add(name.removesuffix("weight") + ENDS[part], tensor)
+            for theirs, tensor in stored(name.removesuffix(".weight"), weight).items():
+                new.add(theirs, tensor)
     keep("final_norm")
     if not checkpoint.config.tied_embeddings:
         keep("lm_head")
@@ -208,9 +205,9 @@ def _share(error: Tensor, w: Tensor, hessian: Tensor | None = None) -> float:
     return (max(squares[0], 0.0) / squares[1]) ** 0.5 if squares[1] > 0 else 0.0
 
 
-def _measured(checkpoint: Checkpoint, tokenizer: Tokenizer | None, texts: list[str]) -> Perplexity:
-    """Perplexity of a checkpoint's weights in float32."""
-    model = Model(checkpoint.config, Weights.load(checkpoint, Settings(torch.float32)), tokenizer)
+def _measured(checkpoint: Checkpoint, tokenizer: Tokenizer | None, texts: list[str], head: Format | None = None) -> Perplexity:
+    """Perplexity of a checkpoint as the model layer runs it: low-bit layers on rounded activations, the rest in float32."""
+    model = Model(checkpoint.config, Weights.load(checkpoint, Settings(torch.float32, head=head)), tokenizer)
     return perplexity(model, texts, window=min(1024, model.config.max_positions - 1))
 
 
@@ -223,17 +220,6 @@ def _judged(evaluate: str | Path | None, is_zoo: bool) -> list[str]:
 
 def _named(text: str | Path) -> str:
     return text.name if isinstance(text, Path) else f"a text of {len(text):,} characters"
-
-
-def _quantization_config(made: Conversion, format: Format) -> dict[str, Any]:
-    return {
-        "quant_method": "ramify_w4" if format.kind == "int4" else "ramify_w8",
-        "format": made.format,
-        "method": made.method,
-        "head": made.head,
-        "modules_to_not_convert": ["lm_head"],
-        "version": VERSION,
-    }
 
 
 def _refuse_quantised(folder: Path) -> None:

@@ -12,9 +12,6 @@ from ramify.model.config import ModelConfig
 from ramify.quant import Format, QuantizedWeight, quantize
 from ramify.quant.packing import packed
 
-LOAD_METHOD = {"int4": "hqq"}
-"""How dense weights are quantised while they are read, by kind of format: the best of the methods that need no text. Default "rtn"."""
-
 
 @dataclass
 class Linear:
@@ -67,7 +64,7 @@ Linears = tuple[Linear, ...]
 class Settings:
     """How weights are held: dtype of dense ones (and of the cache), and for low-bit ones how their kernels take the input.
 
-    layers, head: formats in which dense layers and a dense lm_head are quantised while they are read; None leaves them as they are.
+    layers, head: formats in which dense layers and a dense lm_head are rounded while they are read; None leaves them as they are.
     """
 
     dtype: torch.dtype
@@ -78,7 +75,7 @@ class Settings:
     def fuse(self, parts: list[Tensor | QuantizedWeight], biases: list[Tensor | None], format: Format | None) -> Linears:
         """Pack matrices that share their input (q, k, v; gate, up), as one where they can be."""
         if format is not None:
-            parts = [quantize(part, format, LOAD_METHOD.get(format.kind, "rtn")) if isinstance(part, Tensor) else part for part in parts]
+            parts = [quantize(part, format) if isinstance(part, Tensor) else part for part in parts]
         rows = [part.shape[0] for part in parts]
         bias = None
         if any(b is not None for b in biases):

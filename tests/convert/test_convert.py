@@ -7,14 +7,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import ramify
+from ramify import native
 from ramify.convert import calibrate, convert, folder
-from ramify.convert.dense import DequantizedCheckpoint
 from ramify.errors import CheckpointError, UnsupportedModelError
 from ramify.model.checkpoint import INDEX, SINGLE, Checkpoint, expected
 from ramify.model.config import ModelConfig
 from ramify.model.load import folder_of
-from ramify.quant import Format, quantize
+from ramify.quant import Format, QuantizedWeight, quantize
 from ramify.quant.formats import ALL
+from ramify.quant.packing import packed
 from ramify.reference.model import forward
 
 CONFIG = {
@@ -101,17 +103,17 @@ def test_every_file_can_be_read_by_others(source, tmp_path):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_float16_and_heads(tmp_path, tied):
-    """Kept tensors stay float16; the dense reading has the head that the folder names."""
+    """Kept tensors stay float16; the loaded model has the head that the folder names."""
     config = {**CONFIG, "tie_word_embeddings": tied, "torch_dtype": "float16"}
     source = write(tmp_path / "in", config, dtype=torch.float16)
     for head in ("int8", None, "int4-g32"):
         convert(source, tmp_path / "out", method="rtn", head=head, force=True)
         stored = load_file(tmp_path / "out" / SINGLE)
         assert stored["model.embed_tokens.weight"].dtype == torch.float16 and ("lm_head.weight" in stored) is not tied
-        dense = DequantizedCheckpoint(tmp_path / "out")
+        [loaded] = ramify.load(tmp_path / "out").weights.lm_head
         table = load_file(source / SINGLE)["model.embed_tokens.weight" if tied else "lm_head.weight"].float()
-        wanted = table if head is None else quantize(table, Format.parse(head)).dequantize()
-        assert torch.equal(dense.tensor("lm_head"), wanted) and not dense.config.tied_embeddings
+        wanted = native.pack_weight(table.bfloat16()) if head is None else packed(quantize(table, Format.parse(head)))
+        assert torch.equal(loaded.panels, wanted)
 
 
 def test_the_default_method(source, tmp_path):
@@ -136,12 +138,21 @@ def test_the_card(source, tmp_path):
     assert "was not measured" in (tmp_path / "b" / "README.md").read_text()
 
 
+def dense(folder):
+    """A converted folder as canonical dense tensors: low-bit ones by what their codes stand for, the head as the folder names it."""
+    checkpoint = Checkpoint(folder)
+    tensors = {name: t.dequantize() if isinstance(t, QuantizedWeight) else t for name, t in checkpoint.tensors()}
+    tensors["lm_head"] = quantize(tensors["lm_head"], Format.parse(checkpoint.config.quantization["head"])).dequantize()
+    return tensors
+
+
 def test_perplexity_is_that_of_the_written_weights(source, tmp_path):
     made = convert(source, tmp_path / "out", to="int4-g32", evaluate=TEXT)
     tokenizer = calibrate.Tokenizer.from_folder(source)
     ids = torch.tensor(tokenizer.encode(TEXT)[:256])  # the model has 256 positions, so the first window ends here
-    for checkpoint, told in ((Checkpoint(source), made.before), (DequantizedCheckpoint(tmp_path / "out"), made.after)):
-        logits = forward(dict(checkpoint.tensors()), checkpoint.config, ids[:-1]).logits
+    config = Checkpoint(source).config
+    for tensors, told in ((dict(Checkpoint(source).tensors()), made.before), (dense(tmp_path / "out"), made.after)):
+        logits = forward(tensors, config, ids[:-1]).logits
         first = float(torch.nn.functional.cross_entropy(logits, ids[1:]))
         assert told.nats_per_token == pytest.approx(first, rel=0.05)  # the other windows hold the same text
     assert made.before.nats_per_token != made.after.nats_per_token
@@ -190,23 +201,23 @@ def test_what_each_layer_sees(tmp_path, family):
 def test_later_layers_see_the_low_bit_earlier_ones(source, tmp_path):
     """With all layers before it taken from the result, a layer's Hessian gives the codes that were written."""
     convert(source, tmp_path / "out", method="gptq", calibration=TEXT)
-    dense, checkpoint = DequantizedCheckpoint(tmp_path / "out"), Checkpoint(source)
+    written, checkpoint = Checkpoint(tmp_path / "out"), Checkpoint(source)
     texts = calibrate.windows(calibrate.Tokenizer.from_folder(source), TEXT, False, 16384)
     stream = calibrate.Stream(checkpoint, texts)
     with torch.no_grad():
         for i in range(2):
             w = {name: tensor.float() for name, tensor in checkpoint.layer(i).items()}
-            low_bit = dense.layer(i)
+            low_bit = written.layer(i)
             for stage in calibrate.STAGES:
                 hessian = stream.hessian(i, stage, w)
                 perms = []
                 for name in stage:
-                    stored = dense.quantized(checkpoint.source_name(f"layers.{i}.{name}").removesuffix(".weight"))
+                    stored = low_bit[name]
                     wanted = quantize(w[name], Format("int4", 64), "gptq", hessian)
                     assert torch.equal(stored.codes, wanted.codes) and torch.equal(stored.scale, wanted.scale)
                     perms.append(stored.perm)
                 assert all(torch.equal(perm, perms[0]) for perm in perms)  # q, k, v share one, so they can be one layer
-                w.update({name: low_bit[name] for name in stage})
+                w.update({name: low_bit[name].dequantize() for name in stage})
                 stream.advance(i, stage, w)
 
 
@@ -297,8 +308,6 @@ def test_shards(source, tmp_path, monkeypatch):
     assert set(together) == set(whole) == set(index["weight_map"])
     assert all(torch.equal(together[name], whole[name]) for name in whole)
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
-    one, many = DequantizedCheckpoint(tmp_path / "one"), DequantizedCheckpoint(tmp_path / "many")
-    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(one.tensors(), many.tensors(), strict=True))
 
 
 def poison(tensors):
@@ -349,23 +358,3 @@ def test_refuses_a_truncated_file(source, tmp_path):
         convert(source, tmp_path / "out")
     with pytest.raises(CheckpointError, match="absent is no folder"):
         convert(tmp_path / "absent", tmp_path / "out")
-
-
-# ---- the dense reading ---------------------------------------------------------------------------------------------
-
-
-def test_the_dense_reading_refuses(source, tmp_path):
-    with pytest.raises(CheckpointError, match="not written by ramify convert"):
-        DequantizedCheckpoint(source)
-    out = tmp_path / "out"
-    convert(source, out, method="rtn")
-    tensors = load_file(out / SINGLE)
-    name = "model.layers.1.self_attn.o_proj.weight_scale"
-    tensors[name] = tensors[name][:, :1].contiguous()
-    save_file(tensors, out / SINGLE)
-    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.o_proj\.weight.*scale is \[128, 1\]; takes \[128, 2\]"):
-        dict(DequantizedCheckpoint(out).tensors())
-    del tensors[name]
-    save_file(tensors, out / SINGLE)
-    with pytest.raises(CheckpointError, match=r'o_proj\.weight_scale" is missing; int4-g64 takes one'):
-        dict(DequantizedCheckpoint(out).tensors())
