@@ -9,7 +9,6 @@ import logging
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from math import prod
@@ -28,10 +27,13 @@ DEVICE_OF = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 HEAD_SIZES = (64, 96, 128, 256)
 MAX_TOPK = 32
+MAX_COLUMNS = 1 << 20
+"""Columns of a row of logits that the CUDA kernels join."""
 
 log = logging.getLogger("ramify")
 
 _F32_BF16 = (torch.float32, torch.bfloat16)
+_GPU = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,23 @@ TABLE = (
     Kernel("embed", "cpu", _F32_BF16, {"out": _F32_BF16}),
     Kernel("row_stats", "cpu", _F32_BF16),
     Kernel("topk_logits", "cpu", _F32_BF16, {"k": range(1, MAX_TOPK + 1)}),
+    Kernel("rms_norm", "cuda", _GPU, {"weight": _GPU}),
+    Kernel("rope", "cuda", _GPU),
+    Kernel("silu_mul", "cuda", _GPU),
+    Kernel("embed", "cuda", _GPU, {"out": _GPU}),
+    Kernel("row_stats", "cuda", _GPU, {"V": range(1, MAX_COLUMNS + 1)}),
+    Kernel("topk_logits", "cuda", _GPU, {"V": range(1, MAX_COLUMNS + 1), "k": range(1, MAX_TOPK + 1)}),
+    Kernel("verify_greedy", "cuda", (torch.int32, torch.int64)),
+    Kernel("kv_append", "cuda", _GPU, {"cache": _GPU}),
+    Kernel("kv_commit", "cuda", _GPU, {"cache": _GPU}),
 )
 """Everything that runs on a kernel. An op without a row here runs in plain torch on every device."""
 
 PLAIN = ("merge_states", "kv_append", "kv_commit", "verify_greedy")
-"""Ops on small or user-owned tensors whose reference is as good as a kernel: they have none yet."""
+"""Ops on small or user-owned tensors: on the CPU their reference is as good as a kernel."""
+
+UNPROVEN = frozenset({"cuda"})
+"""Backends whose kernels no GPU has run yet: compiled and emulated, not yet run on hardware (law 7)."""
 
 OPS = tuple(dict.fromkeys([*(row.op for row in TABLE), *PLAIN]))
 
@@ -256,9 +270,10 @@ def _force(name: str | None) -> None:
     _chosen.clear()
 
 
-@lru_cache
 def missing(name: str) -> str:
     """Why a backend cannot run on this machine at all; empty when it can."""
+    if name == "cuda":
+        return native_cuda().missing()
     if name != "cpu":
         return "not part of this build"
     if find_spec("ramify._cpu") is None:
@@ -273,6 +288,11 @@ def native() -> ModuleType:
     if _native is None:
         _native = import_module("ramify.native")
     return _native
+
+
+def native_cuda() -> ModuleType:
+    """ramify.native_cuda, on first use; it asks the driver when it is asked, never at import."""
+    return import_module("ramify.native_cuda")
 
 
 def _level() -> str:

@@ -156,6 +156,15 @@ T atomicMax(T* p, T value) {
   return old;
 }
 template <class T>
+T atomicMin(T* p, T value) {
+  emulate::before_atomic(p);
+  T old = __atomic_load_n(p, __ATOMIC_RELAXED);
+  while (value < old && !__atomic_compare_exchange_n(p, &old, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  emulate::after_atomic(p);
+  return old;
+}
+template <class T>
 T atomicExch(T* p, T value) {
   emulate::before_atomic(p);
   const T old = __atomic_exchange_n(p, value, __ATOMIC_RELAXED);

@@ -24,7 +24,7 @@ class Op:
     name: "rms_norm", or "rms_norm.residual" for an overload. arguments: the schema of the inputs.
     outputs: names of the output tensors. allocate(*inputs) makes them, empty; it is also the fake implementation.
     sizes(*inputs): what the backend table has to know, dtype= at least. reference(*inputs) returns the outputs;
-    cpu(outputs, *inputs) fills them.
+    cpu(outputs, *inputs) and cuda(outputs, *inputs) fill them.
     """
 
     def __init__(
@@ -36,10 +36,12 @@ class Op:
         sizes: Callable[..., dict[str, Any]],
         reference: Callable[..., Any],
         cpu: Callable[..., None] | None = None,
+        cuda: Callable[..., None] | None = None,
     ) -> None:
         self.name, _, overload = name.partition(".")
         self.outputs = tuple(outputs)
-        self._allocate, self._sizes, self._reference, self._cpu = allocate, sizes, reference, cpu
+        self._allocate, self._sizes, self._reference = allocate, sizes, reference
+        self._kernels = {"cpu": cpu, "cuda": cuda}
         returns = ", ".join("Tensor" for _ in self.outputs)
         written = ", ".join(f"Tensor({letter}!) {out}" for letter, out in zip("abc", self.outputs))
         into = f"{self.name}.{overload}_out" if overload else f"{self.name}.out"
@@ -67,20 +69,29 @@ class Op:
         if outs[0].numel() == 0:
             return
         backend = backends.choose(self.name, outs[0].device.type, **self._sizes(*inputs))
-        if backend == "cpu" and self._cpu is not None:
-            self._cpu(outs, *inputs)
+        kernel = self._kernels.get(backend)
+        if kernel is not None:
+            kernel(outs, *inputs)
             return
         for out, value in zip(outs, self._reference(*inputs)):
             out.copy_(value)
 
 
-def define_in_place(name: str, schema: str, reference: Callable[..., None], sizes: Callable[..., dict[str, Any]]) -> Callable[..., None]:
+def define_in_place(
+    name: str,
+    schema: str,
+    reference: Callable[..., None],
+    sizes: Callable[..., dict[str, Any]],
+    cuda: Callable[..., None] | None = None,
+) -> Callable[..., None]:
     """An op that changes its arguments and returns nothing. Returns the torch op."""
 
     def run(*args: Any) -> None:
-        dtype_and_sizes = sizes(*args)
-        backends.choose(name, args[0].device.type, **dtype_and_sizes)
-        reference(*args)
+        backend = backends.choose(name, args[0].device.type, **sizes(*args))
+        if backend == "cuda" and cuda is not None:
+            cuda(*args)
+        else:
+            reference(*args)
 
     _register(name, f"({schema}) -> ()", run, lambda *args: None)
     return getattr(torch.ops.ramify, name).default

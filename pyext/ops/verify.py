@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ramify import reference
 from ramify.checks import whole
-from ramify.ops import _native
+from ramify.ops import _cuda, _native
 from ramify.ops._checks import FLOATS, INDICES, INT32, Shapes, outputs
 from ramify.ops._library import Op
 
@@ -77,7 +77,7 @@ def verify_greedy(
     return _verify_greedy(tokens, parents, argmax, n_rows, out=outs)
 
 
-def _walk(tokens: Tensor, parents: Tensor, argmax: Tensor, n_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _check_tree(tokens: Tensor, parents: Tensor, n_rows: Tensor) -> None:
     if tokens.device.type == "cpu":
         T = tokens.shape[1]
         row = torch.arange(T)
@@ -89,7 +89,16 @@ def _walk(tokens: Tensor, parents: Tensor, argmax: Tensor, n_rows: Tensor) -> tu
         if wrong.any():
             b, i = wrong.nonzero()[0].tolist()
             raise ValueError(f"verify_greedy: parents[{b}, {i}] is {parents[b, i]}; takes {'-1' if i == 0 else f'0 to {i - 1}'}.")
+
+
+def _walk(tokens: Tensor, parents: Tensor, argmax: Tensor, n_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    _check_tree(tokens, parents, n_rows)
     return reference.verify_greedy(tokens, parents, argmax, n_rows)
+
+
+def _walk_cuda(outs: tuple[Tensor, ...], tokens: Tensor, parents: Tensor, argmax: Tensor, n_rows: Tensor) -> None:
+    _check_tree(tokens, parents, n_rows)
+    _cuda.verify_greedy(outs, tokens, parents, argmax, n_rows)
 
 
 _row_stats = Op(
@@ -101,9 +110,10 @@ _row_stats = Op(
         logits.new_empty(logits.shape[:1], dtype=torch.float32),
         logits.new_empty(logits.shape[:1], dtype=torch.float32),
     ),
-    sizes=lambda logits: {"dtype": logits.dtype},
+    sizes=lambda logits: {"dtype": logits.dtype, "V": logits.shape[1]},
     reference=reference.row_stats,
     cpu=_native.row_stats,
+    cuda=_cuda.row_stats,
 )
 _topk_logits = Op(
     "topk_logits",
@@ -113,9 +123,10 @@ _topk_logits = Op(
         logits.new_empty((logits.shape[0], k)),
         logits.new_empty((logits.shape[0], k), dtype=torch.int32),
     ),
-    sizes=lambda logits, k: {"dtype": logits.dtype, "k": k},
+    sizes=lambda logits, k: {"dtype": logits.dtype, "V": logits.shape[1], "k": k},
     reference=reference.topk_logits,
     cpu=_native.topk_logits,
+    cuda=_cuda.topk_logits,
 )
 _verify_greedy = Op(
     "verify_greedy",
@@ -128,4 +139,5 @@ _verify_greedy = Op(
     ),
     sizes=lambda tokens, *_: {"dtype": tokens.dtype},
     reference=_walk,
+    cuda=_walk_cuda,
 )
