@@ -10,6 +10,7 @@ const char* ramify_cuda_message(int error);
 int ramify_cuda_run(int64_t kernel, const void* args, void* stream);
 int64_t ramify_cuda_size(int64_t kernel);
 int64_t ramify_cuda_stats_scratch(int64_t rows, int64_t V, int64_t topk);
+int64_t ramify_cuda_attention_scratch(const void* args);
 }
 
 namespace py = pybind11;
@@ -40,4 +41,7 @@ PYBIND11_MODULE(_cuda, m) {
       "Launch a kernel on the struct at address args, on a stream; returns an error code.");
   m.def("size", &ramify_cuda_size, "Bytes of a kernel's argument struct, or -1.");
   m.def("stats_scratch", &ramify_cuda_stats_scratch, "Bytes of scratch that row_stats needs.");
+  m.def(
+      "attention_scratch", [](uintptr_t args) { return ramify_cuda_attention_scratch(reinterpret_cast<const void*>(args)); },
+      "Bytes of scratch that attention needs.");
 }

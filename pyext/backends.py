@@ -67,6 +67,8 @@ TABLE = (
     Kernel("embed", "cpu", _F32_BF16, {"out": _F32_BF16}),
     Kernel("row_stats", "cpu", _F32_BF16),
     Kernel("topk_logits", "cpu", _F32_BF16, {"k": range(1, MAX_TOPK + 1)}),
+    Kernel("tree_attention", "cuda", (torch.bfloat16,), {"D": HEAD_SIZES, "kv": (torch.bfloat16,)}),
+    Kernel("tree_attention", "cuda", (torch.float16,), {"D": HEAD_SIZES, "kv": (torch.float16,)}),
     Kernel("rms_norm", "cuda", _GPU, {"weight": _GPU}),
     Kernel("rope", "cuda", _GPU),
     Kernel("silu_mul", "cuda", _GPU),
@@ -139,7 +141,10 @@ def choose(op: str, device: str, dtype: torch.dtype, **sizes: Any) -> str:
 
 def reasons(op: str, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) -> dict[str, str]:
     """Backend -> why it cannot run this call, empty if it can; in order of preference, the reference last."""
-    rows = {row.backend: row.why_not(device, dtype, sizes) for row in TABLE if row.op == op}
+    rows: dict[str, str] = {}
+    for row in TABLE:
+        if row.op == op and rows.get(row.backend, "none yet"):  # one row that takes the call is enough
+            rows[row.backend] = row.why_not(device, dtype, sizes)
     return {name: rows.get(name, "no such kernel") for name in BACKENDS[:-1]} | {"reference": ""}
 
 

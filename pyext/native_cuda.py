@@ -36,6 +36,9 @@ class Library(Protocol):
     def stats_scratch(self, rows: int, V: int, topk: int) -> int:
         """Return the bytes of scratch that row_stats needs."""
 
+    def attention_scratch(self, args: int) -> int:
+        """Return the bytes of scratch that attention needs for the struct at an address."""
+
 
 def _struct(name: str, kernel: int, fields: str) -> type[ctypes.Structure]:
     """A struct from "name:kind" words: p pointer, i int64, d double."""
@@ -85,6 +88,15 @@ VerifyGreedyArgs = _struct("VerifyGreedyArgs", 8, "B:i T:i tokens:p parents:p ar
 TreeUniformsArgs = _struct("TreeUniformsArgs", 9, "B:i T:i seed:p position:p parents:p n_rows:p u:p")
 VerifySampleArgs = _struct("VerifySampleArgs", 10, f"B:i T:i V:i mode:i tokens:p parents:p n_rows:p {_P} u:p path:p count:p bonus:p")
 ResidualSampleArgs = _struct("ResidualSampleArgs", 11, f"rows:i V:i {_P} u:p ids:p")
+AttentionArgs = _struct(
+    "AttentionArgs",
+    12,
+    "B:i T:i Hq:i Hkv:i D:i type:i q:p q_stride_b:i q_stride_t:i q_stride_h:i out:p out_stride_b:i out_stride_t:i out_stride_h:i "
+    "lse:p lse_stride_b:i lse_stride_t:i scale:d window:i sink:i prefix_len:p tail_rows:p ancestors:p words:i "
+    "k:p v:p k_stride_b:i k_stride_s:i k_stride_h:i v_stride_b:i v_stride_s:i v_stride_h:i "
+    "page_table:p table_stride:i table_width:i page:i pages:i tail_k:p tail_v:p "
+    "tail_k_stride_b:i tail_k_stride_t:i tail_k_stride_h:i tail_v_stride_b:i tail_v_stride_t:i tail_v_stride_h:i chunk:i scratch:p",
+)
 
 STRUCTS = (
     FillArgs,
@@ -99,6 +111,7 @@ STRUCTS = (
     TreeUniformsArgs,
     VerifySampleArgs,
     ResidualSampleArgs,
+    AttentionArgs,
 )
 
 _stand_in: Library | None = None

@@ -85,8 +85,8 @@ struct CommitArgs {
   int64_t v_stride_l, v_stride_b, v_stride_s, v_stride_h;
   const int32_t* path;  // [B, A], or null: row i goes to place i
   int64_t path_stride;
-  const int32_t *count, *length;  // [B]; count null: A
-  const int32_t* page_table;      // [B, ...] or null
+  const int32_t *count, *length;                   // [B]; count null: A
+  const int32_t* page_table;                       // [B, ...] or null
   int64_t table_stride, table_width, page, pages;  // slots of a page, or of a sequence without a table; pages in the pool
 };
 
@@ -97,10 +97,10 @@ struct RowStatsArgs {
   int64_t stride;
   int32_t* argmax;  // [rows]; these three or null
   float *lse, *top;
-  int64_t topk;   // 0 to kMaxTopK
-  void* values;   // [rows, topk] in the logits' type
-  int32_t* ids;   // [rows, topk]
-  void* scratch;  // stats_scratch(rows, V, topk) bytes
+  int64_t topk;       // 0 to kMaxTopK
+  void* values;       // [rows, topk] in the logits' type
+  int32_t* ids;       // [rows, topk]
+  void* scratch;      // stats_scratch(rows, V, topk) bytes
   uint32_t* tickets;  // [rows], zero before and after
 };
 
@@ -143,6 +143,31 @@ struct ResidualSampleArgs {
   int64_t* ids;
 };
 
+// Attention of T tree rows a sequence over its committed slots and over those rows of the tree that their words name.
+struct AttentionArgs {
+  int64_t B, T, Hq, Hkv, D, type;  // q, k and v are of one type, bf16 or f16
+  const void* q;
+  int64_t q_stride_b, q_stride_t, q_stride_h;
+  void* out;
+  int64_t out_stride_b, out_stride_t, out_stride_h;
+  float* lse;  // natural logarithm
+  int64_t lse_stride_b, lse_stride_t;
+  double scale;
+  int64_t window, sink;       // window 0: unlimited
+  const int32_t* prefix_len;  // [B]
+  const int32_t* tail_rows;   // [B] or null: T
+  const int64_t* ancestors;   // [B, T, words]
+  int64_t words;
+  const void *k, *v;
+  int64_t k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h;  // b: a sequence's, or with a page table a page's
+  const int32_t* page_table;                                                       // [B, ...] or null
+  int64_t table_stride, table_width, page, pages;  // slots of a page, or of a sequence without a table; pages in the pool
+  const void *tail_k, *tail_v;
+  int64_t tail_k_stride_b, tail_k_stride_t, tail_k_stride_h, tail_v_stride_b, tail_v_stride_t, tail_v_stride_h;
+  int64_t chunk;  // slots that are summed before they join the rest, a multiple of 64
+  void* scratch;  // attention_scratch(...) bytes
+};
+
 struct FillArgs {  // out[i] = value + i, to show that a launch works
   uint32_t* out;
   int64_t count, value;
@@ -161,6 +186,7 @@ enum Kernel : int64_t {
   kTreeUniforms,
   kVerifySample,
   kResidualSample,
+  kAttention,
   kKernels
 };
 
@@ -169,6 +195,18 @@ constexpr int kStatsSlice = 4096;  // columns of a row that one block reads: fix
 
 inline int64_t stats_scratch(int64_t rows, int64_t V, int64_t topk) {
   return rows * ((V + kStatsSlice - 1) / kStatsSlice) * 8 * (1 + (topk > 1 ? topk : 1));
+}
+
+constexpr int kRowBlock = 64;  // packed query rows, T * Hq / Hkv, of one attention block
+
+inline int64_t slots_of(const AttentionArgs& a) { return a.page_table ? a.table_width * a.page : a.page; }
+inline int64_t chunks_of(const AttentionArgs& a) {  // at most, of a sequence
+  const int64_t n = (slots_of(a) + a.chunk - 1) / a.chunk;
+  return n > 1 ? n : 1;
+}
+inline int64_t row_blocks_of(const AttentionArgs& a) { return (a.T * (a.Hq / a.Hkv) + kRowBlock - 1) / kRowBlock; }
+inline int64_t attention_scratch(const AttentionArgs& a) {
+  return chunks_of(a) < 2 ? 0 : a.B * a.Hkv * row_blocks_of(a) * chunks_of(a) * kRowBlock * (a.D + 2) * 4;
 }
 
 }  // namespace ramify::gpu

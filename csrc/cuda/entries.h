@@ -15,6 +15,7 @@ int row_stats(const RowStatsArgs& a, void* stream);
 int verify_greedy(const VerifyGreedyArgs& a, void* stream);
 int tree_uniforms(const TreeUniformsArgs& a, void* stream);
 int verify_sample(const VerifySampleArgs& a, void* stream);
+int attention(const AttentionArgs& a, void* stream);
 int residual_sample(const ResidualSampleArgs& a, void* stream);
 
 }  // namespace ramify::gpu

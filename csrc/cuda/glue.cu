@@ -27,8 +27,8 @@ __global__ void __launch_bounds__(kMostThreads) rms_norm_kernel(const RmsNormArg
   const T* const residual = a.residual ? static_cast<const T*>(a.residual) + row * a.residual_stride : nullptr;
   T* const sum = static_cast<T*>(a.sum) + row * a.sum_stride;
   T* const out = static_cast<T*>(a.out) + row * a.out_stride;
-  const bool words = wide(x, a.x_stride) && wide(out, a.out_stride) &&
-                     (!residual || (wide(residual, a.residual_stride) && wide(sum, a.sum_stride)));
+  const bool words =
+      wide(x, a.x_stride) && wide(out, a.out_stride) && (!residual || (wide(residual, a.residual_stride) && wide(sum, a.sum_stride)));
   float squares = 0;
   for (int64_t j = threadIdx.x * kChunk; j < a.hidden; j += blockDim.x * kChunk) {
     float v[kChunk];
@@ -36,9 +36,11 @@ __global__ void __launch_bounds__(kMostThreads) rms_norm_kernel(const RmsNormArg
     if (residual) {
       float r[kChunk];
       load_chunk(residual + j, a.hidden - j, words, 0.f, r);
+#pragma unroll
       for (int i = 0; i < kChunk; ++i) v[i] = to_float(from_float<T>(v[i] + r[i]));
       store_chunk(sum + j, a.hidden - j, words, v);
     }
+#pragma unroll
     for (int i = 0; i < kChunk; ++i) squares = fmaf(v[i], v[i], squares);
   }
   const float scale = 1.f / sqrtf(block_sum(squares, part) / float(a.hidden) + float(a.eps));
@@ -46,6 +48,7 @@ __global__ void __launch_bounds__(kMostThreads) rms_norm_kernel(const RmsNormArg
   for (int64_t j = threadIdx.x * kChunk; j < a.hidden; j += blockDim.x * kChunk) {
     float v[kChunk];
     load_chunk(x + j, a.hidden - j, words, 0.f, v);
+#pragma unroll
     for (int i = 0; i < kChunk; ++i)
       if (j + i < a.hidden) v[i] = v[i] * scale * value_at(a.weight, a.weight_type, j + i);
     store_chunk(out + j, a.hidden - j, words, v);
@@ -62,6 +65,7 @@ __global__ void __launch_bounds__(kMostThreads) silu_mul_kernel(const SiluMulArg
   float g[kChunk], u[kChunk];
   load_chunk(gate + j, a.K - j, words, 0.f, g);
   load_chunk(up + j, a.K - j, words, 0.f, u);
+#pragma unroll
   for (int i = 0; i < kChunk; ++i) g[i] = g[i] / (1.f + expf(-g[i])) * u[i];
   store_chunk(out + j, a.K - j, words, g);
 }
@@ -128,7 +132,7 @@ RT_FN void put(void* p, int64_t type, int64_t i, T x) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(128) rope_append_kernel(const RopeAppendArgs a) {
+__global__ void __launch_bounds__(128, 8) rope_append_kernel(const RopeAppendArgs a) {
   const int64_t row = blockIdx.x, head = blockIdx.y * int64_t(4) + threadIdx.x / 32;
   if (row >= live_rows(a.live, a.rows) || head >= a.Hq + 2 * a.Hkv) return;
   const int lane = threadIdx.x % 32;

@@ -29,8 +29,10 @@ __global__ void __launch_bounds__(kThreads) commit_kernel(const CommitArgs a) {
   } else if (slot >= a.page) {
     return;
   }
-  const From* const tail_k = static_cast<const From*>(a.tail_k) + layer * a.tail_k_stride_l + b * a.tail_k_stride_b + row * a.tail_k_stride_t;
-  const From* const tail_v = static_cast<const From*>(a.tail_v) + layer * a.tail_v_stride_l + b * a.tail_v_stride_b + row * a.tail_v_stride_t;
+  const From* const tail_k =
+      static_cast<const From*>(a.tail_k) + layer * a.tail_k_stride_l + b * a.tail_k_stride_b + row * a.tail_k_stride_t;
+  const From* const tail_v =
+      static_cast<const From*>(a.tail_v) + layer * a.tail_v_stride_l + b * a.tail_v_stride_b + row * a.tail_v_stride_t;
   To* const k = static_cast<To*>(a.k) + layer * a.k_stride_l + place * a.k_stride_b + in * a.k_stride_s;
   To* const v = static_cast<To*>(a.v) + layer * a.v_stride_l + place * a.v_stride_b + in * a.v_stride_s;
   const bool k_words = wide(tail_k, a.tail_k_stride_h) && wide(k, a.k_stride_h);

@@ -44,19 +44,34 @@ const char* ramify_cuda_message(int error) { return cudaGetErrorString(static_ca
 int ramify_cuda_run(int64_t kernel, const void* args, void* stream) {
   using namespace ramify::gpu;
   switch (kernel) {
-    case kFill: return call(fill, args, stream);
-    case kRmsNorm: return call(rms_norm, args, stream);
-    case kSiluMul: return call(silu_mul, args, stream);
-    case kEmbed: return call(embed, args, stream);
-    case kRope: return call(rope, args, stream);
-    case kRopeAppend: return call(rope_append, args, stream);
-    case kCommit: return call(commit, args, stream);
-    case kRowStats: return call(row_stats, args, stream);
-    case kVerifyGreedy: return call(verify_greedy, args, stream);
-    case kTreeUniforms: return call(tree_uniforms, args, stream);
-    case kVerifySample: return call(verify_sample, args, stream);
-    case kResidualSample: return call(residual_sample, args, stream);
-    default: return cudaErrorInvalidValue;
+    case kFill:
+      return call(fill, args, stream);
+    case kRmsNorm:
+      return call(rms_norm, args, stream);
+    case kSiluMul:
+      return call(silu_mul, args, stream);
+    case kEmbed:
+      return call(embed, args, stream);
+    case kRope:
+      return call(rope, args, stream);
+    case kRopeAppend:
+      return call(rope_append, args, stream);
+    case kCommit:
+      return call(commit, args, stream);
+    case kRowStats:
+      return call(row_stats, args, stream);
+    case kVerifyGreedy:
+      return call(verify_greedy, args, stream);
+    case kTreeUniforms:
+      return call(tree_uniforms, args, stream);
+    case kVerifySample:
+      return call(verify_sample, args, stream);
+    case kAttention:
+      return call(attention, args, stream);
+    case kResidualSample:
+      return call(residual_sample, args, stream);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 
@@ -64,23 +79,43 @@ int ramify_cuda_run(int64_t kernel, const void* args, void* stream) {
 int64_t ramify_cuda_size(int64_t kernel) {
   using namespace ramify::gpu;
   switch (kernel) {
-    case kFill: return sizeof(FillArgs);
-    case kRmsNorm: return sizeof(RmsNormArgs);
-    case kSiluMul: return sizeof(SiluMulArgs);
-    case kEmbed: return sizeof(EmbedArgs);
-    case kRope: return sizeof(RopeArgs);
-    case kRopeAppend: return sizeof(RopeAppendArgs);
-    case kCommit: return sizeof(CommitArgs);
-    case kRowStats: return sizeof(RowStatsArgs);
-    case kVerifyGreedy: return sizeof(VerifyGreedyArgs);
-    case kTreeUniforms: return sizeof(TreeUniformsArgs);
-    case kVerifySample: return sizeof(VerifySampleArgs);
-    case kResidualSample: return sizeof(ResidualSampleArgs);
-    default: return -1;
+    case kFill:
+      return sizeof(FillArgs);
+    case kRmsNorm:
+      return sizeof(RmsNormArgs);
+    case kSiluMul:
+      return sizeof(SiluMulArgs);
+    case kEmbed:
+      return sizeof(EmbedArgs);
+    case kRope:
+      return sizeof(RopeArgs);
+    case kRopeAppend:
+      return sizeof(RopeAppendArgs);
+    case kCommit:
+      return sizeof(CommitArgs);
+    case kRowStats:
+      return sizeof(RowStatsArgs);
+    case kVerifyGreedy:
+      return sizeof(VerifyGreedyArgs);
+    case kTreeUniforms:
+      return sizeof(TreeUniformsArgs);
+    case kVerifySample:
+      return sizeof(VerifySampleArgs);
+    case kAttention:
+      return sizeof(AttentionArgs);
+    case kResidualSample:
+      return sizeof(ResidualSampleArgs);
+    default:
+      return -1;
   }
 }
 
 // Bytes of scratch that row_stats needs.
 int64_t ramify_cuda_stats_scratch(int64_t rows, int64_t V, int64_t topk) { return ramify::gpu::stats_scratch(rows, V, topk); }
+
+// Bytes of scratch that attention needs.
+int64_t ramify_cuda_attention_scratch(const void* args) {
+  return ramify::gpu::attention_scratch(*static_cast<const ramify::gpu::AttentionArgs*>(args));
+}
 
 }  // extern "C"

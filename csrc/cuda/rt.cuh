@@ -24,8 +24,8 @@
 #else
 #include "emulate/emulate.h"
 
-#define RT_SHARED(type, name, dims)  \
-  using name##_type = type dims;     \
+#define RT_SHARED(type, name, dims) \
+  using name##_type = type dims;    \
   static const char name##_key = 0; \
   name##_type& name = *static_cast<name##_type*>(emulate::shared(&name##_key, sizeof(name##_type)))
 #define RT_DYN(type, name) type* const name = static_cast<type*>(emulate::dynamic())

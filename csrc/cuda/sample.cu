@@ -32,6 +32,7 @@ RT_FN Row row_of(const Distribution& d, int64_t b, int64_t t, int64_t lse_at) {
 RT_FN void probabilities(const Row& row, int64_t at, int64_t left, double (&p)[kChunk]) {
   float x[kChunk];
   if (row.type == kF64) {
+#pragma unroll
     for (int i = 0; i < kChunk; ++i) p[i] = i < left ? static_cast<const double*>(row.x)[at + i] : 0.0;
     return;
   }
@@ -46,6 +47,7 @@ RT_FN void probabilities(const Row& row, int64_t at, int64_t left, double (&p)[k
     const f16* const from = static_cast<const f16*>(row.x);
     load_chunk(from + at, left, wide(from, 0), fill, x);
   }
+#pragma unroll
   for (int i = 0; i < kChunk; ++i) p[i] = row.logits ? exp(double(x[i]) - row.lse) : double(x[i]);
 }
 
@@ -82,11 +84,12 @@ struct Target {
     if (rejected == 0) return;
     double d[kChunk];
     probabilities(q, column, V - column, d);
+#pragma unroll
     for (int i = 0; i < kChunk; ++i) t[i] = at(t[i], d[i], column + i, rejected);
   }
 };
 
-struct Space {  // shared memory of a draw
+struct Space {    // shared memory of a draw
   double* part;   // [kThreads / 32]
   double* tiles;  // [kMostTiles]
   int* found;     // [2]
@@ -102,6 +105,7 @@ RT_FN int32_t draw(const Target& target, double u, const Space& space) {
     double sum = 0;
     if (column < target.V) {
       target.chunk(column, t);
+#pragma unroll
       for (int i = 0; i < kChunk; ++i) sum += t[i];
     }
     total += block_sum(sum, space.part);
@@ -116,6 +120,7 @@ RT_FN int32_t draw(const Target& target, double u, const Space& space) {
   double sum = 0;
   if (column < target.V) {
     target.chunk(column, t);
+#pragma unroll
     for (int i = 0; i < kChunk; ++i) sum += t[i];
   }
   double end = sum;  // of this thread's chunk, inside the tile
@@ -139,12 +144,11 @@ RT_FN int32_t draw(const Target& target, double u, const Space& space) {
   __syncthreads();
   if (thread == chosen) {
     int best = -1;
+    bool passed = false;
+#pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       own += t[i];
-      if (t[i] > 0 && column + i < target.V) {
-        best = i;
-        if (own > goal) break;
-      }
+      if (!passed && t[i] > 0) best = i, passed = own > goal;
     }
     space.found[0] = int(column) + best;
   }
@@ -164,6 +168,7 @@ RT_FN Sums reject(const Target& target, int32_t token, const Space& space) {
   for (int64_t column = threadIdx.x * kChunk; column < target.V; column += kTile) {
     probabilities(target.p, column, target.V - column, p);
     probabilities(target.q, column, target.V - column, q);
+#pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       const double d = target.draft(q[i], column + i, target.rejected);
       const double rest = target.at(p[i], q[i], column + i, target.rejected) - d / target.mass[target.rejected];
@@ -179,12 +184,13 @@ RT_FN double total_of(const Row& row, int64_t V, const Space& space) {
   double sum = 0, x[kChunk];
   for (int64_t column = threadIdx.x * kChunk; column < V; column += kTile) {
     probabilities(row, column, V - column, x);
+#pragma unroll
     for (int i = 0; i < kChunk; ++i) sum += x[i];
   }
   return block_sum(sum, space.part);
 }
 
-__global__ void __launch_bounds__(kThreads) verify_sample_kernel(const VerifySampleArgs a) {
+__global__ void __launch_bounds__(kThreads, 1) verify_sample_kernel(const VerifySampleArgs a) {
   RT_SHARED(double, part, [kThreads / 32]);
   RT_SHARED(double, tiles, [kMostTiles]);
   RT_SHARED(int, found, [2]);
@@ -243,7 +249,7 @@ __global__ void __launch_bounds__(kThreads) verify_sample_kernel(const VerifySam
   if (threadIdx.x == 0) a.count[b] = steps, a.bonus[b] = token;
 }
 
-__global__ void __launch_bounds__(kThreads) residual_sample_kernel(const ResidualSampleArgs a) {
+__global__ void __launch_bounds__(kThreads, 1) residual_sample_kernel(const ResidualSampleArgs a) {
   RT_SHARED(double, part, [kThreads / 32]);
   RT_SHARED(double, tiles, [kMostTiles]);
   RT_SHARED(int, found, [2]);

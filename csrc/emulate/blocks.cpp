@@ -31,7 +31,7 @@ constexpr size_t kStack = 512 << 10;
 constexpr size_t kStack = 256 << 10;
 #endif
 constexpr size_t kMostShared = 227 << 10, kFreeShared = 48 << 10;  // bytes a block may have at all, and without asking
-constexpr size_t kAlign = 128;  // of shared memory
+constexpr size_t kAlign = 128;                                     // of shared memory
 constexpr int kMostPauses = 1 << 20;
 
 std::vector<char*> spare_stacks;
@@ -188,7 +188,8 @@ std::string stuck() {
   int told = 0, waiting = 0;
   for (const Fiber& f : block->fibers) {
     if (f.state == kDone || ++waiting > 4) continue;
-    text += std::string(told++ ? "; thread " : "thread ") + std::to_string(f.index) + (f.state == kAtBlock ? " at a barrier " : " at a warp step ") + place(f.site);
+    text += std::string(told++ ? "; thread " : "thread ") + std::to_string(f.index) +
+            (f.state == kAtBlock ? " at a barrier " : " at a warp step ") + place(f.site);
   }
   return text + (waiting > 4 ? " and " + std::to_string(waiting - 4) + " more" : "");
 }
@@ -200,7 +201,7 @@ void run_block(const Launch& how, uint3 index) {
   b.fibers.resize(threads);
   b.ops.resize((threads + 31) / 32);
   b.dynamic_bytes = how.dynamic_bytes;
-  b.dynamic_limit = allowed_shared(how.kernel);
+  b.granted = allowed_shared(how.kernel) > 0;
   for (unsigned i = 0; i < threads; ++i) {
     Fiber& f = b.fibers[i];
     f.thread = {{i % how.block.x, i / how.block.x % how.block.y, i / how.block.x / how.block.y}, index, how.block, how.grid};
@@ -229,9 +230,7 @@ void run_block(const Launch& how, uint3 index) {
   block = nullptr;
 }
 
-void* poisoned(size_t bytes) {
-  return memset(::operator new(bytes, std::align_val_t(kAlign)), 0xFF, bytes);
-}
+void* poisoned(size_t bytes) { return memset(::operator new(bytes, std::align_val_t(kAlign)), 0xFF, bytes); }
 
 const char* kernel_name;
 
@@ -298,9 +297,9 @@ void* shared(const void* key, size_t bytes) {
   if (!memory) {
     memory = poisoned(bytes);
     block->static_bytes += bytes;
+    const size_t all = block->static_bytes + block->dynamic_bytes, most = block->granted ? kMostShared : kFreeShared;
     if (block->static_bytes > kFreeShared) fail("%zu bytes of RT_SHARED; takes %zu", block->static_bytes, kFreeShared);
-    if (block->static_bytes + block->dynamic_bytes > std::max(block->dynamic_limit, kFreeShared))
-      fail("%zu bytes of shared memory; takes %zu", block->static_bytes + block->dynamic_bytes, std::max(block->dynamic_limit, kFreeShared));
+    if (all > most) fail("%zu bytes of shared memory; takes %zu", all, most);
   }
   return memory;
 }
@@ -316,10 +315,12 @@ void launch(const Launch& how, const std::function<void()>& kernel) {
   kernel_name = how.name;
   const uint64_t threads = uint64_t(how.block.x) * how.block.y * how.block.z, blocks = uint64_t(how.grid.x) * how.grid.y * how.grid.z;
   if (threads == 0 || threads > 1024 || blocks == 0 || how.grid.y > 65535 || how.grid.z > 65535)
-    return set_failure("%s: grid (%u, %u, %u) of %llu threads cannot be launched", how.name, how.grid.x, how.grid.y, how.grid.z, (unsigned long long)threads);
+    return set_failure("%s: grid (%u, %u, %u) of %llu threads cannot be launched", how.name, how.grid.x, how.grid.y, how.grid.z,
+                       (unsigned long long)threads);
   const size_t limit = std::max(allowed_shared(how.kernel), kFreeShared);
   if (how.dynamic_bytes > limit || how.dynamic_bytes > kMostShared)
-    return set_failure("%s: %zu bytes of dynamic shared memory; takes %zu. Use rt::allow_shared.", how.name, how.dynamic_bytes, std::min(limit, kMostShared));
+    return set_failure("%s: %zu bytes of dynamic shared memory; takes %zu. Use rt::allow_shared.", how.name, how.dynamic_bytes,
+                       std::min(limit, kMostShared));
   std::vector<uint64_t> order(blocks);
   for (uint64_t i = 0; i < blocks; ++i) order[i] = schedule.order == kReverse ? blocks - 1 - i : i;
   if (schedule.order == kRandom)

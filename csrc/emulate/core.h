@@ -92,7 +92,8 @@ struct Block {  // the block that runs now
   std::vector<std::list<Op>> ops;  // of each warp
   std::map<const void*, void*> shared;
   void* dynamic = nullptr;
-  size_t dynamic_bytes = 0, static_bytes = 0, dynamic_limit = 0;
+  size_t dynamic_bytes = 0, static_bytes = 0;
+  bool granted = false;  // rt::allow_shared was called for this kernel
   int arrived = 0, exited = 0, generation = 0;
   Site barrier = {};
   char sync[2];  // a thread is at most one barrier behind
@@ -102,7 +103,7 @@ extern Block* block;
 extern Fiber* fiber;  // the one that runs; null outside a launch
 
 void wake(Fiber& f);
-void park(State state);                                                  // to the scheduler, until woken
+void park(State state);                                                                 // to the scheduler, until woken
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));  // ends the launch with a message
 std::string place(Site site);
 void check_copies_landed(const Fiber& f);

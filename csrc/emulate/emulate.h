@@ -129,9 +129,7 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned value, EMULATE_SITE) {
 inline unsigned __reduce_min_sync(unsigned mask, unsigned value, EMULATE_SITE) { return emulate::reduce(mask, value, 1, site); }
 inline unsigned __reduce_add_sync(unsigned mask, unsigned value, EMULATE_SITE) { return emulate::reduce(mask, value, 2, site); }
 inline unsigned __reduce_or_sync(unsigned mask, unsigned value, EMULATE_SITE) { return emulate::reduce(mask, value, 3, site); }
-inline int __reduce_max_sync(unsigned mask, int value, EMULATE_SITE) {
-  return int(emulate::reduce(mask, unsigned(value), 4, site));
-}
+inline int __reduce_max_sync(unsigned mask, int value, EMULATE_SITE) { return int(emulate::reduce(mask, unsigned(value), 4, site)); }
 
 template <class T>
 T atomicAdd(T* p, T value) {

@@ -73,12 +73,12 @@ void combine(unsigned mask, Slot* slots) {
   for (int lane = 0; lane < 32; ++lane) {
     if (!(mask >> lane & 1)) continue;
     memcpy(&x, slots[lane].bytes, 4);
-    all = first              ? x
-          : kOperation == 0  ? std::max(all, x)
-          : kOperation == 1  ? std::min(all, x)
-          : kOperation == 2  ? all + x
-          : kOperation == 3  ? all | x
-                             : uint32_t(std::max(int32_t(all), int32_t(x)));
+    all = first             ? x
+          : kOperation == 0 ? std::max(all, x)
+          : kOperation == 1 ? std::min(all, x)
+          : kOperation == 2 ? all + x
+          : kOperation == 3 ? all | x
+                            : uint32_t(std::max(int32_t(all), int32_t(x)));
     first = false;
   }
   for (int lane = 0; lane < 32; ++lane) memcpy(slots[lane].bytes, &all, 4);
@@ -127,7 +127,8 @@ void warp_step(unsigned mask, Step step, void* io, size_t bytes, Finish finish, 
       for (int other = 0; other < 32; ++other)
         if (other != f.lane && (mask >> other & 1)) wake(block->fibers[size_t(f.warp) * 32 + other]);
     }
-    if (from >= 0 && !(mask >> from & 1)) fail("%s at %s: lane %d reads lane %d, which is not in mask %#x", name, place(site).c_str(), f.lane, from, mask);
+    if (from >= 0 && !(mask >> from & 1))
+      fail("%s at %s: lane %d reads lane %d, which is not in mask %#x", name, place(site).c_str(), f.lane, from, mask);
     if (bytes) memcpy(io, op->slot[from < 0 ? f.lane : from].bytes, bytes);
   }
   if (fences) acquire(&op->sync);

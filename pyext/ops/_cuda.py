@@ -4,12 +4,16 @@ The kernels take every float dtype that the table names, rows at any stride, so 
 only: below this line a wrong number is a wrong address. Nothing reads a value back: no call waits for the device.
 """
 
+import ctypes
+
 import torch
 from torch import Tensor
 
 from ramify import native_cuda as n
 
 Outputs = tuple[Tensor, ...]
+
+CHUNK, MOST_CHUNKS = 512, 64
 
 
 def rms_norm(outs: Outputs, x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> None:
@@ -171,6 +175,45 @@ def residual_sample(ids: Tensor, p: Tensor, q: Tensor, u: Tensor) -> None:
     args.p, args.p_type, args.p_stride_t = p.data_ptr(), n.TYPES[p.dtype], p.stride(0)
     args.q, args.q_type, args.q_stride_t = q.data_ptr(), n.TYPES[q.dtype], q.stride(0)
     n.run(args, p, q, u, ids)
+
+
+def tree_attention(
+    outs: Outputs, q: Tensor, k: Tensor, v: Tensor, tail_k: Tensor, tail_v: Tensor, ancestors: Tensor, prefix_len: Tensor,
+    page_table: Tensor | None, scale: float, window: int, sink: int, tail_rows: Tensor | None,
+) -> None:  # fmt: skip
+    """o and lse; rows that are not in use give 0 and -inf."""
+    out, lse = outs
+    B, T, Hq, D = q.shape
+    result = torch.empty_like(out) if out.data_ptr() == q.data_ptr() else out  # blocks read q while others write
+    args = n.AttentionArgs(B=B, T=T, Hq=Hq, Hkv=tail_k.shape[2], D=D, type=n.TYPES[q.dtype], scale=scale, window=window, sink=sink)
+    for name, x, axes in (("q", q, "bth"), ("out", result, "bth"), ("lse", lse, "bt"), ("k", k, "bsh"), ("v", v, "bsh")):
+        setattr(args, name, x.data_ptr())
+        for axis, stride in zip(axes, x.stride()):
+            setattr(args, f"{name}_stride_{axis}", stride)
+    for name, x in (("tail_k", tail_k), ("tail_v", tail_v)):
+        setattr(args, name, x.data_ptr())
+        for axis, stride in zip("bth", x.stride()):
+            setattr(args, f"{name}_stride_{axis}", stride)
+    ancestors = ancestors.contiguous()
+    args.ancestors, args.words = ancestors.data_ptr(), ancestors.shape[2]
+    args.prefix_len, args.tail_rows = prefix_len.data_ptr(), n.pointer(tail_rows)
+    args.page, args.pages = k.shape[1], k.shape[0]
+    if page_table is not None:
+        args.page_table, args.table_stride, args.table_width = page_table.data_ptr(), page_table.stride(0), page_table.shape[1]
+    args.chunk = chunk_of(args.page * (args.table_width if page_table is not None else 1))
+    scratch = torch.empty(max(1, n.library().attention_scratch(ctypes.addressof(args)) // 4), device=q.device)
+    args.scratch = scratch.data_ptr()
+    n.run(args, q, result, lse, k, v, tail_k, tail_v, ancestors, prefix_len, tail_rows, page_table, scratch)
+    if result is not out:
+        out.copy_(result)
+
+
+def chunk_of(slots: int) -> int:
+    """Slots whose attention is summed before it joins the rest: by the size of the cache alone, never by what is in it."""
+    chunk = CHUNK
+    while chunk * MOST_CHUNKS < slots:
+        chunk *= 2
+    return chunk
 
 
 def _stats(logits: Tensor, argmax: Tensor | None, lse: Tensor | None, top: Tensor | None, values: Tensor | None, ids: Tensor | None) -> None:

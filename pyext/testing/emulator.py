@@ -123,7 +123,7 @@ class Emulator:
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
         self._library.ramify_cuda_message.restype = ctypes.c_char_p
-        for function in (self._library.ramify_cuda_size, self._library.ramify_cuda_stats_scratch):
+        for function in (self._library.ramify_cuda_size, self._library.ramify_cuda_stats_scratch, self._library.ramify_cuda_attention_scratch):
             function.restype = ctypes.c_int64
         self._schedule = (0, 0, 1)
         self._recorded: Path | None = None
@@ -162,6 +162,10 @@ class Emulator:
     def stats_scratch(self, rows: int, V: int, topk: int) -> int:
         """Return the bytes of scratch that row_stats needs."""
         return self._library.ramify_cuda_stats_scratch(*map(ctypes.c_int64, (rows, V, topk)))
+
+    def attention_scratch(self, args: int) -> int:
+        """Return the bytes of scratch that attention needs for the struct at an address."""
+        return self._library.ramify_cuda_attention_scratch(ctypes.c_void_p(args))
 
     @contextmanager
     def recording(self, folder: Path) -> Iterator[None]:

@@ -16,23 +16,23 @@ namespace {
 
 enum Fault {
   kNone,
-  kPastTheInput,          // reads one element behind its input
-  kHalfMask,              // a shuffle whose mask names half of the lanes that reach it
-  kLaneOutsideMask,       // reads a lane that its mask does not name
-  kNoBarrier,             // no __syncthreads after a shared write
-  kDivergentBarrier,      // __syncthreads at another place for some warps
-  kHalfWarpBarrier,       // __syncthreads in half a warp's branch
-  kUnwrittenShared,       // reads a shared cell that nobody wrote
-  kPastTheShared,         // an index behind a shared array
-  kPlainAdd,              // += across blocks instead of atomicAdd
-  kNoFence,               // publishes without __threadfence
-  kEarlyExit,             // a thread returns before the barrier
-  kWaitTooShort,          // cp_wait<1> where <0> is needed
-  kNoSyncBeforeRead,      // no __syncwarp between the wait and the first read of the tile
-  kNoSyncBeforeRefill,    // no __syncwarp between the last read and the next copy into the same stage
-  kCopiesUnderWay,        // ends before its copies have landed
-  kMisaligned,            // cp.async from an odd address
-  kTooMuchShared,         // more dynamic shared memory than a block has without asking
+  kPastTheInput,        // reads one element behind its input
+  kHalfMask,            // a shuffle whose mask names half of the lanes that reach it
+  kLaneOutsideMask,     // reads a lane that its mask does not name
+  kNoBarrier,           // no __syncthreads after a shared write
+  kDivergentBarrier,    // __syncthreads at another place for some warps
+  kHalfWarpBarrier,     // __syncthreads in half a warp's branch
+  kUnwrittenShared,     // reads a shared cell that nobody wrote
+  kPastTheShared,       // an index behind a shared array
+  kPlainAdd,            // += across blocks instead of atomicAdd
+  kNoFence,             // publishes without __threadfence
+  kEarlyExit,           // a thread returns before the barrier
+  kWaitTooShort,        // cp_wait<1> where <0> is needed
+  kNoSyncBeforeRead,    // no __syncwarp between the wait and the first read of the tile
+  kNoSyncBeforeRefill,  // no __syncwarp between the last read and the next copy into the same stage
+  kCopiesUnderWay,      // ends before its copies have landed
+  kMisaligned,          // cp.async from an odd address
+  kTooMuchShared,       // more dynamic shared memory than a block has without asking
 };
 
 __global__ void block_sum(const float* x, float* out, float* parts, unsigned* ticket, int fault) {

@@ -11,7 +11,7 @@ import torch
 from ramify import native_cuda, ops, reference
 from ramify.ops import _cuda
 from ramify.sampling.rng import uniform
-from ramify.testing.tensors import TREES, padded, poisoned, random_tree
+from ramify.testing.tensors import TREES, attention_case, padded, poisoned, random_tree
 
 F32, BF16, F16, I32 = torch.float32, torch.bfloat16, torch.float16, torch.int32
 DTYPES = pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
@@ -359,3 +359,8 @@ def calls():
         outs = torch.zeros(2, 12, dtype=I32), torch.zeros(2, dtype=I32), torch.zeros(2, dtype=I32)
         _cuda.verify_sample(outs, tokens, parents, p, rows, u, mode, None if mode == "det" else q)
     _cuda.residual_sample(torch.zeros(2, dtype=torch.int64), p[0, :2], q[0, :2], u[0, :2, 0].contiguous())
+    for page, prefix in ((None, [600]), (16, [9, 70])):
+        case = attention_case(prefix, 3, 2, 1, 64, dtype=BF16, page=page, tree="random", seed=1)
+        case.k, case.v = case.k.contiguous(), case.v.contiguous()
+        case.tail_k = case.tail_k.contiguous() if page else case.tail_k
+        ops.tree_attention(*case.tensors, **case.options, window=None if page else 300, sink=2)
