@@ -216,7 +216,9 @@ def chunk_of(slots: int) -> int:
     return chunk
 
 
-def _stats(logits: Tensor, argmax: Tensor | None, lse: Tensor | None, top: Tensor | None, values: Tensor | None, ids: Tensor | None) -> None:
+def _stats(
+    logits: Tensor, argmax: Tensor | None, lse: Tensor | None, top: Tensor | None, values: Tensor | None, ids: Tensor | None
+) -> None:
     R, V = logits.shape
     k = 0 if ids is None else ids.shape[1]
     args = n.RowStatsArgs(rows=R, V=V, type=n.TYPES[logits.dtype], logits=logits.data_ptr(), stride=logits.stride(0), topk=k)

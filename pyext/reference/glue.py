@@ -50,10 +50,8 @@ def rope_append(
     (M, Hq, D), Hkv, dtype = q.shape, k.shape[1], wide(qkv)
     heads = qkv.to(dtype).view(M, Hq + 2 * Hkv, D)
     queries, keys, values = heads.split([Hq, Hkv, Hkv], dim=1)
-    queries = queries if q_norm is None else rms_norm(queries, q_norm.to(dtype), eps=eps)
-    keys = keys if k_norm is None else rms_norm(keys, k_norm.to(dtype), eps=eps)
-    q.copy_(rope(queries, cos, sin, positions))
-    k[slots.long()] = rope(keys, cos, sin, positions).to(k.dtype)
+    q.copy_(rope(_normed(queries, q_norm, eps), cos, sin, positions))
+    k[slots.long()] = rope(_normed(keys, k_norm, eps), cos, sin, positions).to(k.dtype)
     v[slots.long()] = values.to(v.dtype)
 
 
@@ -66,3 +64,11 @@ def silu_mul(x: Tensor) -> Tensor:
 def embed(ids: Tensor, table: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """Rows of table [V, H] named by ids [...]. Returns [..., H] in `dtype`, the table's own by default."""
     return table[ids.long()].to(dtype or table.dtype)
+
+
+def _normed(heads: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    if weight is None:
+        return heads
+    normed = rms_norm(heads, weight.to(heads.dtype), eps=eps)
+    assert isinstance(normed, Tensor)
+    return normed

@@ -123,7 +123,11 @@ class Emulator:
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
         self._library.ramify_cuda_message.restype = ctypes.c_char_p
-        for function in (self._library.ramify_cuda_size, self._library.ramify_cuda_stats_scratch, self._library.ramify_cuda_attention_scratch):
+        for function in (
+            self._library.ramify_cuda_size,
+            self._library.ramify_cuda_stats_scratch,
+            self._library.ramify_cuda_attention_scratch,
+        ):
             function.restype = ctypes.c_int64
         self._schedule = (0, 0, 1)
         self._recorded: Path | None = None
@@ -212,4 +216,3 @@ def _extent(x: Tensor) -> int:
     if x.numel() == 0:
         return 0
     return (1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride()))) * x.element_size()
-

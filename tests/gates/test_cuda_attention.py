@@ -23,7 +23,9 @@ def check(place, case, copies=False, **options):
     exact = case.double()
     want, want_lse = reference.tree_attention(*exact.tensors, **exact.options, **options, return_lse=True)
     # each weight is rounded before its product, their sum is that of the rounded ones, and so is the output: half a last place each
-    spread = reference.tree_attention(exact.q, exact.k, exact.v.abs(), exact.tail_k, exact.tail_v.abs(), *exact.tensors[5:], **exact.options, **options)
+    spread = reference.tree_attention(
+        exact.q, exact.k, exact.v.abs(), exact.tail_k, exact.tail_v.abs(), *exact.tensors[5:], **exact.options, **options
+    )
     step = 2.0**-8 if case.q.dtype == BF16 else 2.0**-11
     limit = 2e-5 + 1.05 * step * (spread + 2 * want.abs())
     worst = ((o.double() - want).abs() / limit).nan_to_num(nan=torch.inf)

@@ -119,7 +119,9 @@ def test_rope_append(place, dtype, norm, Hq, Hkv, D, half):
     norms = [torch.randn(D, generator=g).to(dtype).to(place.device) if norm else None for _ in "qk"]
 
     def outputs(of):
-        return poisoned((M, Hq, D), of).to(place.device), *(poisoned((S, Hkv, D), of if of == torch.float64 else cache).to(place.device) for _ in "kv")
+        return poisoned((M, Hq, D), of).to(place.device), *(
+            poisoned((S, Hkv, D), of if of == torch.float64 else cache).to(place.device) for _ in "kv"
+        )
 
     def call():
         made = outputs(dtype)
@@ -184,7 +186,12 @@ def test_commit_leaves_what_does_not_exist_alone(place):
 
 def test_append_through_the_op(place):
     g = generator(1)
-    k, v, length, rows = torch.randn(2, 5, 2, 24, generator=g), torch.randn(2, 5, 2, 24, generator=g), torch.tensor([3, 9]), torch.tensor([5, 2])
+    k, v, length, rows = (
+        torch.randn(2, 5, 2, 24, generator=g),
+        torch.randn(2, 5, 2, 24, generator=g),
+        torch.tensor([3, 9]),
+        torch.tensor([5, 2]),
+    )
     k_cache, v_cache, table = caches(1, 2, 32, 2, 24, F32, 16, g)
     k_cache, v_cache = k_cache[0], v_cache[0]
     want = k_cache.clone(), v_cache.clone()
@@ -226,7 +233,9 @@ def test_row_stats(place, dtype, R, V):
 def test_topk(place, dtype, R, V, k):
     """16-bit logits of this many columns tie all over: the lower column comes first."""
     x = make_logits(R, V, dtype).to(place.device)
-    values, ids = place.everywhere(lambda: ops.topk_logits(x, k, out=(poisoned((R, k), dtype).to(place.device), poisoned((R, k), I32).to(place.device))))
+    values, ids = place.everywhere(
+        lambda: ops.topk_logits(x, k, out=(poisoned((R, k), dtype).to(place.device), poisoned((R, k), I32).to(place.device)))
+    )
     want, where = reference.topk_logits(x.cpu(), k)
     assert torch.equal(values.cpu(), want) and torch.equal(ids.cpu().long(), where)
 
@@ -280,7 +289,9 @@ def distributions(B, T, V, g, sharp=1.0):
 
 
 @pytest.mark.parametrize("mode", ["det", "iid", "wor"])
-@pytest.mark.parametrize(("kind", "T", "V"), [("chain", 6, 50), ("star", 9, 9), ("bushy", 30, 2100), ("random", 20, 4200), ("bushy", 40, 5)])
+@pytest.mark.parametrize(
+    ("kind", "T", "V"), [("chain", 6, 50), ("star", 9, 9), ("bushy", 30, 2100), ("random", 20, 4200), ("bushy", 40, 5)]
+)
 def test_verify_sample(place, mode, kind, T, V):
     """The same decisions as the reference: from probabilities in double, and from logits with their log-sum-exp."""
     B, g = 3, generator(T * V)
