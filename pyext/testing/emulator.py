@@ -72,7 +72,8 @@ def build(csrc: Path, cache: Path, mode: str = "plain", program: Path | None = N
     cache.mkdir(parents=True, exist_ok=True)
     shared = _digest(*sorted(path for kind in ("*.h", "*.cuh") for path in csrc.rglob(kind)))
     objects = _compile([(path, flags) for path, flags in sources if path is not None], csrc, cache, shared)
-    name = f"{program.stem if program else 'libramify_emulated'}-{mode}-{hashlib.sha256(' '.join(map(str, objects)).encode()).hexdigest()[:12]}"
+    made_of = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:12]
+    name = f"{program.stem if program else 'libramify_emulated'}-{mode}-{made_of}"
     target = cache / (name if program else f"{name}.so")
     if not target.exists():
         link = "" if program else "-shared -Wl,-Bsymbolic"
@@ -199,12 +200,12 @@ def emulating(library: Emulator) -> Iterator[None]:
 def _spans(kernel: int, args: int) -> list[tuple[int, int, int]]:
     """Offset in the struct, address and bytes of every tensor that the running call named."""
     held = native_cuda.STRUCTS[kernel].from_address(args)
-    tensors = {}
+    tensors: dict[int, int] = {}
     for tensor in native_cuda.running():
         address, size = tensor.data_ptr(), _extent(tensor)
         tensors[address] = max(size, tensors.get(address, 0))
     found = []
-    for name, kind in held._fields_:
+    for name, kind in (field[:2] for field in held._fields_):
         address = getattr(held, name)
         if kind is ctypes.c_void_p and address:
             found.append((getattr(type(held), name).offset, address, tensors[address]))
