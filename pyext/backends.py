@@ -191,6 +191,8 @@ def explain(op: str, *shapes: Collection[int], dtype: torch.dtype = torch.float3
         because = "no kernel takes the call"
     else:
         because = f"first that takes {_short(dtype)} on {device}" + (f", at {_level()}" if name == "cpu" else "")
+    if name in UNPROVEN:
+        because += "; compiled and emulated, not yet run on hardware"
     needed, floor = FLOORS[op]
     moved, flops = floor(dtype.itemsize, sizes, *map(tuple, shapes)) if len(shapes) >= len(needed) else (None, None)
     others = {other: reason or f"{name} comes first" for other, reason in why.items() if other != name}
@@ -264,7 +266,8 @@ def _decide(op: str, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) 
     name = next(other for other, reason in why.items() if not reason)
     if name == "reference" and op not in PLAIN and (op, dtype) not in _said:
         _said.add((op, dtype))
-        told = "; ".join(f"{other}: {reason}" for other, reason in why.items() if reason and reason != "no such kernel")
+        elsewhere = ("no such kernel", f"tensors are on {device}")  # of no interest to who runs here
+        told = "; ".join(f"{other}: {reason}" for other, reason in why.items() if reason and reason not in elsewhere)
         log.warning("%s on %s %s runs on the reference (%s).", op, device, _short(dtype), told)
     return name
 
