@@ -9,7 +9,6 @@ import logging
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from math import prod
@@ -28,10 +27,13 @@ DEVICE_OF = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 HEAD_SIZES = (64, 96, 128, 256)
 MAX_TOPK = 32
+MAX_COLUMNS = 1 << 20
+"""Columns of a row of logits that the CUDA kernels join."""
 
 log = logging.getLogger("ramify")
 
 _F32_BF16 = (torch.float32, torch.bfloat16)
+_GPU = (torch.float32, torch.bfloat16, torch.float16)
 
 LOW_BIT = {
     "int8": 8,
@@ -75,11 +77,25 @@ TABLE = (
     Kernel("embed", "cpu", _F32_BF16, {"out": _F32_BF16}),
     Kernel("row_stats", "cpu", _F32_BF16),
     Kernel("topk_logits", "cpu", _F32_BF16, {"k": range(1, MAX_TOPK + 1)}),
+    Kernel("tree_attention", "cuda", (torch.bfloat16,), {"D": HEAD_SIZES, "kv": (torch.bfloat16,)}),
+    Kernel("tree_attention", "cuda", (torch.float16,), {"D": HEAD_SIZES, "kv": (torch.float16,)}),
+    Kernel("rms_norm", "cuda", _GPU, {"weight": _GPU}),
+    Kernel("rope", "cuda", _GPU),
+    Kernel("silu_mul", "cuda", _GPU),
+    Kernel("embed", "cuda", _GPU, {"out": _GPU}),
+    Kernel("row_stats", "cuda", _GPU, {"V": range(1, MAX_COLUMNS + 1)}),
+    Kernel("topk_logits", "cuda", _GPU, {"V": range(1, MAX_COLUMNS + 1), "k": range(1, MAX_TOPK + 1)}),
+    Kernel("verify_greedy", "cuda", (torch.int32, torch.int64)),
+    Kernel("kv_append", "cuda", _GPU, {"cache": _GPU}),
+    Kernel("kv_commit", "cuda", _GPU, {"cache": _GPU}),
 )
 """Everything that runs on a kernel. An op without a row here runs in plain torch on every device."""
 
 PLAIN = ("merge_states", "kv_append", "kv_commit", "verify_greedy")
-"""Ops on small or user-owned tensors whose reference is as good as a kernel: they have none yet."""
+"""Ops on small or user-owned tensors: on the CPU their reference is as good as a kernel."""
+
+UNPROVEN = frozenset({"cuda"})
+"""Backends whose kernels no GPU has run yet: compiled and emulated, not yet run on hardware (law 7)."""
 
 OPS = tuple(dict.fromkeys([*(row.op for row in TABLE), *PLAIN]))
 
@@ -135,7 +151,10 @@ def choose(op: str, device: str, dtype: torch.dtype, **sizes: Any) -> str:
 
 def reasons(op: str, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) -> dict[str, str]:
     """Backend -> why it cannot run this call, empty if it can; in order of preference, the reference last."""
-    rows = {row.backend: row.why_not(device, dtype, sizes) for row in TABLE if row.op == op}
+    rows: dict[str, str] = {}
+    for row in TABLE:
+        if row.op == op and rows.get(row.backend, "none yet"):  # one row that takes the call is enough
+            rows[row.backend] = row.why_not(device, dtype, sizes)
     return {name: rows.get(name, "no such kernel") for name in BACKENDS[:-1]} | {"reference": ""}
 
 
@@ -183,6 +202,8 @@ def explain(op: str, *shapes: Collection[int], dtype: torch.dtype = torch.float3
         because = "no kernel takes the call"
     else:
         because = f"first that takes {_short(dtype)} on {device}" + (f", at {_level()}" if name == "cpu" else "")
+    if name in UNPROVEN:
+        because += "; compiled and emulated, not yet run on hardware"
     needed, floor = FLOORS[op]
     moved, flops = floor(dtype.itemsize, sizes, *map(tuple, shapes)) if len(shapes) >= len(needed) else (None, None)
     others = {other: reason or f"{name} comes first" for other, reason in why.items() if other != name}
@@ -257,7 +278,8 @@ def _decide(op: str, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) 
     name = next(other for other, reason in why.items() if not reason)
     if name == "reference" and op not in PLAIN and (op, dtype) not in _said:
         _said.add((op, dtype))
-        told = "; ".join(f"{other}: {reason}" for other, reason in why.items() if reason and reason != "no such kernel")
+        elsewhere = ("no such kernel", f"tensors are on {device}")  # of no interest to who runs here
+        told = "; ".join(f"{other}: {reason}" for other, reason in why.items() if reason and reason not in elsewhere)
         log.warning("%s on %s %s runs on the reference (%s).", op, device, _short(dtype), told)
     return name
 
@@ -268,9 +290,10 @@ def _force(name: str | None) -> None:
     _chosen.clear()
 
 
-@lru_cache
 def missing(name: str) -> str:
     """Why a backend cannot run on this machine at all; empty when it can."""
+    if name == "cuda":
+        return native_cuda().missing()
     if name != "cpu":
         return "not part of this build"
     if find_spec("ramify._cpu") is None:
@@ -285,6 +308,11 @@ def native() -> ModuleType:
     if _native is None:
         _native = import_module("ramify.native")
     return _native
+
+
+def native_cuda() -> ModuleType:
+    """ramify.native_cuda, on first use; it asks the driver when it is asked, never at import."""
+    return import_module("ramify.native_cuda")
 
 
 def _level() -> str:

@@ -24,9 +24,10 @@ def ops_table(root: Path) -> str:
     rows = []
     for name in sorted(backends.OPS):
         kernels = {row.backend for row in backends.TABLE if row.op == name}
-        cells = ["C++" if "cpu" in kernels else "torch", "yes" if "cuda" in kernels else "not yet"]
+        gpu = kernels - {"cpu"}
+        cells = ["C++" if "cpu" in kernels else "torch", "not yet" if not gpu else "emulated" if gpu <= backends.UNPROVEN else "yes"]
         rows.append([f"`{name}`", _summary(getattr(ops, name)), *cells])
-    return _table(["op", "what it computes", "CPU", "GPU"], rows)
+    return _table(["op", "what it computes", "CPU", "GPU"], rows) + "\n\nemulated: compiled and emulated, not yet run on hardware."
 
 
 def methods_table(root: Path) -> str:

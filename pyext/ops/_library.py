@@ -5,6 +5,7 @@ No autograd is registered: ops are for inference.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ class Op:
     output; every way into the op goes through it once: the public function, both torch forms and the fake. It sees shapes, dtypes
     and numbers, not the values in a tensor: reference and cpu check those.
     sizes(*inputs): what the backend table has to know, dtype= at least. reference(*inputs) returns the outputs;
-    cpu(outputs, *inputs) fills them, and shares no memory between the two.
+    cpu(outputs, *inputs) and cuda(outputs, *inputs) fill them, and share no memory between the two; so does the function of that name
+    in ops._triton, where `triton` names one.
     """
 
     def __init__(
@@ -40,10 +42,13 @@ class Op:
         sizes: Callable[..., dict[str, Any]],
         reference: Callable[..., Any],
         cpu: Callable[..., None] | None = None,
+        cuda: Callable[..., None] | None = None,
+        triton: str = "",
     ) -> None:
         self.name, _, overload = name.partition(".")
         self.outputs, self.tensors = tuple(outputs), _tensors(arguments)
-        self._check, self._sizes, self._reference, self._cpu = check, sizes, reference, cpu
+        self._check, self._sizes, self._reference = check, sizes, reference
+        self._kernels = {"cpu": cpu, "cuda": cuda, "triton": launcher(triton, lambda args: args[0][0]) if triton else None}
         returns = ", ".join("Tensor" for _ in self.outputs)
         written = ", ".join(f"Tensor({letter}!) {out}" for letter, out in zip("abc", self.outputs))
         into = f"{self.name}.{overload}_out" if overload else f"{self.name}.out"
@@ -93,8 +98,9 @@ class Op:
         if outs[0].numel() == 0:
             return
         backend = backends.choose(self.name, outs[0].device.type, **self._sizes(*inputs))
-        if backend == "cpu" and self._cpu is not None:
-            self._cpu(outs, *inputs)
+        kernel = self._kernels.get(backend)
+        if kernel is not None:
+            kernel(outs, *inputs)
             return
         for out, value in zip(outs, self._reference(*inputs)):
             out.copy_(value)
@@ -110,8 +116,11 @@ class InPlaceOp:
         check: Callable[..., None],
         sizes: Callable[..., dict[str, Any]],
         reference: Callable[..., None],
+        cuda: Callable[..., None] | None = None,
+        triton: str = "",
     ) -> None:
         self.name, self.tensors = name, _tensors(arguments)
+        self._kernels = {"cuda": cuda, "triton": launcher(triton, lambda args: args[0]) if triton else None}
         self._written = [(i, argument) for i, argument, _ in self.tensors if "!" in arguments.split(", ")[i]]
         self._check, self._sizes, self._reference = check, sizes, reference
         _register(name, f"({arguments}) -> ()", self._run, check)
@@ -125,8 +134,18 @@ class InPlaceOp:
     def _run(self, *inputs: Any) -> None:
         self._check(*inputs)
         _check_written(self.name, [name for _, name in self._written], [inputs[i] for i, _ in self._written])
-        backends.choose(self.name, inputs[0].device.type, **self._sizes(*inputs))
-        self._reference(*inputs)
+        kernel = self._kernels.get(backends.choose(self.name, inputs[0].device.type, **self._sizes(*inputs)))
+        (kernel or self._reference)(*inputs)
+
+
+def launcher(name: str, on: Callable[[tuple], Tensor]) -> Callable[..., None]:
+    """ops._triton's function `name`, on the device of the tensor `on` finds among its arguments. Triton is imported by the first call."""
+
+    def launch(*args: Any) -> None:
+        with torch.cuda.device_of(on(args)):
+            getattr(import_module("ramify.ops._triton"), name)(*args)
+
+    return launch
 
 
 def _register(name: str, schema: str, run: Callable, fake: Callable) -> None:

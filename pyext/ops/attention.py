@@ -8,6 +8,7 @@ from torch import Tensor
 from ramify import reference
 from ramify.backends import native
 from ramify.checks import INT64_MAX, number, whole
+from ramify.ops import _cuda as _kernels
 from ramify.ops import _native
 from ramify.ops._checks import FLOATS, INT32, INT64, Results, Shapes, check_cache, outputs, tensor
 from ramify.ops._library import Op
@@ -159,6 +160,11 @@ def _cpu(outs, q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale
     _native.tree_attention(outs, q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows)
 
 
+def _cuda(outs, q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows):
+    _check_values(q, k, ancestors, prefix_len, page_table, tail_rows)
+    _kernels.tree_attention(outs, q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows)
+
+
 _tree_attention = Op(
     "tree_attention",
     "Tensor q, Tensor k, Tensor v, Tensor tail_k, Tensor tail_v, Tensor ancestors, Tensor prefix_len, "
@@ -168,6 +174,7 @@ _tree_attention = Op(
     sizes=lambda q, k, *_: {"dtype": q.dtype, "D": q.shape[3], "kv": k.dtype},
     reference=_reference,
     cpu=_cpu,
+    cuda=_cuda,
 )
 _merge_states = Op(
     "merge_states",

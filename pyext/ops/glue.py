@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ramify import reference
 from ramify.checks import number, show
-from ramify.ops import _native
+from ramify.ops import _cuda, _native
 from ramify.ops._checks import FLOATS, INDICES, Results, Shapes, tensor
 from ramify.ops._library import Op
 
@@ -127,6 +127,11 @@ def _rope_cpu(outs: tuple[Tensor, ...], x: Tensor, cos: Tensor, sin: Tensor, pos
     _native.rope(outs, x, cos, sin, positions)
 
 
+def _rope_cuda(outs: tuple[Tensor, ...], x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
+    _in_range("rope", "positions", positions, cos.shape[0], "cos")
+    _cuda.rope(outs, x, cos, sin, positions)
+
+
 def _embed_reference(ids: Tensor, table: Tensor, dtype: torch.dtype) -> tuple[Tensor]:
     _in_range("embed", "ids", ids, table.shape[0], "table")
     return (reference.embed(ids, table, dtype=dtype),)
@@ -137,23 +142,30 @@ def _embed_cpu(outs: tuple[Tensor, ...], ids: Tensor, table: Tensor, dtype: torc
     _native.embed(outs, ids, table)
 
 
+def _embed_cuda(outs: tuple[Tensor, ...], ids: Tensor, table: Tensor, dtype: torch.dtype) -> None:
+    _in_range("embed", "ids", ids, table.shape[0], "table")
+    _cuda.embed(outs, ids, table)
+
+
 _rms_norm = Op(
     "rms_norm",
     "Tensor x, Tensor weight, float eps",
     ["out"],
     check=_check_rms_norm,
-    sizes=lambda x, weight, eps: {"dtype": x.dtype},
+    sizes=lambda x, weight, eps: {"dtype": x.dtype, "weight": weight.dtype},
     reference=lambda x, weight, eps: (reference.rms_norm(x, weight, eps=eps),),
     cpu=lambda outs, x, weight, eps: _native.rms_norm(outs, x, weight, None, eps),
+    cuda=lambda outs, x, weight, eps: _cuda.rms_norm(outs, x, weight, None, eps),
 )
 _rms_norm_residual = Op(
     "rms_norm.residual",
     "Tensor x, Tensor weight, Tensor residual, float eps",
     ["out", "residual_out"],
     check=lambda x, weight, residual, eps: _check_rms_norm(x, weight, eps, residual),
-    sizes=lambda x, weight, residual, eps: {"dtype": x.dtype},
+    sizes=lambda x, weight, residual, eps: {"dtype": x.dtype, "weight": weight.dtype},
     reference=lambda x, weight, residual, eps: reference.rms_norm(x, weight, residual, eps=eps),
     cpu=_native.rms_norm,
+    cuda=_cuda.rms_norm,
 )
 _rope = Op(
     "rope",
@@ -163,6 +175,7 @@ _rope = Op(
     sizes=lambda x, cos, sin, positions: {"dtype": x.dtype, "rotary": "whole head" if 2 * cos.shape[1] == x.shape[-1] else "part of it"},
     reference=_rope_reference,
     cpu=_rope_cpu,
+    cuda=_rope_cuda,
 )
 _silu_mul = Op(
     "silu_mul",
@@ -172,6 +185,7 @@ _silu_mul = Op(
     sizes=lambda x: {"dtype": x.dtype},
     reference=lambda x: (reference.silu_mul(x),),
     cpu=_native.silu_mul,
+    cuda=_cuda.silu_mul,
 )
 _embed = Op(
     "embed",
@@ -181,4 +195,5 @@ _embed = Op(
     sizes=lambda ids, table, dtype: {"dtype": table.dtype, "out": dtype},
     reference=_embed_reference,
     cpu=_embed_cpu,
+    cuda=_embed_cuda,
 )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ramify import reference
+from ramify.ops import _cuda
 from ramify.ops._checks import FLOATS, INDICES, INT32, Shapes, check_cache
 from ramify.ops._library import InPlaceOp
 
@@ -93,6 +94,17 @@ def _check_slots(op: str, name: str, counts: Tensor, most: int, length: Tensor, 
                 written.add(page)
 
 
+def _check_path(path: Tensor, count: Tensor, T: int) -> None:
+    """Accepted rows are rows of the tail. On the CPU only."""
+    if path.device.type != "cpu":
+        return
+    used = torch.arange(path.shape[1]) < count[:, None]
+    wrong = used & ((path < 0) | (path >= T))
+    if wrong.any():
+        b, i = wrong.nonzero()[0].tolist()
+        raise ValueError(f"kv_commit: path[{b}, {i}] is {path[b, i]}; takes 0 to {T - 1}, the rows of tail_k.")
+
+
 def _append(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor, n_rows: Tensor | None, page_table: Tensor | None
 ) -> None:
@@ -104,19 +116,27 @@ def _append(
 def _commit(
     tail_k: Tensor, tail_v: Tensor, k_cache: Tensor, v_cache: Tensor, path: Tensor, count: Tensor, length: Tensor, page_table: Tensor | None
 ) -> None:
-    T, A = tail_k.shape[1], path.shape[1]
-    _check_slots("kv_commit", "count", count, A, length, k_cache, page_table)
-    if path.device.type == "cpu":
-        used = torch.arange(A) < count[:, None]
-        wrong = used & ((path < 0) | (path >= T))
-        if wrong.any():
-            b, i = wrong.nonzero()[0].tolist()
-            raise ValueError(f"kv_commit: path[{b}, {i}] is {path[b, i]}; takes 0 to {T - 1}, the rows of tail_k.")
+    _check_slots("kv_commit", "count", count, path.shape[1], length, k_cache, page_table)
+    _check_path(path, count, tail_k.shape[1])
     reference.kv_commit(tail_k, tail_v, k_cache, v_cache, path, count, length, page_table=page_table)
 
 
-def _sizes(k: Tensor, *_: Any) -> dict[str, Any]:
-    return {"dtype": k.dtype}
+def _append_cuda(k: Tensor, v: Tensor, k_cache: Tensor, *rest: Any) -> None:
+    length, n_rows, page_table = rest[1:]
+    T = k.shape[1]
+    _check_slots("kv_append", "n_rows", torch.full_like(length, T) if n_rows is None else n_rows, T, length, k_cache, page_table)
+    _cuda.kv_append(k, v, k_cache, *rest)
+
+
+def _commit_cuda(tail_k: Tensor, tail_v: Tensor, k_cache: Tensor, v_cache: Tensor, path: Tensor, *rest: Any) -> None:
+    count, length, page_table = rest
+    _check_slots("kv_commit", "count", count, path.shape[1], length, k_cache, page_table)
+    _check_path(path, count, tail_k.shape[1])
+    _cuda.kv_commit(tail_k, tail_v, k_cache, v_cache, path, *rest)
+
+
+def _sizes(k: Tensor, v: Tensor, k_cache: Tensor, *_: Any) -> dict[str, Any]:
+    return {"dtype": k.dtype, "cache": k_cache.dtype}
 
 
 _kv_append = InPlaceOp(
@@ -125,6 +145,7 @@ _kv_append = InPlaceOp(
     _check_append,
     _sizes,
     _append,
+    cuda=_append_cuda,
 )
 _kv_commit = InPlaceOp(
     "kv_commit",
@@ -132,4 +153,5 @@ _kv_commit = InPlaceOp(
     _check_commit,
     _sizes,
     _commit,
+    cuda=_commit_cuda,
 )

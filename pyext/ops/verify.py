@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ramify import reference
 from ramify.checks import INT64_MAX, whole
-from ramify.ops import _native
+from ramify.ops import _cuda, _native
 from ramify.ops._checks import FLOATS, INDICES, INT32, Results, Shapes
 from ramify.ops._library import Op
 
@@ -78,7 +78,7 @@ def _check_verify_greedy(tokens: Tensor, parents: Tensor, argmax: Tensor, n_rows
     return ((tokens.shape, torch.int32), (n_rows.shape, torch.int32), (n_rows.shape, torch.int32))
 
 
-def _walk(tokens: Tensor, parents: Tensor, argmax: Tensor, n_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _check_tree(tokens: Tensor, parents: Tensor, n_rows: Tensor) -> None:
     if tokens.device.type == "cpu":
         T = tokens.shape[1]
         row = torch.arange(T)
@@ -90,7 +90,16 @@ def _walk(tokens: Tensor, parents: Tensor, argmax: Tensor, n_rows: Tensor) -> tu
         if wrong.any():
             b, i = wrong.nonzero()[0].tolist()
             raise ValueError(f"verify_greedy: parents[{b}, {i}] is {parents[b, i]}; takes {'-1' if i == 0 else f'0 to {i - 1}'}.")
+
+
+def _walk(tokens: Tensor, parents: Tensor, argmax: Tensor, n_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    _check_tree(tokens, parents, n_rows)
     return reference.verify_greedy(tokens, parents, argmax, n_rows)
+
+
+def _walk_cuda(outs: tuple[Tensor, ...], tokens: Tensor, parents: Tensor, argmax: Tensor, n_rows: Tensor) -> None:
+    _check_tree(tokens, parents, n_rows)
+    _cuda.verify_greedy(outs, tokens, parents, argmax, n_rows)
 
 
 _row_stats = Op(
@@ -98,18 +107,20 @@ _row_stats = Op(
     "Tensor logits",
     ["argmax", "lse", "max"],
     check=_check_row_stats,
-    sizes=lambda logits: {"dtype": logits.dtype},
+    sizes=lambda logits: {"dtype": logits.dtype, "V": logits.shape[1]},
     reference=reference.row_stats,
     cpu=_native.row_stats,
+    cuda=_cuda.row_stats,
 )
 _topk_logits = Op(
     "topk_logits",
     "Tensor logits, int k",
     ["values", "ids"],
     check=_check_topk_logits,
-    sizes=lambda logits, k: {"dtype": logits.dtype, "k": k},
+    sizes=lambda logits, k: {"dtype": logits.dtype, "V": logits.shape[1], "k": k},
     reference=reference.topk_logits,
     cpu=_native.topk_logits,
+    cuda=_cuda.topk_logits,
 )
 _verify_greedy = Op(
     "verify_greedy",
@@ -118,4 +129,5 @@ _verify_greedy = Op(
     check=_check_verify_greedy,
     sizes=lambda tokens, *_: {"dtype": tokens.dtype},
     reference=_walk,
+    cuda=_walk_cuda,
 )

@@ -4,10 +4,10 @@ Written to be read. Any float dtype, float64 included: a test compares a kernel 
 """
 
 from ramify.reference.attention import merge_states, tree_attention
-from ramify.reference.glue import embed, rms_norm, rope, silu_mul
+from ramify.reference.glue import embed, rms_norm, rope, rope_append, silu_mul
 from ramify.reference.kv import kv_append, kv_commit
 from ramify.reference.linear import linear, quantize_rows
-from ramify.reference.verify import row_stats, topk_logits, verify_greedy
+from ramify.reference.verify import residual_sample, row_stats, topk_logits, tree_uniforms, verify_greedy, verify_sample
 
 __all__ = [
     "embed",
@@ -16,11 +16,15 @@ __all__ = [
     "linear",
     "merge_states",
     "quantize_rows",
+    "residual_sample",
     "rms_norm",
     "rope",
+    "rope_append",
     "row_stats",
     "silu_mul",
     "topk_logits",
     "tree_attention",
+    "tree_uniforms",
     "verify_greedy",
+    "verify_sample",
 ]

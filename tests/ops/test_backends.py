@@ -106,7 +106,7 @@ def test_every_floor_is_a_number(op):
 
 def test_params_name_what_runs():
     params = {p.id: p for p in backends.params("silu_mul")}
-    assert set(params) == {"cpu", "reference"} and params["reference"].values[0].device == "cpu"
+    assert set(params) == {"cpu", "cuda", "reference"} and params["reference"].values[0].device == "cpu"
     assert bool(params["cpu"].marks) == bool(backends.missing("cpu"))
 
 
