@@ -32,6 +32,10 @@ MAX_TOPK = 32
 log = logging.getLogger("ramify")
 
 _F32_BF16 = (torch.float32, torch.bfloat16)
+_GPU_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+UNPROVEN = {"triton": "interpreted and compiled, not yet run on hardware"}
+"""Backend -> what its kernels have not been through yet; said wherever they are listed."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Kernel:
 
     def why_not(self, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) -> str:
         """Why this kernel does not take the call; empty when it does."""
-        if device != DEVICE_OF[self.backend]:
+        if device != DEVICE_OF[self.backend] and not (self.backend == "triton" and interpreted() and forced() == "triton"):
             return f"tensors are on {device}"
         if dtype not in self.dtypes:
             return f"dtype is {_short(dtype)}, takes {_spell(map(_short, self.dtypes))}"
@@ -65,6 +69,10 @@ TABLE = (
     Kernel("embed", "cpu", _F32_BF16, {"out": _F32_BF16}),
     Kernel("row_stats", "cpu", _F32_BF16),
     Kernel("topk_logits", "cpu", _F32_BF16, {"k": range(1, MAX_TOPK + 1)}),
+    Kernel("rms_norm", "triton", _GPU_FLOATS, {"H": range(1, 16385)}),
+    Kernel("rope", "triton", _GPU_FLOATS),
+    Kernel("silu_mul", "triton", _GPU_FLOATS),
+    Kernel("embed", "triton", _GPU_FLOATS, {"out": _GPU_FLOATS}),
 )
 """Everything that runs on a kernel. An op without a row here runs in plain torch on every device."""
 
@@ -217,9 +225,15 @@ def params(op: str) -> list:
     rows = [row for row in TABLE if row.op == op]
     marks = {row.backend: missing(row.backend) for row in rows} | {"reference": ""}
     return [
-        pytest.param(TestBackend(name, DEVICE_OF.get(name, "cpu")), id=name, marks=[pytest.mark.skip(reason=why)] if why else [])
+        pytest.param(TestBackend(name, "cpu" if interpreted() else DEVICE_OF.get(name, "cpu")), id=name, marks=_skip(why))
         for name, why in marks.items()
     ]
+
+
+def _skip(why: str) -> list:
+    import pytest
+
+    return [pytest.mark.skip(reason=why)] if why else []
 
 
 @dataclass(frozen=True)
@@ -245,7 +259,8 @@ def _decide(op: str, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) 
     name = next(other for other, reason in why.items() if not reason)
     if name == "reference" and op not in PLAIN and (op, dtype) not in _said:
         _said.add((op, dtype))
-        told = "; ".join(f"{other}: {reason}" for other, reason in why.items() if reason and reason != "no such kernel")
+        here = {other: reason for other, reason in why.items() if DEVICE_OF.get(other) == device and reason != "no such kernel"}
+        told = "; ".join(f"{other}: {reason}" for other, reason in here.items())
         log.warning("%s on %s %s runs on the reference (%s).", op, device, _short(dtype), told)
     return name
 
@@ -259,12 +274,30 @@ def _force(name: str | None) -> None:
 @lru_cache
 def missing(name: str) -> str:
     """Why a backend cannot run on this machine at all; empty when it can."""
+    if name == "triton":
+        return _missing_triton()
     if name != "cpu":
         return "not part of this build"
     if find_spec("ramify._cpu") is None:
         return "ramify._cpu is not built"
     native()  # a module that is there and does not load is a fault to be seen, not a reason to fall back
     return ""
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1. Slow; taken only when forced."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _missing_triton() -> str:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if interpreted():
+        return ""
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    major, minor = torch.cuda.get_device_capability()
+    return "" if major >= 8 else f"the GPU is sm_{major}{minor}, takes sm_80 or newer"
 
 
 def native() -> ModuleType:

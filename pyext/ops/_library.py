@@ -5,6 +5,7 @@ No autograd is registered: ops are for inference.
 """
 
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ class Op:
     name: "rms_norm", or "rms_norm.residual" for an overload. arguments: the schema of the inputs.
     outputs: names of the output tensors. allocate(*inputs) makes them, empty; it is also the fake implementation.
     sizes(*inputs): what the backend table has to know, dtype= at least. reference(*inputs) returns the outputs;
-    cpu(outputs, *inputs) fills them.
+    cpu(outputs, *inputs) fills them, and so does ops._triton's function of the name `triton`.
     """
 
     def __init__(
@@ -36,10 +37,11 @@ class Op:
         sizes: Callable[..., dict[str, Any]],
         reference: Callable[..., Any],
         cpu: Callable[..., None] | None = None,
+        triton: str = "",
     ) -> None:
         self.name, _, overload = name.partition(".")
         self.outputs = tuple(outputs)
-        self._allocate, self._sizes, self._reference, self._cpu = allocate, sizes, reference, cpu
+        self._allocate, self._sizes, self._reference, self._cpu, self._triton = allocate, sizes, reference, cpu, triton
         returns = ", ".join("Tensor" for _ in self.outputs)
         written = ", ".join(f"Tensor({letter}!) {out}" for letter, out in zip("abc", self.outputs))
         into = f"{self.name}.{overload}_out" if overload else f"{self.name}.out"
@@ -70,8 +72,17 @@ class Op:
         if backend == "cpu" and self._cpu is not None:
             self._cpu(outs, *inputs)
             return
+        if backend == "triton":
+            launch(self._triton, outs[0], outs, *inputs)
+            return
         for out, value in zip(outs, self._reference(*inputs)):
             out.copy_(value)
+
+
+def launch(name: str, on: Tensor, *args: Any) -> None:
+    """Call ops._triton's function `name`, on the device of tensor `on`. Triton is imported here, on the first launch."""
+    with torch.cuda.device_of(on):
+        getattr(import_module("ramify.ops._triton"), name)(*args)
 
 
 def define_in_place(name: str, schema: str, reference: Callable[..., None], sizes: Callable[..., dict[str, Any]]) -> Callable[..., None]:

@@ -129,18 +129,20 @@ _rms_norm = Op(
     "Tensor x, Tensor weight, float eps",
     ["out"],
     allocate=lambda x, weight, eps: (x.new_empty(x.shape),),
-    sizes=lambda x, weight, eps: {"dtype": x.dtype},
+    sizes=lambda x, weight, eps: {"dtype": x.dtype, "H": x.shape[-1]},
     reference=lambda x, weight, eps: (reference.rms_norm(x, weight, eps=eps),),
     cpu=lambda outs, x, weight, eps: _native.rms_norm(outs, x, weight, None, eps),
+    triton="rms_norm",
 )
 _rms_norm_residual = Op(
     "rms_norm.residual",
     "Tensor x, Tensor weight, Tensor residual, float eps",
     ["out", "residual_out"],
     allocate=lambda x, weight, residual, eps: (x.new_empty(x.shape), x.new_empty(x.shape)),
-    sizes=lambda x, weight, residual, eps: {"dtype": x.dtype},
+    sizes=lambda x, weight, residual, eps: {"dtype": x.dtype, "H": x.shape[-1]},
     reference=lambda x, weight, residual, eps: reference.rms_norm(x, weight, residual, eps=eps),
     cpu=_native.rms_norm,
+    triton="rms_norm_residual",
 )
 _rope = Op(
     "rope",
@@ -150,6 +152,7 @@ _rope = Op(
     sizes=lambda x, cos, sin, positions: {"dtype": x.dtype, "rotary": "whole head" if 2 * cos.shape[1] == x.shape[-1] else "part of it"},
     reference=_rope_reference,
     cpu=_rope_cpu,
+    triton="rope",
 )
 _silu_mul = Op(
     "silu_mul",
@@ -159,6 +162,7 @@ _silu_mul = Op(
     sizes=lambda x: {"dtype": x.dtype},
     reference=lambda x: (reference.silu_mul(x),),
     cpu=_native.silu_mul,
+    triton="silu_mul",
 )
 _embed = Op(
     "embed",
@@ -168,4 +172,5 @@ _embed = Op(
     sizes=lambda ids, table, dtype: {"dtype": table.dtype, "out": dtype},
     reference=_embed_reference,
     cpu=_embed_cpu,
+    triton="embed",
 )
