@@ -73,11 +73,16 @@ TABLE = (
     Kernel("rope", "triton", _GPU_FLOATS),
     Kernel("silu_mul", "triton", _GPU_FLOATS),
     Kernel("embed", "triton", _GPU_FLOATS, {"out": _GPU_FLOATS}),
+    Kernel("row_stats", "triton", _GPU_FLOATS),
+    Kernel("topk_logits", "triton", _GPU_FLOATS, {"k": range(1, MAX_TOPK + 1)}),
+    Kernel("kv_append", "triton", _GPU_FLOATS, {"cache": _GPU_FLOATS}),
+    Kernel("kv_commit", "triton", _GPU_FLOATS, {"cache": _GPU_FLOATS}),
+    Kernel("verify_greedy", "triton", (torch.int32, torch.int64), {"T": range(1, 1025)}),
 )
 """Everything that runs on a kernel. An op without a row here runs in plain torch on every device."""
 
 PLAIN = ("merge_states", "kv_append", "kv_commit", "verify_greedy")
-"""Ops on small or user-owned tensors whose reference is as good as a kernel: they have none yet."""
+"""Ops on small or user-owned tensors whose reference is as good as a kernel on the CPU: they run it without a word, forced or not."""
 
 OPS = tuple(dict.fromkeys([*(row.op for row in TABLE), *PLAIN]))
 

@@ -85,13 +85,16 @@ def launch(name: str, on: Tensor, *args: Any) -> None:
         getattr(import_module("ramify.ops._triton"), name)(*args)
 
 
-def define_in_place(name: str, schema: str, reference: Callable[..., None], sizes: Callable[..., dict[str, Any]]) -> Callable[..., None]:
+def define_in_place(
+    name: str, schema: str, reference: Callable[..., None], sizes: Callable[..., dict[str, Any]], triton: str = ""
+) -> Callable[..., None]:
     """An op that changes its arguments and returns nothing. Returns the torch op."""
 
     def run(*args: Any) -> None:
-        dtype_and_sizes = sizes(*args)
-        backends.choose(name, args[0].device.type, **dtype_and_sizes)
-        reference(*args)
+        if backends.choose(name, args[0].device.type, **sizes(*args)) == "triton":
+            launch(triton, args[0], *args)
+        else:
+            reference(*args)
 
     _register(name, f"({schema}) -> ()", run, lambda *args: None)
     return getattr(torch.ops.ramify, name).default

@@ -4,10 +4,12 @@ The kernels take rows with a dense last axis; a layout that is no view of rows i
 this module imports triton, so nothing but the first launch does.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from ramify.kernels import glue
+from ramify.kernels import glue, kv, verify
 
 Outputs = tuple[Tensor, ...]
 
@@ -49,6 +51,58 @@ def embed(outs: Outputs, ids: Tensor, table: Tensor, dtype: torch.dtype) -> None
     out = _target(outs[0])
     glue.embed(ids.reshape(-1), table, out)
     _store(out, outs[0])
+
+
+def row_stats(outs: Outputs, logits: Tensor) -> None:
+    """Arg-max, log-sum-exp and maximum of each row."""
+    argmax, lse, top = map(_vector, outs)
+    verify.row_stats(logits, argmax, lse, top, _scratch_of(logits))
+    for got, out in zip((argmax, lse, top), outs):
+        _store(got, out)
+
+
+def topk_logits(outs: Outputs, logits: Tensor, k: int) -> None:
+    """The k largest of each row: values, ids."""
+    verify.topk_logits(logits, *outs, _scratch_of(logits))
+
+
+def verify_greedy(outs: Outputs, tokens: Tensor, parents: Tensor, argmax: Tensor, n_rows: Tensor) -> None:
+    """Path, count and bonus of each tree."""
+    count, bonus = map(_vector, outs[1:])
+    verify.verify_greedy(tokens, parents, argmax, n_rows.contiguous(), outs[0], count, bonus)
+    _store(count, outs[1])
+    _store(bonus, outs[2])
+
+
+def kv_append(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor, n_rows: Tensor | None, page_table: Tensor | None
+) -> None:
+    """Rows of k and v behind what the caches hold."""
+    if k.numel():
+        count = None if n_rows is None else n_rows.contiguous()
+        kv.place(k[None], v[None], k_cache[None], v_cache[None], None, count, length.contiguous(), page_table)
+
+
+def kv_commit(
+    tail_k: Tensor, tail_v: Tensor, k_cache: Tensor, v_cache: Tensor, path: Tensor, count: Tensor, length: Tensor, page_table: Tensor | None
+) -> None:
+    """The accepted rows of a tree behind what the caches hold, all layers in one launch."""
+    if tail_k.numel() and path.numel():
+        layers = (x if x.ndim == 5 else x[None] for x in (tail_k, tail_v, k_cache, v_cache))
+        kv.place(*layers, path, count.contiguous(), length.contiguous(), page_table)
+
+
+_SCRATCH = {"f32": torch.float32, "f64": torch.float64, "i32": torch.int32, "i64": torch.int64}
+
+
+def _scratch_of(x: Tensor) -> Callable[[tuple[int, ...], str], Tensor]:
+    """Makes buffers on x's device. The caching allocator keeps them, so a captured graph replays into the same ones."""
+    return lambda shape, dtype: torch.empty(shape, dtype=_SCRATCH[dtype], device=x.device)
+
+
+def _vector(out: Tensor) -> Tensor:
+    """A dense vector for a kernel to write: `out` itself where it is one."""
+    return out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -104,6 +104,7 @@ _row_stats = Op(
     sizes=lambda logits: {"dtype": logits.dtype},
     reference=reference.row_stats,
     cpu=_native.row_stats,
+    triton="row_stats",
 )
 _topk_logits = Op(
     "topk_logits",
@@ -116,6 +117,7 @@ _topk_logits = Op(
     sizes=lambda logits, k: {"dtype": logits.dtype, "k": k},
     reference=reference.topk_logits,
     cpu=_native.topk_logits,
+    triton="topk_logits",
 )
 _verify_greedy = Op(
     "verify_greedy",
@@ -126,6 +128,7 @@ _verify_greedy = Op(
         n_rows.new_empty(n_rows.shape),
         n_rows.new_empty(n_rows.shape),
     ),
-    sizes=lambda tokens, *_: {"dtype": tokens.dtype},
+    sizes=lambda tokens, *_: {"dtype": tokens.dtype, "T": tokens.shape[1]},
     reference=_walk,
+    triton="verify_greedy",
 )

@@ -106,8 +106,9 @@ def test_every_floor_is_a_number(op):
 
 def test_params_name_what_runs():
     params = {p.id: p for p in backends.params("silu_mul")}
-    assert set(params) == {"cpu", "reference"} and params["reference"].values[0].device == "cpu"
-    assert bool(params["cpu"].marks) == bool(backends.missing("cpu"))
+    assert set(params) == {"cpu", "triton", "reference"} and params["reference"].values[0].device == "cpu"
+    for name in ("cpu", "triton"):
+        assert bool(params[name].marks) == bool(backends.missing(name))
 
 
 def test_limits_are_those_of_the_kernels():
