@@ -69,6 +69,9 @@ TABLE = (
     Kernel("embed", "cpu", _F32_BF16, {"out": _F32_BF16}),
     Kernel("row_stats", "cpu", _F32_BF16),
     Kernel("topk_logits", "cpu", _F32_BF16, {"k": range(1, MAX_TOPK + 1)}),
+    Kernel("tree_attention", "triton", _GPU_FLOATS, {"D": HEAD_SIZES, "kv": _GPU_FLOATS}),
+    Kernel("interval_attention", "triton", _GPU_FLOATS, {"D": HEAD_SIZES, "kv": _GPU_FLOATS}),
+    Kernel("merge_states", "triton", _GPU_FLOATS),
     Kernel("rms_norm", "triton", _GPU_FLOATS, {"H": range(1, 16385)}),
     Kernel("rope", "triton", _GPU_FLOATS),
     Kernel("silu_mul", "triton", _GPU_FLOATS),
@@ -78,10 +81,12 @@ TABLE = (
     Kernel("kv_append", "triton", _GPU_FLOATS, {"cache": _GPU_FLOATS}),
     Kernel("kv_commit", "triton", _GPU_FLOATS, {"cache": _GPU_FLOATS}),
     Kernel("verify_greedy", "triton", (torch.int32, torch.int64), {"T": range(1, 1025)}),
+    Kernel("verify_sample", "triton", _GPU_FLOATS, {"T": range(1, 1025)}),
+    Kernel("residual_sample", "triton", (torch.float32, torch.float64)),
 )
 """Everything that runs on a kernel. An op without a row here runs in plain torch on every device."""
 
-PLAIN = ("merge_states", "kv_append", "kv_commit", "verify_greedy")
+PLAIN = ("merge_states", "kv_append", "kv_commit", "verify_greedy", "verify_sample", "residual_sample")
 """Ops on small or user-owned tensors whose reference is as good as a kernel on the CPU: they run it without a word, forced or not."""
 
 OPS = tuple(dict.fromkeys([*(row.op for row in TABLE), *PLAIN]))
@@ -170,7 +175,7 @@ def explain(op: str, *shapes: Collection[int], dtype: torch.dtype = torch.float3
     name: D= of a head, kv= and weight= dtypes, k= of a top-k. Nothing runs. Raises ValueError for an unknown op.
     """
     one_of("op", op, OPS, "explain")
-    if op == "tree_attention" and shapes:
+    if op in ("tree_attention", "interval_attention") and shapes:
         sizes.setdefault("D", tuple(shapes[0])[-1])
     why = reasons(op, device, dtype, sizes)
     takes = [name for name, reason in why.items() if not reason]
@@ -205,6 +210,7 @@ def _linear_floor(item: int, sizes: Mapping[str, Any], x: tuple, weight: tuple, 
 
 FLOORS: dict[str, tuple[tuple[str, ...], Callable[..., tuple[int, int]]]] = {
     "tree_attention": (("q", "k"), _attention_floor),
+    "interval_attention": (("q", "k"), _attention_floor),
     "linear": (("x", "weight"), _linear_floor),
     "merge_states": (("o1",), lambda item, sizes, o, *_: (3 * prod(o) * item + 12 * prod(o[:-1]), 3 * prod(o))),
     "rms_norm": (("x",), lambda item, sizes, x, *_: (2 * prod(x) * item, 4 * prod(x))),
@@ -214,6 +220,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], Callable[..., tuple[int, int]]]] = {
     "row_stats": (("logits",), lambda item, sizes, x, *_: (prod(x) * item + 12 * x[0], 3 * prod(x))),
     "topk_logits": (("logits",), lambda item, sizes, x, *_: (prod(x) * item + 8 * x[0] * sizes.get("k", 1), prod(x))),
     "verify_greedy": (("tokens",), lambda item, sizes, tokens, *_: (12 * prod(tokens), 0)),
+    "verify_sample": (("logits",), lambda item, sizes, x, *_: (prod(x) * item, 3 * prod(x))),
+    "residual_sample": (("p",), lambda item, sizes, p, *_: (2 * prod(p) * item, 2 * prod(p))),
     "kv_append": (("k",), lambda item, sizes, k, *_: (4 * prod(k) * item, 0)),
     "kv_commit": (
         ("tail_k", "tail_v", "k_cache", "v_cache", "path"),
@@ -265,7 +273,7 @@ def _decide(op: str, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) 
     if name == "reference" and op not in PLAIN and (op, dtype) not in _said:
         _said.add((op, dtype))
         here = {other: reason for other, reason in why.items() if DEVICE_OF.get(other) == device and reason != "no such kernel"}
-        told = "; ".join(f"{other}: {reason}" for other, reason in here.items())
+        told = "; ".join(f"{other}: {reason}" for other, reason in here.items()) or "no kernel"
         log.warning("%s on %s %s runs on the reference (%s).", op, device, _short(dtype), told)
     return name
 

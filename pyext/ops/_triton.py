@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ramify.kernels import glue, kv, verify
+from ramify.kernels import attention, glue, interval, kv, sample, verify
 
 Outputs = tuple[Tensor, ...]
 
@@ -72,6 +72,75 @@ def verify_greedy(outs: Outputs, tokens: Tensor, parents: Tensor, argmax: Tensor
     verify.verify_greedy(tokens, parents, argmax, n_rows.contiguous(), outs[0], count, bonus)
     _store(count, outs[1])
     _store(bonus, outs[2])
+
+
+def tree_attention(
+    outs: Outputs,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tail_k: Tensor,
+    tail_v: Tensor,
+    ancestors: Tensor,
+    prefix_len: Tensor,
+    page_table: Tensor | None,
+    scale: float,
+    window: int,
+    sink: int,
+    tail_rows: Tensor | None,
+) -> None:
+    """o and lse, straight into the outputs."""
+    used = None if tail_rows is None else tail_rows.contiguous()
+    attention.tree_attention(
+        q, k, v, tail_k, tail_v, ancestors, prefix_len.contiguous(), page_table, scale, window, sink, used, *outs, _scratch_of(q)
+    )
+
+
+def interval_attention(outs: Outputs, q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float) -> None:
+    """o and lse, straight into the outputs."""
+    interval.interval_attention(q, k, v, start, end, scale, *outs)
+
+
+def merge_states(outs: Outputs, o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> None:
+    """o and lse of two sides."""
+    out, lse = _target(outs[0]), _vector(outs[1])
+    interval.merge_states(_rows(o1), lse1.reshape(-1), _rows(o2), lse2.reshape(-1), out, lse.view(-1))
+    _store(out, outs[0])
+    _store(lse, outs[1])
+
+
+def verify_sample(
+    outs: Outputs,
+    logits: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    n_rows: Tensor,
+    temperature: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    q: Tensor | None,
+    mode: str,
+) -> None:
+    """Path, count and bonus of each tree."""
+    n_rows, temperature, seed, position = (x.contiguous() for x in (n_rows, temperature, seed, position))
+    count, bonus = map(_vector, outs[1:])
+    scratch = _scratch_of(logits)
+    drawn, top, total = sample.draw_rows(logits, parents, n_rows, temperature, seed, position, scratch)
+    if q is None:
+        verify.verify_greedy(tokens, parents, drawn, n_rows, outs[0], count, bonus)
+    else:
+        sample.judge(
+            logits, q, drawn, top, total, tokens, parents, n_rows, temperature, seed, position, mode == "wor", outs[0], count, bonus, scratch
+        )  # fmt: skip
+    _store(count, outs[1])
+    _store(bonus, outs[2])
+
+
+def residual_sample(outs: Outputs, p: Tensor, q: Tensor, u: Tensor) -> None:
+    """One id a row."""
+    ids = _vector(outs[0])
+    sample.residual_sample(p, q, u.contiguous(), ids, _scratch_of(p))
+    _store(ids, outs[0])
 
 
 def kv_append(

@@ -1,4 +1,4 @@
-"""tree_attention over the user's own tensors, and merge_states for whoever splits the keys."""
+"""Attention over the user's own tensors: tree_attention, interval_attention, and merge_states for whoever splits the keys."""
 
 import math
 
@@ -56,11 +56,7 @@ def tree_attention(
         check("tail_rows", tail_rows, "B", INT32)
     _, T, Hq, D = q.shape
     Hkv = tail_k.shape[2]
-    if Hkv == 0 or Hq % Hkv:
-        raise ValueError(
-            f"tree_attention: q has {Hq} heads and k has {Hkv}; q heads must be a multiple of k heads. "
-            "Axes are q [B, T, Hq, D], k [B, S, Hkv, D]."
-        )
+    _check_heads("tree_attention", Hq, Hkv)
     if T > MAX_ROWS:
         raise check.fail(f"q has {T} rows a sequence", f"1 to {MAX_ROWS}", "Lower the rows of the tree, or feed them in chunks.")
     if 64 * ancestors.shape[2] < T:
@@ -76,6 +72,45 @@ def tree_attention(
         else:
             outs = (outs[0], q.new_empty(q.shape[:3], dtype=torch.float32))
     result = _tree_attention(q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows, out=outs)
+    return result if return_lse else result[0]
+
+
+def interval_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    end: Tensor,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    out: Tensor | tuple[Tensor, Tensor] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention in which row t of sequence b sees the slots from start[b, t] up to and without end[b, t].
+
+    One start and one end a row say causal, prefix, window, block-causal, block-diagonal, full and rectangular attention, without a mask.
+    q [B, T, Hq, D] float; k, v [B, S, Hkv, D] of one float dtype; start, end int32 [B, T], 0 to S; an end at or below its start sees
+    nothing and gives 0 and -inf. scale: 1 / sqrt(D) by default. Slots that no row sees may hold anything.
+
+    Returns o [B, T, Hq, D] in q's dtype (, lse float32 [B, T, Hq], natural logarithm, with return_lse). Raises ValueError for shapes, and
+    on the CPU for an interval outside the slots; TypeError for dtypes.
+    """
+    check = Shapes("interval_attention")
+    check("q", q, "B T Hq D", FLOATS)
+    check("k", k, "B S Hkv D", FLOATS)
+    check("v", v, "B S Hkv D", (k.dtype,))
+    check("start", start, "B T", INT32)
+    check("end", end, "B T", INT32)
+    _check_heads("interval_attention", q.shape[2], k.shape[2])
+    scale = 1 / math.sqrt(q.shape[3]) if scale is None else float(number("scale", scale, "interval_attention"))
+    outs = outputs("interval_attention", out, 2 if return_lse else 1)
+    if outs is not None:
+        check.out("out", outs[0], q.shape, q.dtype)
+        if return_lse:
+            check.out("out[1]", outs[1], q.shape[:3], torch.float32)
+        else:
+            outs = (outs[0], q.new_empty(q.shape[:3], dtype=torch.float32))
+    result = _interval_attention(q, k, v, start, end, scale, out=outs)
     return result if return_lse else result[0]
 
 
@@ -98,6 +133,13 @@ def merge_states(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, *, out: tup
         check.out("out[0]", outs[0], o1.shape, o1.dtype)
         check.out("out[1]", outs[1], o1.shape[:-1], torch.float32)
     return _merge_states(o1, lse1, o2, lse2, out=outs)
+
+
+def _check_heads(op: str, Hq: int, Hkv: int) -> None:
+    if Hkv == 0 or Hq % Hkv:
+        raise ValueError(
+            f"{op}: q has {Hq} heads and k has {Hkv}; q heads must be a multiple of k heads. Axes are q [B, T, Hq, D], k [B, S, Hkv, D]."
+        )
 
 
 def _check_values(q: Tensor, k: Tensor, ancestors: Tensor, prefix_len: Tensor, page_table: Tensor | None, tail_rows: Tensor | None) -> None:
@@ -149,6 +191,25 @@ _tree_attention = Op(
     sizes=lambda q, k, *_: {"dtype": q.dtype, "D": q.shape[3], "kv": k.dtype},
     reference=_reference,
     cpu=_cpu,
+    triton="tree_attention",
+)
+def _interval_reference(q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    if q.device.type == "cpu" and start.numel():
+        for name, bound in (("start", start), ("end", end)):
+            low, high = (int(x) for x in bound.aminmax())
+            if low < 0 or high > k.shape[1]:
+                raise ValueError(f"interval_attention: {name} holds {low if low < 0 else high}; takes 0 to {k.shape[1]}, the slots of k.")
+    return reference.interval_attention(q, k, v, start, end, scale=scale, return_lse=True)
+
+
+_interval_attention = Op(
+    "interval_attention",
+    "Tensor q, Tensor k, Tensor v, Tensor start, Tensor end, float scale",
+    ["out", "lse_out"],
+    allocate=lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)),
+    sizes=lambda q, k, *_: {"dtype": q.dtype, "D": q.shape[3], "kv": k.dtype},
+    reference=_interval_reference,
+    triton="interval_attention",
 )
 _merge_states = Op(
     "merge_states",
@@ -157,4 +218,5 @@ _merge_states = Op(
     allocate=lambda o1, lse1, o2, lse2: (o1.new_empty(o1.shape), lse1.new_empty(lse1.shape)),
     sizes=lambda o1, *_: {"dtype": o1.dtype},
     reference=reference.merge_states,
+    triton="merge_states",
 )

@@ -77,18 +77,24 @@ def verify_greedy(
     return _verify_greedy(tokens, parents, argmax, n_rows, out=outs)
 
 
+def check_tree(op: str, parents: Tensor, n_rows: Tensor) -> None:
+    """n_rows and parents make trees. Asked on the CPU only: elsewhere the answer would cost a synchronisation."""
+    if parents.device.type != "cpu":
+        return
+    T = parents.shape[1]
+    row = torch.arange(T)
+    for b, n in enumerate(n_rows.tolist()):
+        if not 1 <= n <= T:
+            raise ValueError(f"{op}: n_rows[{b}] is {n}; takes 1 to {T}.")
+    used = row < n_rows[:, None]
+    wrong = used & torch.where(row == 0, parents != -1, (parents < 0) | (parents >= row))
+    if wrong.any():
+        b, i = wrong.nonzero()[0].tolist()
+        raise ValueError(f"{op}: parents[{b}, {i}] is {parents[b, i]}; takes {'-1' if i == 0 else f'0 to {i - 1}'}.")
+
+
 def _walk(tokens: Tensor, parents: Tensor, argmax: Tensor, n_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if tokens.device.type == "cpu":
-        T = tokens.shape[1]
-        row = torch.arange(T)
-        for b, n in enumerate(n_rows.tolist()):
-            if not 1 <= n <= T:
-                raise ValueError(f"verify_greedy: n_rows[{b}] is {n}; takes 1 to {T}.")
-        used = row < n_rows[:, None]
-        wrong = used & torch.where(row == 0, parents != -1, (parents < 0) | (parents >= row))
-        if wrong.any():
-            b, i = wrong.nonzero()[0].tolist()
-            raise ValueError(f"verify_greedy: parents[{b}, {i}] is {parents[b, i]}; takes {'-1' if i == 0 else f'0 to {i - 1}'}.")
+    check_tree("verify_greedy", parents, n_rows)
     return reference.verify_greedy(tokens, parents, argmax, n_rows)
 
 
