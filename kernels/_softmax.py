@@ -43,10 +43,11 @@ def step(q, keys, values, seen, m, l, acc, scale, MASKED: tl.constexpr):
 
 @triton.jit
 def join(m, l, acc, each, sums, o):
-    """Add partial softmaxes, one per row of o [parts, BLOCK] with references `each` and sums, to (m, l, acc)."""
-    new = tl.maximum(m, tl.max(each, 0))
-    share, shrink = power2(each - new), power2(m - new)
-    return new, l * shrink + tl.sum(sums * share, 0), acc * shrink + tl.sum(o * share[:, None], 0)
+    """Add the partial softmaxes of some rows, o [rows, parts, BLOCK] with references `each` and sums [rows, parts], to (m, l, acc)."""
+    new = tl.maximum(m, tl.max(each, 1))
+    share, shrink = power2(each - new[:, None]), power2(m - new)
+    acc = acc * shrink[:, None] + tl.sum(o * share[:, :, None], 1)
+    return new, l * shrink + tl.sum(sums * share, 1), acc
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import triton.language as tl
 from ramify.kernels._softmax import NOTHING, join, load_tile, positions_seen, power2, step
 
 LOG2E = 1.4426950408889634
-FUSED = 16  # chunks that `_join` adds at a time
+FUSED, LINES = 8, 4  # chunks that `_join` adds at a time, and its rows a program
 
 
 @triton.jit(do_not_specialize=["T", "words", "slots", "window", "sink"])
@@ -118,32 +118,32 @@ def _join(
     D: tl.constexpr,
     USED: tl.constexpr,
     FUSED: tl.constexpr,  # chunks that are added at a time; fixed, so that the order of additions is
+    LINES: tl.constexpr,  # packed rows of one program
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    r, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     n = tl.minimum(tl.load(prefix_len + b), slots)
     used = T
     if USED:
         used = tl.minimum(tl.load(tail_rows + b), T)
-    t = r // group
-    d = tl.arange(0, BLOCK)
-    m, l, acc = tl.full([1], NOTHING, tl.float32), tl.zeros([1], tl.float32), tl.zeros([BLOCK], tl.float32)
-    if t < used:
-        chunks = tl.cdiv(n, chunk)
-        for first in range(0, chunks + 1, FUSED):
-            i = first + tl.arange(0, FUSED)
-            i = tl.where(i == chunks, splits - 1, tl.where(i < chunks, i, -1))  # the tail is the last to be added
-            row = ((i * tl.num_programs(2) + b) * tl.num_programs(1) + h) * (T * group) + r
-            each = tl.load(stats + 2 * row, mask=i >= 0, other=NOTHING)
-            sums = tl.load(stats + 2 * row + 1, mask=i >= 0, other=0.0)
-            o = tl.load(part + row[:, None] * D + d[None, :], mask=(i >= 0)[:, None] & (d < D)[None, :], other=0.0)
-            m, l, acc = join(m, l, acc, each, sums, o)
-    seen = m > NOTHING
+    r = tl.program_id(0) * LINES + tl.arange(0, LINES)
+    t, d, i = r // group, tl.arange(0, BLOCK), tl.arange(0, FUSED)
+    m, l, acc = tl.full([LINES], NOTHING, tl.float32), tl.zeros([LINES], tl.float32), tl.zeros([LINES, BLOCK], tl.float32)
+    chunks = tl.cdiv(n, chunk)
+    for first in range(0, chunks + 1, FUSED):
+        c = tl.where(first + i == chunks, splits - 1, first + i)  # the tail is the last to be added
+        live = (t < used)[:, None] & (first + i <= chunks)[None, :]
+        row = ((c * tl.num_programs(2) + b) * tl.num_programs(1) + h)[None, :] * (T * group) + r[:, None]
+        each = tl.load(stats + 2 * row, mask=live, other=NOTHING)
+        sums = tl.load(stats + 2 * row + 1, mask=live, other=0.0)
+        o = tl.load(part + row[:, :, None] * D + d[None, None, :], mask=live[:, :, None] & (d < D)[None, None, :], other=0.0)
+        m, l, acc = join(m, l, acc, each, sums, o)
+    seen, mine = m > NOTHING, r < T * group
     l = tl.where(seen, l, 1.0)
-    to = out + b * out_stride_b + t * out_stride_t + (h * group + r % group) * out_stride_h
-    tl.store(to + d, (acc / l).to(out.dtype.element_ty), mask=d < D)
+    to = out + b * out_stride_b + t.to(tl.int64) * out_stride_t + (h * group + r % group) * out_stride_h
+    tl.store(to[:, None] + d[None, :], (acc / l[:, None]).to(out.dtype.element_ty), mask=mine[:, None] & (d < D)[None, :])
     total = tl.where(seen, (m + tl.log2(l)) * 0.6931471805599453, float("-inf"))
-    tl.store(lse + b * lse_stride_b + t * lse_stride_t + h * group + r % group + tl.arange(0, 1), total)
+    tl.store(lse + b * lse_stride_b + t.to(tl.int64) * lse_stride_t + h * group + r % group, total, mask=mine)
 
 
 def config(rows, D, itemsize):
@@ -191,7 +191,7 @@ def tree_attention(q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, s
         D=D, WORK=kind, USED=tail_rows is not None, WINDOW=window > 0, PAGE=k.shape[1] if paged else 0,
         ROWS=rows, KEYS=keys, BLOCK=block, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    _join[(T * group, Hkv, B)](
+    _join[(triton.cdiv(T * group, LINES), Hkv, B)](
         part, stats, prefix_len, used, out, lse, *out.stride()[:3], *lse.stride()[:2], T, slots, chunk, splits, group,
-        D=D, USED=tail_rows is not None, FUSED=FUSED, BLOCK=block, num_warps=4,
+        D=D, USED=tail_rows is not None, FUSED=FUSED, LINES=LINES, BLOCK=block, num_warps=4,
     )  # fmt: skip

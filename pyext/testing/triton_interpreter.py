@@ -48,7 +48,7 @@ def install() -> None:
     casts = ["create_fp_ext", "create_fp_trunc", "create_si_to_fp", "create_ui_to_fp", "create_fp_to_si", "create_fp_to_ui"]
     for name in ["cast_impl", *casts]:
         setattr(Builder, name, _cast)
-    _watch_memory()
+    _watch_launches()
     if failed := [name for name, right in probes().items() if not right]:
         raise RuntimeError(
             f"triton_interpreter: {', '.join(failed)} wrong on triton {triton.__version__}; takes an interpreter whose private names are "
@@ -118,13 +118,16 @@ def _bf16_bits(x: np.ndarray) -> np.ndarray:
 
 
 def _in_f32(op: Any) -> Any:
-    """The same operation on bf16: in f32, rounded once."""
+    """The same operation on bf16: in f32, rounded once. What a comparison gives is int1, and not its operands' type."""
 
     @functools.wraps(op)
     def wide(self: Any, *args: Any) -> Any:
-        if not any(map(_is_bf16, args)):
-            return op(self, *args)
+        narrow = any(map(_is_bf16, args))
         result = op(self, *[Handle(_f32(h), tl.float32) if _is_bf16(h) else h for h in args])
+        if isinstance(result, Handle) and result.data.dtype == np.bool_:
+            return Handle(result.data, tl.int1)
+        if not narrow:
+            return result
         rounded = isinstance(result, Handle) and result.dtype.scalar == tl.float32
         return Handle(_bf16_bits(result.data), tl.bfloat16) if rounded else result
 
@@ -211,34 +214,42 @@ def guarded(races: bool = True) -> Iterator[None]:
         _guard.pop()
 
 
-def _watch_memory() -> None:
+def _watch_launches() -> None:
     call, load, store = interpreter.GridExecutor.__call__, Builder.create_masked_load, Builder.create_masked_store
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_once(fn: Any) -> Any:
+        """The interpreter's hold on triton.language, once a launch and not at every call of a helper: that is most of its time."""
+        languages = {id(value) for value in fn.__globals__.values() if value is tl or value is tl.core}
+        if patched >= languages:
+            return interpreter._LangPatchScope()
+        patched.update(languages)
+        return patch(fn)
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> None:
-        if not _guard:
-            return call(self, *args, **kwargs)
+        patched.clear()
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
-        _running.append(_Launch(tensors, _guard[-1]))
+        if _guard:
+            _running.append(_Launch(tensors, _guard[-1]))
         try:
             return call(self, *args, **kwargs)
-        except interpreter.InterpreterError as error:
-            raise error.__cause__ if isinstance(error.__cause__, KernelMemoryError) else error
+        except BaseException as error:  # without the frames of the rewritten kernel: they have no lines, and pytest stumbles over them
+            inner = error.__cause__ if isinstance(error.__cause__, KernelMemoryError) else error
+            raise inner.with_traceback(None) from None
         finally:
-            _running.pop()
+            _running.clear()
 
     def masked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        mask = Handle(mask.data.astype(bool), tl.int1)  # scalar & tensor comes out as int64, which the interpreter then refuses
         if _running:
             _running[-1].visit(self, pointers, mask, storing=False)
         return load(self, pointers, mask, *rest)
 
     def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        mask = Handle(mask.data.astype(bool), tl.int1)
         if _running:
             _running[-1].visit(self, pointers, mask, storing=True)
         return store(self, pointers, value, mask, *rest)
 
-    interpreter.GridExecutor.__call__ = launch
+    interpreter.GridExecutor.__call__, interpreter._patch_lang = launch, patch_once
     Builder.create_masked_load, Builder.create_masked_store = masked_load, masked_store
 
 

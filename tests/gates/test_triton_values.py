@@ -77,7 +77,7 @@ def test_a_probe_that_fails_is_said(monkeypatch):
     monkeypatch.setattr(triton_interpreter.Builder, "create_dot", lambda self, a, b, d, *rest: d)
     assert not probes()["dot bf16"]
     install.cache_clear()
-    monkeypatch.setattr(triton_interpreter, "_watch_memory", lambda: None)
+    monkeypatch.setattr(triton_interpreter, "_watch_launches", lambda: None)
     monkeypatch.setattr(triton_interpreter, "probes", lambda: {"dot bf16": False, "bf16 add": True})
     with pytest.raises(RuntimeError, match="dot bf16 wrong on triton"):
         before = {name: getattr(triton_interpreter.Builder, name) for name in dir(triton_interpreter.Builder) if "_" in name[1:]}
