@@ -24,8 +24,8 @@ def load_tile(rows, d, live, D: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.co
 
 
 @triton.jit
-def step(q, keys, values, seen, m, l, acc, scale, MASKED: tl.constexpr):
-    """Add a tile of keys to the running softmax of q's rows: reference m, sum of weights l, weighted values acc.
+def step(q, keys, values, seen, m, mass, acc, scale, MASKED: tl.constexpr):
+    """Add a tile of keys to the running softmax of q's rows: reference m, sum of weights mass, weighted values acc.
 
     scale turns scores into log2 units. seen [rows, keys] is looked at only with MASKED.
     """
@@ -38,16 +38,16 @@ def step(q, keys, values, seen, m, l, acc, scale, MASKED: tl.constexpr):
         p = tl.where(seen, p, 0.0)
     shrink = power2(m - new)
     acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
-    return new, l * shrink + tl.sum(p, 1), acc
+    return new, mass * shrink + tl.sum(p, 1), acc
 
 
 @triton.jit
-def join(m, l, acc, each, sums, o):
-    """Add the partial softmaxes of some rows, o [rows, parts, BLOCK] with references `each` and sums [rows, parts], to (m, l, acc)."""
+def join(m, mass, acc, each, sums, o):
+    """Add the partial softmaxes of some rows, o [rows, parts, BLOCK] with references `each` and sums [rows, parts], to (m, mass, acc)."""
     new = tl.maximum(m, tl.max(each, 1))
     share, shrink = power2(each - new[:, None]), power2(m - new)
     acc = acc * shrink[:, None] + tl.sum(o * share[:, :, None], 1)
-    return new, l * shrink + tl.sum(sums * share, 1), acc
+    return new, mass * shrink + tl.sum(sums * share, 1), acc
 
 
 @triton.jit

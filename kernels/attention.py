@@ -14,7 +14,7 @@ Traffic  2 * D * itemsize bytes a key and block of rows; partials: 4 * D bytes a
 import triton
 import triton.language as tl
 
-from ramify.kernels._softmax import NOTHING, join, load_tile, positions_seen, power2, step
+from ramify.kernels._softmax import NOTHING, join, load_tile, positions_seen, step
 
 LOG2E = 1.4426950408889634
 FUSED, LINES = 8, 4  # chunks that `_join` adds at a time, and its rows a program
@@ -55,7 +55,7 @@ def _tree_attention(
     rows = load_tile(q + b * q_stride_b + t * q_stride_t + (h * group + r % group) * q_stride_h, d, live, D, BLOCK, True).to(WORK)
     word_at = ancestors + b * word_stride_b + t * word_stride_t
     m = tl.full([ROWS], NOTHING, tl.float32)
-    l = tl.zeros([ROWS], tl.float32)
+    mass = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK], tl.float32)
 
     begin, end, own = c * chunk, tl.minimum((c + 1) * chunk, n), 0
@@ -70,14 +70,20 @@ def _tree_attention(
         middle = tl.minimum(tl.maximum(begin, sink), end)
         rest = tl.minimum(tl.maximum(middle, lowest), end)
     for lo in range(begin, middle, KEYS):
-        keys, values = _prefix(k, v, page_table, b, h, lo + j, middle, d, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h, table_stride, D, PAGE, BLOCK, WINDOW)
-        seen = ((lo + j)[None, :] < middle) & live[:, None]  # without a window not looked at
-        m, l, acc = step(rows, keys.to(WORK), values.to(WORK), seen, m, l, acc, scale, WINDOW)
+        at = lo + j
+        inside = at < middle  # of a whole tile all are, and neither this nor `seen` is looked at
+        page, slot = _place_of(at, inside, b, page_table + b * table_stride, PAGE)
+        keys = load_tile(k + page * k_stride_b + slot * k_stride_s + h * k_stride_h, d, inside, D, BLOCK, WINDOW)
+        values = load_tile(v + page * v_stride_b + slot * v_stride_s + h * v_stride_h, d, inside, D, BLOCK, WINDOW)
+        seen = inside[None, :] & live[:, None]
+        m, mass, acc = step(rows, keys.to(WORK), values.to(WORK), seen, m, mass, acc, scale, WINDOW)
     for lo in range(rest, end, KEYS):
         at = lo + j
-        keys, values = _prefix(k, v, page_table, b, h, at, end, d, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h, table_stride, D, PAGE, BLOCK, True)
+        page, slot = _place_of(at, at < end, b, page_table + b * table_stride, PAGE)
+        keys = load_tile(k + page * k_stride_b + slot * k_stride_s + h * k_stride_h, d, at < end, D, BLOCK, True)
+        values = load_tile(v + page * v_stride_b + slot * v_stride_s + h * v_stride_h, d, at < end, D, BLOCK, True)
         seen = (at[None, :] < end) & (at[None, :] >= start[:, None])
-        m, l, acc = step(rows, keys.to(WORK), values.to(WORK), seen, m, l, acc, scale, True)
+        m, mass, acc = step(rows, keys.to(WORK), values.to(WORK), seen, m, mass, acc, scale, True)
     for lo in range(0, own, KEYS):
         at = lo + j
         keys = load_tile(tail_k + b * tk_stride_b + h * tk_stride_h + at.to(tl.int64) * tk_stride_t, d, at < own, D, BLOCK, True)
@@ -87,28 +93,21 @@ def _tree_attention(
         if WINDOW:
             key_at = n + positions_seen(ancestors + b * word_stride_b + at * word_stride_t, at < own, words) - 1
             seen = seen & ((key_at[None, :] >= start[:, None]) | (key_at[None, :] < sink))
-        m, l, acc = step(rows, keys.to(WORK), values.to(WORK), seen & (at[None, :] < own), m, l, acc, scale, True)
+        m, mass, acc = step(rows, keys.to(WORK), values.to(WORK), seen & (at[None, :] < own), m, mass, acc, scale, True)
 
     row = ((c * tl.num_programs(2) + b) * tl.num_programs(1) + h) * (T * group) + r
     mine = r < T * group
     tl.store(stats + 2 * row, m, mask=mine)
-    tl.store(stats + 2 * row + 1, l, mask=mine)
+    tl.store(stats + 2 * row + 1, mass, mask=mine)
     tl.store(part + row[:, None] * D + d[None, :], acc, mask=mine[:, None] & (d < D)[None, :])
 
 
 @triton.jit
-def _prefix(
-    k, v, page_table, b, h, at, end, d, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h, table_stride,
-    D: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Keys and values of the slots `at`, [KEYS, BLOCK] each; those from `end` on are 0."""
-    live = at < end
-    slot, where = at.to(tl.int64), b
+def _place_of(at, live, b, table, PAGE: tl.constexpr):
+    """(page, or sequence b without pages; slot in it) of the positions `at`, int64."""
     if PAGE > 0:
-        page = tl.load(page_table + b * table_stride + at // PAGE, mask=live, other=0) if MASKED else tl.load(page_table + b * table_stride + at // PAGE)
-        slot, where = (at % PAGE).to(tl.int64), page.to(tl.int64)
-    keys = load_tile(k + where * k_stride_b + slot * k_stride_s + h * k_stride_h, d, live, D, BLOCK, MASKED)
-    return keys, load_tile(v + where * v_stride_b + slot * v_stride_s + h * v_stride_h, d, live, D, BLOCK, MASKED)
+        return tl.load(table + at // PAGE, mask=live, other=0).to(tl.int64), (at % PAGE).to(tl.int64)
+    return b, at.to(tl.int64)
 
 
 @triton.jit(do_not_specialize=["T", "slots"])
@@ -128,7 +127,7 @@ def _join(
         used = tl.minimum(tl.load(tail_rows + b), T)
     r = tl.program_id(0) * LINES + tl.arange(0, LINES)
     t, d, i = r // group, tl.arange(0, BLOCK), tl.arange(0, FUSED)
-    m, l, acc = tl.full([LINES], NOTHING, tl.float32), tl.zeros([LINES], tl.float32), tl.zeros([LINES, BLOCK], tl.float32)
+    m, mass, acc = tl.full([LINES], NOTHING, tl.float32), tl.zeros([LINES], tl.float32), tl.zeros([LINES, BLOCK], tl.float32)
     chunks = tl.cdiv(n, chunk)
     for first in range(0, chunks + 1, FUSED):
         c = tl.where(first + i == chunks, splits - 1, first + i)  # the tail is the last to be added
@@ -137,12 +136,12 @@ def _join(
         each = tl.load(stats + 2 * row, mask=live, other=NOTHING)
         sums = tl.load(stats + 2 * row + 1, mask=live, other=0.0)
         o = tl.load(part + row[:, :, None] * D + d[None, None, :], mask=live[:, :, None] & (d < D)[None, None, :], other=0.0)
-        m, l, acc = join(m, l, acc, each, sums, o)
+        m, mass, acc = join(m, mass, acc, each, sums, o)
     seen, mine = m > NOTHING, r < T * group
-    l = tl.where(seen, l, 1.0)
+    mass = tl.where(seen, mass, 1.0)
     to = out + b * out_stride_b + t.to(tl.int64) * out_stride_t + (h * group + r % group) * out_stride_h
-    tl.store(to[:, None] + d[None, :], (acc / l[:, None]).to(out.dtype.element_ty), mask=mine[:, None] & (d < D)[None, :])
-    total = tl.where(seen, (m + tl.log2(l)) * 0.6931471805599453, float("-inf"))
+    tl.store(to[:, None] + d[None, :], (acc / mass[:, None]).to(out.dtype.element_ty), mask=mine[:, None] & (d < D)[None, :])
+    total = tl.where(seen, (m + tl.log2(mass)) * 0.6931471805599453, float("-inf"))
     tl.store(lse + b * lse_stride_b + t.to(tl.int64) * lse_stride_t + h * group + r % group, total, mask=mine)
 
 

@@ -1,4 +1,6 @@
-"""interval_attention and merge_states on Triton. Meaning: reference/attention.py. Status: interpreted and compiled, not yet run on hardware.
+"""interval_attention and merge_states on Triton. Meaning: reference/attention.py.
+
+Status: interpreted and compiled, not yet run on hardware.
 
 interval_attention: a program = (sequence, KV head, block of the T * Hq/Hkv rows that share that head); it walks the slots that any of
 its rows sees. Tiles that all of them see run without mask code. No split over keys: made for many rows, as in prefill.
@@ -41,14 +43,14 @@ def _interval_attention(
     head = h * group + r % group
     rows = load_tile(q + b * q_stride_b + t.to(tl.int64) * q_stride_t + head * q_stride_h, d, live, D, BLOCK, True).to(WORK)
     m = tl.full([ROWS], NOTHING, tl.float32)
-    l = tl.zeros([ROWS], tl.float32)
+    mass = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK], tl.float32)
     from_k, from_v = k + b * k_stride_b + h * k_stride_h, v + b * v_stride_b + h * v_stride_h
     for lo in range(whole, rest, KEYS):
         at = (lo + j).to(tl.int64)
         keys = load_tile(from_k + at * k_stride_s, d, live, D, BLOCK, False).to(WORK)
         values = load_tile(from_v + at * v_stride_s, d, live, D, BLOCK, False).to(WORK)
-        m, l, acc = step(rows, keys, values, live[:, None], m, l, acc, scale, False)
+        m, mass, acc = step(rows, keys, values, live[:, None], m, mass, acc, scale, False)
     for part in range(2):  # what lies before and behind the tiles that all rows see
         from_slot, to_slot = tl.where(part == 0, begin, rest), tl.where(part == 0, whole, last)
         for lo in range(from_slot, to_slot, KEYS):
@@ -57,12 +59,12 @@ def _interval_attention(
             used = tl.max(seen.to(tl.int32), 0) > 0  # 0 * NaN is NaN: what nobody sees must not reach the products
             keys = load_tile(from_k + at * k_stride_s, d, used, D, BLOCK, True).to(WORK)
             values = load_tile(from_v + at * v_stride_s, d, used, D, BLOCK, True).to(WORK)
-            m, l, acc = step(rows, keys, values, seen, m, l, acc, scale, True)
+            m, mass, acc = step(rows, keys, values, seen, m, mass, acc, scale, True)
     saw = m > NOTHING
-    l = tl.where(saw, l, 1.0)
+    mass = tl.where(saw, mass, 1.0)
     to = out + b * out_stride_b + t.to(tl.int64) * out_stride_t + head * out_stride_h
-    tl.store(to[:, None] + d[None, :], (acc / l[:, None]).to(out.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
-    total = tl.where(saw, (m + tl.log2(l)) * 0.6931471805599453, float("-inf"))
+    tl.store(to[:, None] + d[None, :], (acc / mass[:, None]).to(out.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
+    total = tl.where(saw, (m + tl.log2(mass)) * 0.6931471805599453, float("-inf"))
     tl.store(lse + b * lse_stride_b + t.to(tl.int64) * lse_stride_t + head, total, mask=live)
 
 

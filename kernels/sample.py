@@ -64,7 +64,8 @@ def _weigh(
 
 @triton.jit
 def _draw(
-    x, n_rows, parents, temperature, seed, position, tops, sums, args, drawn, row_top, row_sum, stride_b, stride_t, parent_stride, T, V, chunks,
+    x, n_rows, parents, temperature, seed, position, tops, sums, args, drawn, row_top, row_sum,
+    stride_b, stride_t, parent_stride, T, V, chunks,
     CHUNKS: tl.constexpr,  # chunks of a row, rounded up to a power of two
     BLOCK: tl.constexpr,  # columns of a chunk
 ):  # fmt: skip
@@ -233,7 +234,8 @@ def draw_rows(logits, parents, n_rows, temperature, seed, position, scratch):
     drawn, top, total = scratch((B, T), "i32"), scratch((B, T), "f32"), scratch((B, T), "f64")
     _weigh[(B * T, chunks)](logits, n_rows, temperature, *parts, *logits.stride()[:2], T, V, BLOCK=CHUNK, num_warps=8)
     _draw[(B * T,)](
-        logits, n_rows, parents, temperature, seed, position, *parts, drawn, top, total, *logits.stride()[:2], parents.stride(0), T, V, chunks,
+        logits, n_rows, parents, temperature, seed, position, *parts, drawn, top, total,
+        *logits.stride()[:2], parents.stride(0), T, V, chunks,
         CHUNKS=triton.next_power_of_2(chunks), BLOCK=CHUNK, num_warps=8,
     )  # fmt: skip
     return drawn, top, total
@@ -243,9 +245,10 @@ def judge(logits, q, drawn, top, total, tokens, parents, n_rows, temperature, se
     """Test the drawn children of each visited row: path int32 [B, T], count and bonus int32 [B]."""
     B, T, V = logits.shape
     _judge[(B,)](
-        logits, q, drawn, top, total, tokens, parents, n_rows, temperature, seed, position, scratch((B, 2, V), "f32"), scratch((B, V), "f32"),
-        path, count, bonus, *logits.stride()[:2], *q.stride()[:2], tokens.stride(0), parents.stride(0), path.stride(0), T, V,
-        WITHOUT=without, ROWS=triton.next_power_of_2(T), BLOCK=CHUNK, num_warps=8,
+        logits, q, drawn, top, total, tokens, parents, n_rows, temperature, seed, position,
+        scratch((B, 2, V), "f32"), scratch((B, V), "f32"), path, count, bonus,
+        *logits.stride()[:2], *q.stride()[:2], tokens.stride(0), parents.stride(0), path.stride(0), T, V,
+        WITHOUT=without, ROWS=triton.next_power_of_2(T), BLOCK=CHUNK, num_warps=16,
     )  # fmt: skip
 
 

@@ -190,6 +190,8 @@ def explain(op: str, *shapes: Collection[int], dtype: torch.dtype = torch.float3
         because = "no kernel takes the call"
     else:
         because = f"first that takes {_short(dtype)} on {device}" + (f", at {_level()}" if name == "cpu" else "")
+    if name in UNPROVEN:
+        because += f" ({UNPROVEN[name]})"
     needed, floor = FLOORS[op]
     moved, flops = floor(dtype.itemsize, sizes, *map(tuple, shapes)) if len(shapes) >= len(needed) else (None, None)
     others = {other: reason or f"{name} comes first" for other, reason in why.items() if other != name}

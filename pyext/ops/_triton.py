@@ -129,9 +129,8 @@ def verify_sample(
     if q is None:
         verify.verify_greedy(tokens, parents, drawn, n_rows, outs[0], count, bonus)
     else:
-        sample.judge(
-            logits, q, drawn, top, total, tokens, parents, n_rows, temperature, seed, position, mode == "wor", outs[0], count, bonus, scratch
-        )  # fmt: skip
+        drawn_rows = drawn, top, total, tokens, parents, n_rows, temperature, seed, position
+        sample.judge(logits, q, *drawn_rows, mode == "wor", outs[0], count, bonus, scratch)
     _store(count, outs[1])
     _store(bonus, outs[2])
 

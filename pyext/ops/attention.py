@@ -1,6 +1,7 @@
 """Attention over the user's own tensors: tree_attention, interval_attention, and merge_states for whoever splits the keys."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -193,7 +194,9 @@ _tree_attention = Op(
     cpu=_cpu,
     triton="tree_attention",
 )
-def _interval_reference(q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+
+
+def _interval_reference(q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float) -> Any:
     if q.device.type == "cpu" and start.numel():
         for name, bound in (("start", start), ("end", end)):
             low, high = (int(x) for x in bound.aminmax())

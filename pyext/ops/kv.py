@@ -51,7 +51,8 @@ def kv_commit(
 
     tail_k, tail_v [B, T, Hkv, D] float; caches as for kv_append; path int32 or int64 [B, A] and count int32 [B] as verify_greedy
     returns them; length int32 [B]. Entries of path from count[b] on are not read. With one more axis L in front of tails and caches,
-    all layers of a model at once, on a GPU in one launch. The caches change in place; rejected rows leave no trace. Raises ValueError for shapes, for rows outside the tail and slots beyond the cache; TypeError for dtypes.
+    all layers of a model at once, on a GPU in one launch. The caches change in place; rejected rows leave no trace. Raises ValueError
+    for shapes, for rows outside the tail and slots beyond the cache; TypeError for dtypes.
     """
     check = Shapes("kv_commit")
     layers = "L " if isinstance(tail_k, Tensor) and tail_k.ndim == 5 else ""

@@ -86,7 +86,7 @@ def _sample_reference(logits, tokens, parents, n_rows, temperature, seed, positi
 
 _verify_sample = Op(
     "verify_sample",
-    "Tensor logits, Tensor tokens, Tensor parents, Tensor n_rows, Tensor temperature, Tensor seed, Tensor position, Tensor? q, str mode",
+    "Tensor logits, Tensor tokens, Tensor parents, Tensor n_rows, Tensor temperature, Tensor seed, Tensor position, Tensor? q, str how",  # torch has a use of its own for an argument `mode`
     ["path", "count", "bonus"],
     allocate=lambda logits, tokens, parents, n_rows, *_: (
         tokens.new_empty(tokens.shape, dtype=torch.int32),

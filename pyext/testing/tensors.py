@@ -5,8 +5,8 @@ Used by the tests of the ops, and by anyone who tests a kernel or a plugin of th
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from importlib import import_module
 from dataclasses import dataclass, replace
+from importlib import import_module
 
 import torch
 from torch import Tensor

@@ -216,7 +216,7 @@ def guarded(races: bool = True) -> Iterator[None]:
 
 def _watch_launches() -> None:
     call, load, store = interpreter.GridExecutor.__call__, Builder.create_masked_load, Builder.create_masked_store
-    patch, patched = interpreter._patch_lang, set()
+    patch, patched = interpreter._patch_lang, set[int]()
 
     def patch_once(fn: Any) -> Any:
         """The interpreter's hold on triton.language, once a launch and not at every call of a helper: that is most of its time."""

@@ -47,11 +47,39 @@ def tree_attention(T, D, dtype=BF16, page=0, window=0):
     B, Hq, Hkv, S = 2, 32, 8, 8192
     q, tail = meta(B, T, Hq, D, dtype=dtype), meta(B, T, Hkv, D, dtype=dtype)
     cache = meta(B * S // page, page, Hkv, D, dtype=dtype) if page else meta(B, S, Hkv, D, dtype=dtype)
+    words, lengths, table = meta(B, T, -(-T // 64), dtype=I64), meta(B, dtype=I32), meta(B, S // page, dtype=I32) if page else None
     attention.tree_attention(
-        q, cache, cache, tail, tail, meta(B, T, -(-T // 64), dtype=I64), meta(B, dtype=I32), meta(B, S // page, dtype=I32) if page else None,
-        1 / math.sqrt(D), window, 4 if window else 0, meta(B, dtype=I32) if page else None, meta(*q.shape, dtype=dtype),
+        q, cache, cache, tail, tail, words, lengths, table,
+        1 / math.sqrt(D), window, 4 if window else 0, lengths if page else None, meta(*q.shape, dtype=dtype),
         meta(B, T, Hq, dtype=F32), scratch,
     )  # fmt: skip
+
+
+def interval_attention(T, D, dtype=BF16):
+    from ramify.kernels import interval
+
+    q, k, at = meta(2, T, 32, D, dtype=dtype), meta(2, 4096, 8, D, dtype=dtype), meta(2, T, dtype=I32)
+    interval.interval_attention(q, k, k, at, at, 0.1, q, meta(2, T, 32, dtype=F32))
+
+
+def merge_states():
+    from ramify.kernels import interval
+
+    interval.merge_states(meta(64, 128), meta(64, dtype=F32), meta(64, 128), meta(64, dtype=F32), meta(64, 128), meta(64, dtype=F32))
+
+
+def sample(name):
+    from ramify.kernels import sample
+
+    F64, logits, rows = torch.float64, meta(2, 64, 128256), meta(2, 64, dtype=I32)
+    per_sequence = meta(2, dtype=I32), meta(2, dtype=F32), meta(2, dtype=I64), meta(2, dtype=I32)
+    stats = rows, meta(2, 64, dtype=F32), meta(2, 64, dtype=F64)
+    q, count = meta(2, 64, 128256, dtype=F32), meta(2, dtype=I32)
+    {
+        "draw_rows": lambda: sample.draw_rows(logits, rows, *per_sequence, scratch),
+        "judge": lambda: sample.judge(logits, q, *stats, rows, rows, *per_sequence, True, rows, count, count, scratch),
+        "residual_sample": lambda: sample.residual_sample(q[0], q[0], meta(64, dtype=F64), meta(64, dtype=I32), scratch),
+    }[name]()
 
 
 def glue(name):
@@ -95,6 +123,9 @@ CASES = {
     "verify_greedy": (lambda: verify("verify_greedy"), ()),
     "kv_commit": (lambda: place(0), ()),
     "kv_commit paged": (lambda: place(64), ()),
+    **{name: (lambda name=name: sample(name), ("LDG.E.128",)) for name in ("draw_rows", "judge", "residual_sample")},
+    "merge_states": (merge_states, ()),
+    "interval_attention D128": (lambda: interval_attention(512, 128), (WIDE, "LDGSTS")),
     "tree_attention T1 D128": (lambda: tree_attention(1, 128), (MMA, "LDGSTS")),
     "tree_attention T8 D64": (lambda: tree_attention(8, 64), (MMA, "LDGSTS")),
     "tree_attention T16 D128": (lambda: tree_attention(16, 128), (WIDE, "LDGSTS")),
@@ -102,6 +133,7 @@ CASES = {
     "tree_attention T64 D128": (lambda: tree_attention(64, 128), (WIDE, "LDGSTS")),
     "tree_attention T64 D256": (lambda: tree_attention(64, 256), (WIDE, "LDGSTS")),
     "tree_attention T16 D128 paged window": (lambda: tree_attention(16, 128, page=64, window=1024), (WIDE, "LDGSTS")),
+    "tree_attention T16 D128 f32": (lambda: tree_attention(16, 128, F32), ("LDGSTS",)),
 }
 
 
