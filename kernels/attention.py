@@ -105,9 +105,10 @@ def _tree_attention(
 @triton.jit
 def _place_of(at, live, b, table, PAGE: tl.constexpr):
     """(page, or sequence b without pages; slot in it) of the positions `at`, int64."""
+    page, slot = b, at.to(tl.int64)
     if PAGE > 0:
-        return tl.load(table + at // PAGE, mask=live, other=0).to(tl.int64), (at % PAGE).to(tl.int64)
-    return b, at.to(tl.int64)
+        page, slot = tl.load(table + at // PAGE, mask=live, other=0).to(tl.int64), (at % PAGE).to(tl.int64)
+    return page, slot
 
 
 @triton.jit(do_not_specialize=["T", "slots"])

@@ -84,9 +84,9 @@ def _sample_reference(logits, tokens, parents, n_rows, temperature, seed, positi
     return reference.verify_sample(logits, tokens, parents, n_rows, temperature, seed, position, q, mode=mode)
 
 
-_verify_sample = Op(
+_verify_sample = Op(  # its mode is `how` in the schema: torch has a use of its own for an argument `mode`
     "verify_sample",
-    "Tensor logits, Tensor tokens, Tensor parents, Tensor n_rows, Tensor temperature, Tensor seed, Tensor position, Tensor? q, str how",  # torch has a use of its own for an argument `mode`
+    "Tensor logits, Tensor tokens, Tensor parents, Tensor n_rows, Tensor temperature, Tensor seed, Tensor position, Tensor? q, str how",
     ["path", "count", "bonus"],
     allocate=lambda logits, tokens, parents, n_rows, *_: (
         tokens.new_empty(tokens.shape, dtype=torch.int32),
