@@ -45,6 +45,12 @@ LOW_BIT = {
 """Low-bit weight formats, and the bits that a weight takes: code, float16 scale and zero of a group; scales of whole rows or
 blocks are not counted."""
 
+UNPROVEN = {
+    "triton": "interpreted and compiled, not yet run on hardware",
+    "cuda": "compiled and emulated, not yet run on hardware",
+}
+"""Backend -> what its kernels have not been through yet; said wherever they are listed (law 7)."""
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -57,7 +63,7 @@ class Kernel:
 
     def why_not(self, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) -> str:
         """Why this kernel does not take the call; empty when it does."""
-        if device != DEVICE_OF[self.backend]:
+        if device != DEVICE_OF[self.backend] and not (self.backend == "triton" and interpreted() and forced() == "triton"):
             return f"tensors are on {device}"
         if dtype not in self.dtypes:
             return f"dtype is {_short(dtype)}, takes {_spell(map(_short, self.dtypes))}"
@@ -88,14 +94,25 @@ TABLE = (
     Kernel("verify_greedy", "cuda", (torch.int32, torch.int64)),
     Kernel("kv_append", "cuda", _GPU, {"cache": _GPU}),
     Kernel("kv_commit", "cuda", _GPU, {"cache": _GPU}),
+    Kernel("tree_attention", "triton", _GPU, {"D": HEAD_SIZES, "kv": _GPU}),
+    Kernel("interval_attention", "triton", _GPU, {"D": HEAD_SIZES, "kv": _GPU}),
+    Kernel("merge_states", "triton", _GPU),
+    Kernel("rms_norm", "triton", _GPU, {"H": range(1, 16385)}),
+    Kernel("rope", "triton", _GPU),
+    Kernel("silu_mul", "triton", _GPU),
+    Kernel("embed", "triton", _GPU, {"out": _GPU}),
+    Kernel("row_stats", "triton", _GPU),
+    Kernel("topk_logits", "triton", _GPU, {"k": range(1, MAX_TOPK + 1)}),
+    Kernel("kv_append", "triton", _GPU, {"cache": _GPU}),
+    Kernel("kv_commit", "triton", _GPU, {"cache": _GPU}),
+    Kernel("verify_greedy", "triton", (torch.int32, torch.int64), {"T": range(1, 1025)}),
+    Kernel("verify_sample", "triton", _GPU, {"T": range(1, 1025)}),
+    Kernel("residual_sample", "triton", (torch.float32, torch.float64)),
 )
 """Everything that runs on a kernel. An op without a row here runs in plain torch on every device."""
 
-PLAIN = ("merge_states", "kv_append", "kv_commit", "verify_greedy")
-"""Ops on small or user-owned tensors: on the CPU their reference is as good as a kernel."""
-
-UNPROVEN = frozenset({"cuda"})
-"""Backends whose kernels no GPU has run yet: compiled and emulated, not yet run on hardware (law 7)."""
+PLAIN = ("merge_states", "kv_append", "kv_commit", "verify_greedy", "verify_sample", "residual_sample")
+"""Ops on small or user-owned tensors whose reference is as good as a kernel on the CPU: they run it without a word, forced or not."""
 
 OPS = tuple(dict.fromkeys([*(row.op for row in TABLE), *PLAIN]))
 
@@ -187,7 +204,7 @@ def explain(op: str, *shapes: Collection[int], dtype: torch.dtype = torch.float3
     ValueError for an unknown op or format.
     """
     one_of("op", op, OPS, "explain")
-    if op == "tree_attention" and shapes:
+    if op in ("tree_attention", "interval_attention") and shapes:
         sizes.setdefault("D", tuple(shapes[0])[-1])
     why = reasons(op, device, dtype, sizes)
     takes = [name for name, reason in why.items() if not reason]
@@ -203,7 +220,7 @@ def explain(op: str, *shapes: Collection[int], dtype: torch.dtype = torch.float3
     else:
         because = f"first that takes {_short(dtype)} on {device}" + (f", at {_level()}" if name == "cpu" else "")
     if name in UNPROVEN:
-        because += "; compiled and emulated, not yet run on hardware"
+        because += f" ({UNPROVEN[name]})"
     needed, floor = FLOORS[op]
     moved, flops = floor(dtype.itemsize, sizes, *map(tuple, shapes)) if len(shapes) >= len(needed) else (None, None)
     others = {other: reason or f"{name} comes first" for other, reason in why.items() if other != name}
@@ -225,6 +242,7 @@ def _linear_floor(item: int, sizes: Mapping[str, Any], x: tuple, weight: tuple, 
 
 FLOORS: dict[str, tuple[tuple[str, ...], Callable[..., tuple[int, int]]]] = {
     "tree_attention": (("q", "k"), _attention_floor),
+    "interval_attention": (("q", "k"), _attention_floor),
     "linear": (("x", "weight"), _linear_floor),
     "merge_states": (("o1",), lambda item, sizes, o, *_: (3 * prod(o) * item + 12 * prod(o[:-1]), 3 * prod(o))),
     "rms_norm": (("x",), lambda item, sizes, x, *_: (2 * prod(x) * item, 4 * prod(x))),
@@ -234,6 +252,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], Callable[..., tuple[int, int]]]] = {
     "row_stats": (("logits",), lambda item, sizes, x, *_: (prod(x) * item + 12 * x[0], 3 * prod(x))),
     "topk_logits": (("logits",), lambda item, sizes, x, *_: (prod(x) * item + 8 * x[0] * sizes.get("k", 1), prod(x))),
     "verify_greedy": (("tokens",), lambda item, sizes, tokens, *_: (12 * prod(tokens), 0)),
+    "verify_sample": (("logits",), lambda item, sizes, x, *_: (prod(x) * item, 3 * prod(x))),
+    "residual_sample": (("p",), lambda item, sizes, p, *_: (2 * prod(p) * item, 2 * prod(p))),
     "kv_append": (("k",), lambda item, sizes, k, *_: (4 * prod(k) * item, 0)),
     "kv_commit": (
         ("tail_k", "tail_v", "k_cache", "v_cache", "path"),
@@ -250,9 +270,15 @@ def params(op: str) -> list:
     rows = [row for row in TABLE if row.op == op]
     marks = {row.backend: missing(row.backend) for row in rows} | {"reference": ""}
     return [
-        pytest.param(TestBackend(name, DEVICE_OF.get(name, "cpu")), id=name, marks=[pytest.mark.skip(reason=why)] if why else [])
+        pytest.param(TestBackend(name, "cpu" if interpreted() else DEVICE_OF.get(name, "cpu")), id=name, marks=_skip(why))
         for name, why in marks.items()
     ]
+
+
+def _skip(why: str) -> list:
+    import pytest
+
+    return [pytest.mark.skip(reason=why)] if why else []
 
 
 @dataclass(frozen=True)
@@ -278,8 +304,8 @@ def _decide(op: str, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) 
     name = next(other for other, reason in why.items() if not reason)
     if name == "reference" and op not in PLAIN and (op, dtype) not in _said:
         _said.add((op, dtype))
-        elsewhere = ("no such kernel", f"tensors are on {device}")  # of no interest to who runs here
-        told = "; ".join(f"{other}: {reason}" for other, reason in why.items() if reason and reason not in elsewhere)
+        here = {other: reason for other, reason in why.items() if DEVICE_OF.get(other) == device and reason != "no such kernel"}
+        told = "; ".join(f"{other}: {reason}" for other, reason in here.items()) or "no kernel"
         log.warning("%s on %s %s runs on the reference (%s).", op, device, _short(dtype), told)
     return name
 
@@ -294,12 +320,30 @@ def missing(name: str) -> str:
     """Why a backend cannot run on this machine at all; empty when it can."""
     if name == "cuda":
         return native_cuda().missing()
+    if name == "triton":
+        return _missing_triton()
     if name != "cpu":
         return "not part of this build"
     if find_spec("ramify._cpu") is None:
         return "ramify._cpu is not built"
     native()  # a module that is there and does not load is a fault to be seen, not a reason to fall back
     return ""
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1. Slow; taken only when forced."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _missing_triton() -> str:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if interpreted():
+        return ""
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    major, minor = torch.cuda.get_device_capability()
+    return "" if major >= 8 else f"the GPU is sm_{major}{minor}, takes sm_80 or newer"
 
 
 def native() -> ModuleType:

@@ -88,9 +88,9 @@ class Shapes:
         return ValueError(f"{self.op}: {what}; takes {takes}.{' ' + do if do else ''}")
 
 
-def check_cache(check: Shapes, k_name: str, k: Tensor, v_name: str, v: Tensor, page_table: Tensor | None) -> None:
-    """k and v of a cache: [B, S, Hkv, D], or [pages, page, Hkv, D] with a page table [B, P]."""
-    axes = "B S Hkv D" if page_table is None else "pages page Hkv D"
+def check_cache(check: Shapes, k_name: str, k: Tensor, v_name: str, v: Tensor, page_table: Tensor | None, layers: str = "") -> None:
+    """k and v of a cache: [B, S, Hkv, D], or [pages, page, Hkv, D] with a page table [B, P]; `layers`: axes that stand before."""
+    axes = layers + ("B S Hkv D" if page_table is None else "pages page Hkv D")
     check(k_name, k, axes, FLOATS)
     check(v_name, v, axes, (k.dtype,))
     if page_table is not None:

@@ -94,7 +94,10 @@ def kv_commit(
     tail_k: Tensor, tail_v: Tensor, k_cache: Tensor, v_cache: Tensor, path: Tensor, count: Tensor, length: Tensor, table: Tensor | None
 ) -> None:
     """Accepted rows of every sequence into its slots from length[b] on."""
-    commit_layers(tail_k[None], tail_v[None], k_cache[None], v_cache[None], path, count, length, table)
+    if tail_k.ndim == 5:
+        commit_layers(tail_k, tail_v, k_cache, v_cache, path, count, length, table)
+    else:
+        commit_layers(tail_k[None], tail_v[None], k_cache[None], v_cache[None], path, count, length, table)
 
 
 def commit_layers(

@@ -1,6 +1,7 @@
-"""tree_attention over the user's own tensors, and merge_states for whoever splits the keys."""
+"""Attention over the user's own tensors: tree_attention, interval_attention, and merge_states for whoever splits the keys."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,46 @@ def tree_attention(
         out = (outputs("tree_attention", out, 1)[0], q.new_empty(q.shape[:3], dtype=torch.float32))
     result = _tree_attention(q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows, out=out)
     return result if return_lse else result[0]
+
+
+def interval_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    end: Tensor,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    out: Tensor | tuple[Tensor, Tensor] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention in which row t of sequence b sees the slots from start[b, t] up to and without end[b, t].
+
+    One start and one end a row say causal, prefix, window, block-causal, block-diagonal, full and rectangular attention, without a mask.
+    q [B, T, Hq, D] float; k, v [B, S, Hkv, D] of one float dtype; start, end int32 [B, T], 0 to S; an end at or below its start sees
+    nothing and gives 0 and -inf. scale: 1 / sqrt(D) by default. Slots that no row sees may hold anything.
+
+    Returns o [B, T, Hq, D] in q's dtype (, lse float32 [B, T, Hq], natural logarithm, with return_lse). Raises ValueError for shapes, and
+    on the CPU for an interval outside the slots; TypeError for dtypes.
+    """
+    tensor("interval_attention", "q", q)
+    D = math.prod(q.shape[-1:]) or 1  # no D, or one of 0, is for the check to refuse
+    scale = 1 / math.sqrt(D) if scale is None else float(number("scale", scale, "interval_attention"))
+    if out is not None and not return_lse:
+        out = (outputs("interval_attention", out, 1)[0], q.new_empty(q.shape[:3], dtype=torch.float32))
+    result = _interval_attention(q, k, v, start, end, scale, out=out)
+    return result if return_lse else result[0]
+
+
+def _check_interval(q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float) -> Results:
+    check = Shapes("interval_attention")
+    check("q", q, "B T Hq D", FLOATS)
+    check("k", k, "B S Hkv D", FLOATS)
+    check("v", v, "B S Hkv D", (k.dtype,))
+    check("start", start, "B T", INT32)
+    check("end", end, "B T", INT32)
+    _check_heads("interval_attention", q.shape[2], k.shape[2])
+    return (q.shape, q.dtype), (q.shape[:3], torch.float32)
 
 
 def merge_states(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, *, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -120,6 +161,13 @@ def _check_merge_states(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> R
     return ((o1.shape, o1.dtype), (lse1.shape, torch.float32))
 
 
+def _check_heads(op: str, Hq: int, Hkv: int) -> None:
+    if Hkv == 0 or Hq % Hkv:
+        raise ValueError(
+            f"{op}: q has {Hq} heads and k has {Hkv}; q heads must be a multiple of k heads. Axes are q [B, T, Hq, D], k [B, S, Hkv, D]."
+        )
+
+
 def _check_values(q: Tensor, k: Tensor, ancestors: Tensor, prefix_len: Tensor, page_table: Tensor | None, tail_rows: Tensor | None) -> None:
     """Lengths fit their tensors and every used row sees itself and no later row. On the CPU only: reading costs nothing there."""
     if q.device.type != "cpu":
@@ -175,6 +223,27 @@ _tree_attention = Op(
     reference=_reference,
     cpu=_cpu,
     cuda=_cuda,
+    triton="tree_attention",
+)
+
+
+def _interval_reference(q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float) -> Any:
+    if q.device.type == "cpu" and start.numel():
+        for name, bound in (("start", start), ("end", end)):
+            low, high = (int(x) for x in bound.aminmax())
+            if low < 0 or high > k.shape[1]:
+                raise ValueError(f"interval_attention: {name} holds {low if low < 0 else high}; takes 0 to {k.shape[1]}, the slots of k.")
+    return reference.interval_attention(q, k, v, start, end, scale=scale, return_lse=True)
+
+
+_interval_attention = Op(
+    "interval_attention",
+    "Tensor q, Tensor k, Tensor v, Tensor start, Tensor end, float scale",
+    ["out", "lse_out"],
+    check=_check_interval,
+    sizes=lambda q, k, *_: {"dtype": q.dtype, "D": q.shape[3], "kv": k.dtype},
+    reference=_interval_reference,
+    triton="interval_attention",
 )
 _merge_states = Op(
     "merge_states",
@@ -183,4 +252,5 @@ _merge_states = Op(
     check=_check_merge_states,
     sizes=lambda o1, *_: {"dtype": o1.dtype},
     reference=reference.merge_states,
+    triton="merge_states",
 )

@@ -152,20 +152,22 @@ _rms_norm = Op(
     "Tensor x, Tensor weight, float eps",
     ["out"],
     check=_check_rms_norm,
-    sizes=lambda x, weight, eps: {"dtype": x.dtype, "weight": weight.dtype},
+    sizes=lambda x, weight, eps: {"dtype": x.dtype, "weight": weight.dtype, "H": x.shape[-1]},
     reference=lambda x, weight, eps: (reference.rms_norm(x, weight, eps=eps),),
     cpu=lambda outs, x, weight, eps: _native.rms_norm(outs, x, weight, None, eps),
     cuda=lambda outs, x, weight, eps: _cuda.rms_norm(outs, x, weight, None, eps),
+    triton="rms_norm",
 )
 _rms_norm_residual = Op(
     "rms_norm.residual",
     "Tensor x, Tensor weight, Tensor residual, float eps",
     ["out", "residual_out"],
     check=lambda x, weight, residual, eps: _check_rms_norm(x, weight, eps, residual),
-    sizes=lambda x, weight, residual, eps: {"dtype": x.dtype, "weight": weight.dtype},
+    sizes=lambda x, weight, residual, eps: {"dtype": x.dtype, "weight": weight.dtype, "H": x.shape[-1]},
     reference=lambda x, weight, residual, eps: reference.rms_norm(x, weight, residual, eps=eps),
     cpu=_native.rms_norm,
     cuda=_cuda.rms_norm,
+    triton="rms_norm_residual",
 )
 _rope = Op(
     "rope",
@@ -176,6 +178,7 @@ _rope = Op(
     reference=_rope_reference,
     cpu=_rope_cpu,
     cuda=_rope_cuda,
+    triton="rope",
 )
 _silu_mul = Op(
     "silu_mul",
@@ -186,6 +189,7 @@ _silu_mul = Op(
     reference=lambda x: (reference.silu_mul(x),),
     cpu=_native.silu_mul,
     cuda=_cuda.silu_mul,
+    triton="silu_mul",
 )
 _embed = Op(
     "embed",
@@ -196,4 +200,5 @@ _embed = Op(
     reference=_embed_reference,
     cpu=_embed_cpu,
     cuda=_embed_cuda,
+    triton="embed",
 )

@@ -44,8 +44,9 @@ def kv_commit(
     """Append the accepted rows of a tree: tail row path[b, i] goes to slot length[b] + i, for i < count[b].
 
     tail_k, tail_v [B, T, Hkv, D] float; caches as for kv_append; path int32 or int64 [B, A] and count int32 [B] as verify_greedy
-    returns them; length int32 [B]. Entries of path from count[b] on are not read. The caches change in place; rejected rows leave
-    no trace. Raises ValueError for shapes, for rows outside the tail and slots beyond the cache; TypeError for dtypes.
+    returns them; length int32 [B]. Entries of path from count[b] on are not read. With one more axis L in front of tails and caches,
+    all layers of a model at once, on a GPU in one launch. The caches change in place; rejected rows leave no trace. Raises ValueError
+    for shapes, for rows outside the tail and slots beyond the cache; TypeError for dtypes.
     """
     _kv_commit(tail_k, tail_v, k_cache, v_cache, path, count, length, page_table)
 
@@ -65,10 +66,10 @@ def _check_append(
 def _check_commit(
     tail_k: Tensor, tail_v: Tensor, k_cache: Tensor, v_cache: Tensor, path: Tensor, count: Tensor, length: Tensor, page_table: Tensor | None
 ) -> None:
-    check = Shapes("kv_commit")
-    check("tail_k", tail_k, "B T Hkv D", FLOATS)
-    check("tail_v", tail_v, "B T Hkv D", FLOATS)
-    check_cache(check, "k_cache", k_cache, "v_cache", v_cache, page_table)
+    check, layers = Shapes("kv_commit"), "L " if tail_k.ndim == 5 else ""
+    check("tail_k", tail_k, f"{layers}B T Hkv D", FLOATS)
+    check("tail_v", tail_v, f"{layers}B T Hkv D", FLOATS)
+    check_cache(check, "k_cache", k_cache, "v_cache", v_cache, page_table, layers)
     check("path", path, "B A", INDICES)
     check("count", count, "B", INT32)
     check("length", length, "B", INT32)
@@ -78,7 +79,8 @@ def _check_slots(op: str, name: str, counts: Tensor, most: int, length: Tensor, 
     """Everything fits, and no page is written twice. On the CPU only: elsewhere the answer would cost a synchronisation."""
     if length.device.type != "cpu":
         return
-    slots = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
+    size, pages = k_cache.shape[-3], k_cache.shape[-4]
+    slots = size * (1 if page_table is None else page_table.shape[1])
     written: set[int] = set()
     for b, (n, first) in enumerate(zip(counts.tolist(), length.tolist())):
         if not 0 <= n <= most:
@@ -86,9 +88,9 @@ def _check_slots(op: str, name: str, counts: Tensor, most: int, length: Tensor, 
         if not 0 <= first <= slots - n:
             raise ValueError(f"{op}: length[{b}] is {first} and {n} rows follow; takes {slots} slots in all. Give the cache more slots.")
         if page_table is not None and n:
-            for page in page_table[b, first // k_cache.shape[1] : (first + n - 1) // k_cache.shape[1] + 1].tolist():
-                if not 0 <= page < k_cache.shape[0]:
-                    raise ValueError(f"{op}: page_table[{b}] names page {page}, outside the cache; takes 0 to {k_cache.shape[0] - 1}.")
+            for page in page_table[b, first // size : (first + n - 1) // size + 1].tolist():
+                if not 0 <= page < pages:
+                    raise ValueError(f"{op}: page_table[{b}] names page {page}, outside the cache; takes 0 to {pages - 1}.")
                 if page in written:
                     raise ValueError(f"{op}: page_table[{b}] writes page {page}, as another entry does; takes pages of its own. Copy it.")
                 written.add(page)
@@ -117,7 +119,7 @@ def _commit(
     tail_k: Tensor, tail_v: Tensor, k_cache: Tensor, v_cache: Tensor, path: Tensor, count: Tensor, length: Tensor, page_table: Tensor | None
 ) -> None:
     _check_slots("kv_commit", "count", count, path.shape[1], length, k_cache, page_table)
-    _check_path(path, count, tail_k.shape[1])
+    _check_path(path, count, tail_k.shape[-3])
     reference.kv_commit(tail_k, tail_v, k_cache, v_cache, path, count, length, page_table=page_table)
 
 
@@ -131,7 +133,7 @@ def _append_cuda(k: Tensor, v: Tensor, k_cache: Tensor, *rest: Any) -> None:
 def _commit_cuda(tail_k: Tensor, tail_v: Tensor, k_cache: Tensor, v_cache: Tensor, path: Tensor, *rest: Any) -> None:
     count, length, page_table = rest
     _check_slots("kv_commit", "count", count, path.shape[1], length, k_cache, page_table)
-    _check_path(path, count, tail_k.shape[1])
+    _check_path(path, count, tail_k.shape[-3])
     _cuda.kv_commit(tail_k, tail_v, k_cache, v_cache, path, *rest)
 
 
@@ -146,6 +148,7 @@ _kv_append = InPlaceOp(
     _sizes,
     _append,
     cuda=_append_cuda,
+    triton="kv_append",
 )
 _kv_commit = InPlaceOp(
     "kv_commit",
@@ -154,4 +157,5 @@ _kv_commit = InPlaceOp(
     _sizes,
     _commit,
     cuda=_commit_cuda,
+    triton="kv_commit",
 )

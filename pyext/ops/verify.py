@@ -78,27 +78,29 @@ def _check_verify_greedy(tokens: Tensor, parents: Tensor, argmax: Tensor, n_rows
     return ((tokens.shape, torch.int32), (n_rows.shape, torch.int32), (n_rows.shape, torch.int32))
 
 
-def _check_tree(tokens: Tensor, parents: Tensor, n_rows: Tensor) -> None:
-    if tokens.device.type == "cpu":
-        T = tokens.shape[1]
-        row = torch.arange(T)
-        for b, n in enumerate(n_rows.tolist()):
-            if not 1 <= n <= T:
-                raise ValueError(f"verify_greedy: n_rows[{b}] is {n}; takes 1 to {T}.")
-        used = row < n_rows[:, None]
-        wrong = used & torch.where(row == 0, parents != -1, (parents < 0) | (parents >= row))
-        if wrong.any():
-            b, i = wrong.nonzero()[0].tolist()
-            raise ValueError(f"verify_greedy: parents[{b}, {i}] is {parents[b, i]}; takes {'-1' if i == 0 else f'0 to {i - 1}'}.")
+def check_tree(op: str, parents: Tensor, n_rows: Tensor) -> None:
+    """n_rows and parents make trees. Asked on the CPU only: elsewhere the answer would cost a synchronisation."""
+    if parents.device.type != "cpu":
+        return
+    T = parents.shape[1]
+    row = torch.arange(T)
+    for b, n in enumerate(n_rows.tolist()):
+        if not 1 <= n <= T:
+            raise ValueError(f"{op}: n_rows[{b}] is {n}; takes 1 to {T}.")
+    used = row < n_rows[:, None]
+    wrong = used & torch.where(row == 0, parents != -1, (parents < 0) | (parents >= row))
+    if wrong.any():
+        b, i = wrong.nonzero()[0].tolist()
+        raise ValueError(f"{op}: parents[{b}, {i}] is {parents[b, i]}; takes {'-1' if i == 0 else f'0 to {i - 1}'}.")
 
 
 def _walk(tokens: Tensor, parents: Tensor, argmax: Tensor, n_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    _check_tree(tokens, parents, n_rows)
+    check_tree("verify_greedy", parents, n_rows)
     return reference.verify_greedy(tokens, parents, argmax, n_rows)
 
 
 def _walk_cuda(outs: tuple[Tensor, ...], tokens: Tensor, parents: Tensor, argmax: Tensor, n_rows: Tensor) -> None:
-    _check_tree(tokens, parents, n_rows)
+    check_tree("verify_greedy", parents, n_rows)
     _cuda.verify_greedy(outs, tokens, parents, argmax, n_rows)
 
 
@@ -111,6 +113,7 @@ _row_stats = Op(
     reference=reference.row_stats,
     cpu=_native.row_stats,
     cuda=_cuda.row_stats,
+    triton="row_stats",
 )
 _topk_logits = Op(
     "topk_logits",
@@ -121,13 +124,15 @@ _topk_logits = Op(
     reference=reference.topk_logits,
     cpu=_native.topk_logits,
     cuda=_cuda.topk_logits,
+    triton="topk_logits",
 )
 _verify_greedy = Op(
     "verify_greedy",
     "Tensor tokens, Tensor parents, Tensor argmax, Tensor n_rows",
     ["path", "count", "bonus"],
     check=_check_verify_greedy,
-    sizes=lambda tokens, *_: {"dtype": tokens.dtype},
+    sizes=lambda tokens, *_: {"dtype": tokens.dtype, "T": tokens.shape[1]},
     reference=_walk,
     cuda=_walk_cuda,
+    triton="verify_greedy",
 )

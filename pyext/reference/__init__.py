@@ -3,7 +3,7 @@
 Written to be read. Any float dtype, float64 included: a test compares a kernel with these functions in double.
 """
 
-from ramify.reference.attention import merge_states, tree_attention
+from ramify.reference.attention import interval_attention, merge_states, tree_attention
 from ramify.reference.glue import embed, rms_norm, rope, rope_append, silu_mul
 from ramify.reference.kv import kv_append, kv_commit
 from ramify.reference.linear import linear, quantize_rows
@@ -11,6 +11,7 @@ from ramify.reference.verify import residual_sample, row_stats, topk_logits, tre
 
 __all__ = [
     "embed",
+    "interval_attention",
     "kv_append",
     "kv_commit",
     "linear",

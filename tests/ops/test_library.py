@@ -19,6 +19,11 @@ rows, length = torch.randn(2, 3, 1, 4), torch.ones(2, dtype=I32)
 tokens, parents = torch.tensor([[1, 2, 3]], dtype=I32), torch.tensor([[-1, 0, 0]], dtype=I32)
 low_bit = QuantizedWeight(Format("int8"), torch.ones(5, 8, dtype=torch.int8), torch.ones(5, 1))
 stats = torch.zeros(3, dtype=I32), torch.zeros(3), torch.zeros(3)
+start, end = torch.zeros(2, 5, dtype=I32), torch.full((2, 5), 4, dtype=I32)
+intervals = case.q, case.k[:, :4], case.v[:, :4], start, end
+verdict = torch.zeros(1, 3, dtype=I32), torch.zeros(1, dtype=I32), torch.zeros(1, dtype=I32)
+q = torch.rand(1, 3, 8)
+sampled = x[None], tokens, parents, length[:1] * 3, torch.ones(1), torch.ones(1, dtype=torch.int64), length[:1]
 
 
 def caches():
@@ -30,6 +35,8 @@ RAW = [
     ("tree_attention.default", (*case.tensors, None, 0.1, 0, 0, None), {}),
     ("tree_attention.default", (*paged.tensors, paged.page_table, 0.1, 7, 2, paged.tail_rows), {}),
     ("tree_attention.out", (*case.tensors, None, 0.1, 0, 0, None), {"out": torch.zeros(2, 5, 4, 64), "lse_out": torch.zeros(2, 5, 4)}),
+    ("interval_attention.default", (*intervals, 0.1), {}),
+    ("interval_attention.out", (*intervals, 0.1), {"out": torch.zeros(2, 5, 4, 64), "lse_out": torch.zeros(2, 5, 4)}),
     ("merge_states.default", (x, weight[:3], x, weight[3:6]), {}),
     ("merge_states.out", (x, weight[:3], x, weight[3:6]), {"out": torch.zeros(3, 8), "lse_out": torch.zeros(3)}),
     ("linear.default", (x, torch.randn(5, 8), torch.randn(5), "silu", torch.randn(3, 5)), {}),
@@ -56,6 +63,10 @@ RAW = [
     ("verify_greedy.default", (tokens, parents, tokens + 1, length[:1] * 3), {}),
     ("verify_greedy.out", (tokens, parents, tokens + 1, length[:1] * 3),
      {"path": torch.zeros(1, 3, dtype=I32), "count": torch.zeros(1, dtype=I32), "bonus": torch.zeros(1, dtype=I32)}),
+    ("verify_sample.default", (*sampled, q, "wor"), {}),
+    ("verify_sample.out", (*sampled, None, "det"), dict(zip(("path", "count", "bonus"), verdict))),
+    ("residual_sample.default", (q[0], q[0].flip(0), torch.rand(3).double()), {}),
+    ("residual_sample.out", (q[0], q[0].flip(0), torch.rand(3).double()), {"ids": torch.zeros(3, dtype=I32)}),
     ("kv_append.default", (rows, rows, *caches(), length, None, None), {}),
     ("kv_commit.default", (rows, rows, *caches(), torch.tensor([[0, 2], [1, 1]]), length, length, None), {}),
 ]  # fmt: skip
@@ -278,6 +289,7 @@ def commit_both(path):
 # One public call each, as a user writes it, with a torch op on either side so that there is a graph to break.
 CALLS = {
     "tree_attention": lambda: ops.tree_attention(case.q * 2, *case.tensors[1:], window=5, sink=1, return_lse=True)[0] + 1,
+    "interval_attention": lambda: ops.interval_attention(case.q * 2, *intervals[1:]) + 1,
     "merge_states": lambda: ops.merge_states(x * 2, weight[:3], x, weight[3:6])[0] + 1,
     "linear": lambda: ops.linear(x * 2, torch.ones(5, 8), activation="silu", out=torch.zeros(3, 5)) + 1,
     "linear.low_bit": lambda: ops.linear(x * 2, low_bit, activation="silu", activations="int8-group") + 1,
@@ -288,6 +300,8 @@ CALLS = {
     "row_stats": lambda: ops.row_stats(x * 2).lse + 1,
     "topk_logits": lambda: ops.topk_logits(x * 2, 3)[1] + 1,
     "verify_greedy": lambda: ops.verify_greedy(tokens, parents, tokens + 1, length[:1] * 3)[0] + 1,
+    "verify_sample": lambda: ops.verify_sample(sampled[0] * 2, *sampled[1:], q, mode="iid")[0] + 1,
+    "residual_sample": lambda: ops.residual_sample(q[0] * 2, q[0], torch.full((3,), 0.5, dtype=torch.float64)) + 1,
     "kv_append": lambda: commit_both(torch.tensor([[0, 2], [1, 1]]))[0],
     "kv_commit": lambda: commit_both(torch.tensor([[2, 2], [1, 1]]))[0],
 }
