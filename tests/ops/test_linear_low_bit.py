@@ -61,7 +61,7 @@ def check(x, weight, how, bias=None, activation=None, residual=None, dot=False):
     want = reference.linear(wide[0], weight, wide[1], activation=activation, residual=wide[2], activations=how)
     # Rounded inputs: both sides hold the same integers, so what differs is one f32 chain over groups of at least 32 inputs, in its
     # worst case. Exact: a chain of K additions wanders like a random walk, four half-ulps of the sum of magnitudes. Then one rounding
-    # of the result. A level that multiplies in bf16 rounds both factors of a term, by up to 2^-8 of it each: six sigmas of their random sum.
+    # of the result. A level that multiplies in bf16 rounds both factors of a term, by up to 2^-8 of it each: six sigmas of their sum.
     limit = 2**-24 * (4 if how == "exact" else K / 32 + 4) * magnitudes(x, weight)
     limit += (2**-8 if x.dtype == BF16 else 2**-21) * (want.abs() + 1)
     if how == "exact" and dot:
