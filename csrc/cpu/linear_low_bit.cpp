@@ -99,8 +99,9 @@ struct Exact {
     return packed;
   }
 
-  // Inputs [k, stop) of the 32 features from `column` on.
-  static void dequantize(const LinearArgs& a, const LowBitLayout& w, int64_t column, int64_t k, int64_t stop, void* slab) {
+  // Inputs [k, stop) of the 32 features from `column` on. Inlined, its constants would take a register that the product needs.
+  __attribute__((noinline)) static void dequantize(const LinearArgs& a, const LowBitLayout& w, int64_t column, int64_t k, int64_t stop,
+                                                   void* slab) {
     for (int64_t half = 0; half < kPanel; half += kLowBitPanel) {
       const uint8_t* const panel = static_cast<const uint8_t*>(a.weight) + (column + half) / kLowBitPanel * w.panel;
       for (int64_t g = k / w.group; g * w.group < stop; ++g) {
