@@ -20,7 +20,7 @@ LOW_BIT = {"int8": INT8, "int4": INT4, "fp8": FP8}
 ACTIVATIONS = {"exact": 0, "int8": 1, "int8-group": 2}
 COPY, RMS_NORM, SILU_MUL = 0, 1, 2
 NO_ACTIVATION, SILU = 0, 1
-PANEL, LOW_BIT_PANEL, TILE, CHUNK = 32, 16, 64, 512
+PANEL, TILE, CHUNK = 32, 64, 512
 
 
 def _struct(name: str, kernel: int, fields: str) -> type[ctypes.Structure]:

@@ -31,12 +31,12 @@ struct Dense {
 
   static void pack(const LinearArgs& a, const float* x, int64_t M, int64_t m, void* packed) {
     const int64_t first = m / kRows * kRows, rows = M - first < kRows ? M - first : kRows;
-    pack_row(a, x, static_cast<char*>(packed) + packed_bytes(a, first), int(rows), int(m - first));
+    pack_row(a, x, a.K, static_cast<char*>(packed) + packed_bytes(a, first), int(rows), int(m - first));
   }
 
   static const void* pack_one(const LinearArgs& a, const float* x, void* packed) {
     if (!uses_dot(a)) return x;
-    pack_row(a, x, packed, 1, 0);
+    pack_row(a, x, a.K, packed, 1, 0);
     return packed;
   }
 
@@ -59,7 +59,8 @@ struct Dense {
         for (int64_t first = 0; first < M; first += kRows) {
           const int rows = int(M - first < kRows ? M - first : kRows);
           const int64_t stop = k + kDepth < a.K ? k + kDepth : a.K;
-          const Part part{static_cast<const char*>(packed) + packed_bytes(a, first), first, k, stop, sums};
+          const char* const x = static_cast<const char*>(packed) + packed_bytes(a, first) + k * rows * value_bytes(a);
+          const Part part{x, first, k, stop, sums};
           with_rows(rows, [&]<int R>() {
             constexpr int N = tile_vectors(R) < kPanelVecs ? tile_vectors(R) : kPanelVecs;
             for (int64_t col = panel; col < panel + kPanel; col += N * L) dense_tile<R, N>(a, part, col);

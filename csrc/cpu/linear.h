@@ -21,6 +21,7 @@ inline int64_t lines(int64_t bytes) { return pad_to(bytes, 64); }
 
 // Both operands of the product are pairs of bf16.
 inline bool uses_dot(const LinearArgs& a) { return RAMIFY_BF16_DOT && a.dtype != kF32; }
+inline int64_t value_bytes(const LinearArgs& a) { return uses_dot(a) ? 2 : 4; }
 
 // One input row, prepared: f32 [K]. `row` and `other` have room for one each.
 inline const float* prepare(const LinearArgs& a, const float* x, float* row, float* other) {
@@ -36,15 +37,15 @@ inline const float* prepare(const LinearArgs& a, const float* x, float* row, flo
   return other;
 }
 
-// Row m of a group of `rows`: values [k * rows + m], or pairs of bf16 when both operands of the product are.
-inline void pack_row(const LinearArgs& a, const float* x, void* group, int rows, int m) {
+// K values of row m of a group of `rows`: [k * rows + m], or pairs of bf16 when both operands of the product are.
+inline void pack_row(const LinearArgs& a, const float* x, int64_t K, void* group, int rows, int m) {
   if (!uses_dot(a)) {
     float* out = static_cast<float*>(group) + m;
-    for (int64_t k = 0; k < a.K; ++k) out[k * rows] = x[k];
+    for (int64_t k = 0; k < K; ++k) out[k * rows] = x[k];
     return;
   }
   uint32_t* out = static_cast<uint32_t*>(group) + m;
-  for (int64_t k = 0; k < a.K; k += 2) out[(k >> 1) * rows] = narrow(x[k]) | uint32_t(k + 1 < a.K ? narrow(x[k + 1]) : 0) << 16;
+  for (int64_t k = 0; k < K; k += 2) out[(k >> 1) * rows] = narrow(x[k]) | uint32_t(k + 1 < K ? narrow(x[k + 1]) : 0) << 16;
 }
 
 // One vector of results: bias, activation, residual, store. Columns past N are left out.
@@ -60,7 +61,7 @@ RAMIFY_INLINE void finish(const LinearArgs& a, Vec y, int64_t row, int64_t colum
 // Part of one panel's product: inputs [begin, end) of K for one group of rows. Sums wait in `sums` [rows][kPanel] between
 // parts; storing and reloading an f32 changes nothing.
 struct Part {
-  const void* group;
+  const void* x;  // packed values of input `begin`
   int64_t first_row, begin, end;
   float* sums;
 };
@@ -75,10 +76,10 @@ RAMIFY_INLINE void tile(const LinearArgs& a, const Part& part, int64_t column, c
     for (int n = 0; n < N; ++n) acc[m][n] = part.begin == 0 ? Vec::set(0.f) : Vec::load(sums + m * kPanel + n * L);
 #if RAMIFY_BF16_DOT
   if constexpr (W::kPairs)
-    multiply_bf16<M, N>(acc, static_cast<const uint32_t*>(part.group) + part.begin / 2 * M, w, (K + 1) / 2);
+    multiply_bf16<M, N>(acc, static_cast<const uint32_t*>(part.x), w, (K + 1) / 2);
   else
 #endif
-    multiply<M, 1>(acc, static_cast<const float*>(part.group) + part.begin * M, w, K, ahead);
+    multiply<M, 1>(acc, static_cast<const float*>(part.x), w, K, ahead);
   const bool last = part.end == a.K;
   for (int n = 0; n < N; ++n)
     for (int m = 0; m < M; ++m) {

@@ -79,19 +79,29 @@ struct Exact {
   static int64_t packed_bytes(const LinearArgs& a, int64_t M) { return M * pad_to(a.K, 16) * 4; }
   static int64_t work_bytes(const LinearArgs&, int64_t M) { return (kLowBitGroup + M) * kPanel * 4; }
 
+  // The packed input: [128 inputs][rows in groups of kRows], so that what meets one slab of weights lies together.
+  static int64_t offset(const LinearArgs& a, int64_t M, int64_t first, int64_t k) {
+    const int64_t left = pad_to(a.K, 16) - k;
+    return (k * M + (left < kLowBitGroup ? left : kLowBitGroup) * first) * value_bytes(a);
+  }
+
   static void pack(const LinearArgs& a, const float* x, int64_t M, int64_t m, void* packed) {
     const int64_t first = m / kRows * kRows, rows = M - first < kRows ? M - first : kRows;
-    pack_row(a, x, static_cast<char*>(packed) + packed_bytes(a, first), int(rows), int(m - first));
+    for (int64_t k = 0; k < a.K; k += kLowBitGroup) {
+      const int64_t count = a.K - k < kLowBitGroup ? a.K - k : kLowBitGroup;
+      pack_row(a, x + k, count, static_cast<char*>(packed) + offset(a, M, first, k), int(rows), int(m - first));
+    }
   }
 
   static const void* pack_one(const LinearArgs& a, const float* x, void* packed) {
     if (!uses_dot(a)) return x;
-    pack_row(a, x, packed, 1, 0);
+    pack_row(a, x, a.K, packed, 1, 0);
     return packed;
   }
 
-  // Inputs [k, stop) of the 32 features from `column` on.
-  static void dequantize(const LinearArgs& a, const LowBitLayout& w, int64_t column, int64_t k, int64_t stop, void* slab) {
+  // Inputs [k, stop) of the 32 features from `column` on. Inlined, its constants would take a register that the product needs.
+  __attribute__((noinline)) static void dequantize(const LinearArgs& a, const LowBitLayout& w, int64_t column, int64_t k, int64_t stop,
+                                                   void* slab) {
     for (int64_t half = 0; half < kPanel; half += kLowBitPanel) {
       const uint8_t* const panel = static_cast<const uint8_t*>(a.weight) + (column + half) / kLowBitPanel * w.panel;
       for (int64_t g = k / w.group; g * w.group < stop; ++g) {
@@ -115,7 +125,7 @@ struct Exact {
         const int64_t stop = k + kLowBitGroup < a.K ? k + kLowBitGroup : a.K;
         dequantize(a, w, panel, k, stop, slab);
         for (int64_t first = 0; first < M; first += kRows) {
-          const Part part{static_cast<const char*>(packed) + packed_bytes(a, first), first, k, stop, sums};
+          const Part part{static_cast<const char*>(packed) + offset(a, M, first, k), first, k, stop, sums};
           with_rows(int(M - first < kRows ? M - first : kRows), [&]<int R>() {
             constexpr int N = tile_vectors(R) < kPanelVecs ? tile_vectors(R) : kPanelVecs;
             for (int64_t lane = 0; lane < kPanel; lane += N * L) {

@@ -60,10 +60,12 @@ def check(x, weight, how, bias=None, activation=None, residual=None, dot=False):
     wide = [None if t is None else t.double() for t in (x, bias, residual)]
     want = reference.linear(wide[0], weight, wide[1], activation=activation, residual=wide[2], activations=how)
     # Rounded inputs: both sides hold the same integers, so what differs is one f32 chain over groups of at least 32 inputs, in its
-    # worst case. Exact: a chain of K additions wanders like a random walk, four times over to be safe; a level that multiplies in
-    # bf16 also rounds both factors, 2^-9 of each term twice. Then one rounding of the result.
-    ulps = 4 * K**-0.5 * (2**-24 * K**0.5 + (2 * 2**-9 if dot else 0)) if how == "exact" else 2**-24 * (K / 32 + 4)
-    limit = ulps * magnitudes(x, weight) + (2**-8 if x.dtype == BF16 else 2**-21) * (want.abs() + 1)
+    # worst case. Exact: a chain of K additions wanders like a random walk, four half-ulps of the sum of magnitudes. Then one rounding
+    # of the result. A level that multiplies in bf16 rounds both factors of a term, by up to 2^-8 of it each: six sigmas of their sum.
+    limit = 2**-24 * (4 if how == "exact" else K / 32 + 4) * magnitudes(x, weight)
+    limit += (2**-8 if x.dtype == BF16 else 2**-21) * (want.abs() + 1)
+    if how == "exact" and dot:
+        limit += 2**-6 * (wide[0].square() @ weight.dequantize().double().square().T).sqrt()
     worst = ((out.double() - want).abs() / limit).nan_to_num(nan=torch.inf)
     assert worst.max() <= 1, f"{how}: row {(worst == worst.max()).nonzero()[0].tolist()} is {worst.max():.3g} limits away"
 
