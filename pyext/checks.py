@@ -14,16 +14,20 @@ INT64_MAX = (1 << 63) - 1
 
 
 def show(value: Any, limit: int = 60) -> str:
-    """A value as an error message quotes it: strings in double quotes, long things cut."""
-    text = f'"{value}"' if isinstance(value, str) else repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    """A value as an error message quotes it, on one line: strings in double quotes, long things cut."""
+    try:
+        text = f'"{value}"' if isinstance(value, str) else repr(value)
+    except Exception:  # a number of too many digits, or somebody else's __repr__
+        text = f"a {type(value).__name__}"
+    text = text if len(text) <= limit else text[: limit - 3] + "..."
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def at_least(name: str, value: Any, low: float, caller: str = "") -> Any:
     """A number not below `low`. TypeError if it is no number, ValueError if it is too small or NaN."""
     number(name, value, caller)
     if not value >= low:
-        raise ValueError(f"{_who(caller)}{name} is {value}; takes {low} or more.")
+        raise ValueError(f"{_who(caller)}{name} is {show(value)}; takes {low} or more.")
     return value
 
 
@@ -31,7 +35,7 @@ def between(name: str, value: Any, low: float, high: float, caller: str = "") ->
     """A number in [low, high]."""
     number(name, value, caller)
     if not low <= value <= high:
-        raise ValueError(f"{_who(caller)}{name} is {value}; takes {low} to {high}.")
+        raise ValueError(f"{_who(caller)}{name} is {show(value)}; takes {low} to {high}.")
     return value
 
 

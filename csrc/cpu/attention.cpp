@@ -243,7 +243,7 @@ struct Attention {
       const int64_t t = (it.first + r) / g, head = it.h * g + (it.first + r) % g;
       const int64_t row = a.row_start ? a.row_start[it.b] + t : t, b = a.row_start ? 0 : it.b;
       const int64_t at = b * a.out_stride_b + row * a.out_stride_t + head * a.out_stride_h;
-      const bool seen = st.m[r] != kNothing;
+      const bool seen = st.l[r] != 0.f;
       const Vec l = Vec::set(seen ? st.l[r] : 1.f);
       for (int64_t d = 0; d < D; d += L) {
         const Vec o = Vec::load(st.o + r * D + d) / l;

@@ -63,7 +63,7 @@ RAMIFY_INLINE Vec power2(Vec i) {  // 2^i for integral i <= 127; 0 below -126
 }
 // Lane n takes `yes` where bit n is set.
 RAMIFY_INLINE Vec select(uint32_t bits, Vec yes, Vec no) { return {_mm512_mask_mov_ps(no.v, __mmask16(bits), yes.v)}; }
-RAMIFY_INLINE bool any_above(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
+RAMIFY_INLINE bool any_above(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ) != 0; }  // NaN is above
 RAMIFY_INLINE float hmax(Vec a) { return _mm512_reduce_max_ps(a.v); }
 RAMIFY_INLINE Vec load_half(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
 
@@ -102,7 +102,7 @@ RAMIFY_INLINE Vec select(uint32_t bits, Vec yes, Vec no) {
   const __m256i on = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), lane), lane);
   return {_mm256_blendv_ps(no.v, yes.v, _mm256_castsi256_ps(on))};
 }
-RAMIFY_INLINE bool any_above(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)) != 0; }
+RAMIFY_INLINE bool any_above(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_NLE_UQ)) != 0; }
 RAMIFY_INLINE float hmax(Vec a) {
   __m128 m = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   m = _mm_max_ps(m, _mm_movehl_ps(m, m));
@@ -159,8 +159,8 @@ RAMIFY_INLINE Vec select(uint32_t bits, Vec yes, Vec no) {
   return {(all & lane) != 0 ? yes.v : no.v};
 }
 RAMIFY_INLINE bool any_above(Vec a, Vec b) {
-  const i32x4 m = a.v > b.v;
-  return (m[0] | m[1] | m[2] | m[3]) != 0;
+  const i32x4 m = a.v <= b.v;
+  return (m[0] & m[1] & m[2] & m[3]) == 0;
 }
 RAMIFY_INLINE float hmax(Vec a) {
   const float x = a.v[0] > a.v[1] ? a.v[0] : a.v[1], y = a.v[2] > a.v[3] ? a.v[2] : a.v[3];

@@ -1,14 +1,15 @@
 // csrc/cpu/softmax.h: the running softmax of attention, and the scratch that it lives in.
 //
 // A row keeps o = sum of 2^(s - m) v and l = sum of 2^(s - m) with an integral reference m, so moving the reference is exact
-// and neither tiles nor chunks leave a trace in the result (row_invariance).
+// and neither tiles nor chunks leave a trace in the result (row_invariance). The largest weight is at least a half, so l is 0
+// exactly when no slot was seen. A score of NaN or infinity makes l and o NaN.
 #pragma once
 #include "cpu/isa.h"
 
 namespace ramify::RAMIFY_ISA {
 namespace {
 
-constexpr float kNothing = -1e30f;  // the softmax reference of a row that has seen no slot yet
+constexpr float kNothing = -__builtin_inff();  // the softmax reference of a row that has seen no slot yet
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 
 // Running softmax of kRowBlock rows: o = sum of 2^(s - m) v, l = sum of 2^(s - m).
@@ -46,7 +47,7 @@ RAMIFY_INLINE float power2_of(float i) {
 // total += part, each scaled to the larger reference: exact but for the one addition.
 void join(const State& total, const State& part, int64_t rows, int64_t D) {
   for (int64_t r = 0; r < rows; ++r) {
-    if (part.m[r] == kNothing) continue;
+    if (part.l[r] == 0.f) continue;
     const float m = total.m[r] > part.m[r] ? total.m[r] : part.m[r];
     const float ft = power2_of(total.m[r] - m), fp = power2_of(part.m[r] - m);
     total.m[r] = m, total.l[r] = total.l[r] * ft + part.l[r] * fp;

@@ -3,6 +3,7 @@
 // Bits     blocks of kStatsBlock columns, each summed in one fixed order and joined in column order: the result does not
 //          depend on who computed which block, nor on the number of rows. The lowest column wins a tie.
 // Masked   a column of minus infinity adds nothing and is never among the largest; an id of -1 marks a place not filled.
+// NaN      is larger than every number, as in torch: maximum and log-sum-exp of its row are NaN, the arg-max is its column.
 #pragma once
 #include "cpu/isa.h"
 
@@ -16,12 +17,27 @@ struct BlockStats {
   int32_t id[kMaxTopK];
 };
 
+RAMIFY_INLINE bool above(float a, float b) { return a != a ? b == b : a > b; }
+
 // Keep (value, id) if it is above the smallest kept one. Strictly: ids arrive in ascending order, so the lower id stays.
 RAMIFY_INLINE void keep(BlockStats& s, int k, float value, int32_t id) {
-  if (s.count == k && !(value > s.value[k - 1])) return;
+  if (s.count == k && !above(value, s.value[k - 1])) return;
   int place = s.count < k ? s.count++ : k - 1;
-  for (; place > 0 && value > s.value[place - 1]; --place) s.value[place] = s.value[place - 1], s.id[place] = s.id[place - 1];
+  for (; place > 0 && above(value, s.value[place - 1]); --place) s.value[place] = s.value[place - 1], s.id[place] = s.id[place - 1];
   s.value[place] = value, s.id[place] = id;
+}
+
+// A block whose sum came out as NaN: it holds a NaN, or infinity, whose exponential is not asked for again.
+template <class T>
+void strange_block(const T* x, int64_t n, int32_t first, BlockStats& s) {
+  s.sum = 1.f;
+  for (int64_t j = 0; j < n; ++j) {
+    float t[L];
+    load_part(x + j, 1, 0.f).store(t);
+    if (t[0] == t[0]) continue;
+    s.top = s.sum = t[0], s.arg = first + int32_t(j);
+    return;
+  }
 }
 
 template <class T>
@@ -33,6 +49,7 @@ void block_stats(const T* x, int64_t n, int32_t first, int k, BlockStats& s) {
   const Vec top = Vec::set(s.top == kLowest ? 0.f : s.top);  // a masked block adds 0, not e^(inf - inf)
   for (int64_t j = 0; j < n; j += L) sum = sum + exp(load_part(x + j, n - j, kLowest) - top);
   s.sum = hsum(sum);
+  if (s.sum != s.sum) strange_block(x, n, first, s);
   for (int64_t j = 0; s.arg < 0 && j < n; j += L) {
     const Vec v = load_part(x + j, n - j, kLowest);
     if (hmax(v) != s.top) continue;
@@ -47,7 +64,7 @@ void block_stats(const T* x, int64_t n, int32_t first, int k, BlockStats& s) {
     float t[L];
     v.store(t);
     for (int i = 0; i < L && j + i < n; ++i)
-      if (t[i] > kLowest) keep(s, k, t[i], first + int32_t(j) + i);
+      if (t[i] != kLowest) keep(s, k, t[i], first + int32_t(j) + i);
   }
 }
 
@@ -56,7 +73,7 @@ inline void join_stats(const BlockStats* blocks, int64_t n, int k, int32_t* arg,
   BlockStats all;
   all.top = blocks[0].top, all.arg = blocks[0].arg, all.count = 0;
   for (int64_t b = 1; b < n; ++b)
-    if (blocks[b].top > all.top) all.top = blocks[b].top, all.arg = blocks[b].arg;
+    if (above(blocks[b].top, all.top)) all.top = blocks[b].top, all.arg = blocks[b].arg;
   float sum = 0.f;
   for (int64_t b = 0; b < n; ++b) sum += blocks[b].sum * (blocks[b].top == all.top ? 1.f : exp_of(blocks[b].top - all.top));
   *arg = all.arg < 0 ? 0 : all.arg, *top = all.top, *lse = all.top + log_of(sum);

@@ -6,16 +6,21 @@ name, and so is every feature of a config that the model layer does not compute:
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ramify.backends import HEAD_SIZES
+from ramify.checks import show
 from ramify.errors import CheckpointError, UnsupportedModelError
+from ramify.model._fields import Fields, listed
 from ramify.quant.sources import source_of
 
 ROPE_TYPES = ("default", "linear", "llama3")
 DTYPES = ("float32", "bfloat16", "float16")
+MAX_LAYERS = 4096
+MAX_POSITIONS = 1 << 24
+"""A position times a frequency is worked out in float32, which counts no further."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +72,12 @@ class ModelConfig:
         name: default is the folder's.
         """
         folder = Path(folder)
-        values = read_json(folder / "config.json")
+        config = cls.from_dict(read_json(folder / "config.json"), name=name or folder.resolve().name)
         generation = folder / "generation_config.json"
-        if generation.is_file():
-            eos = read_json(generation).get("eos_token_id")
-            values = values if eos is None else {**values, "eos_token_id": eos}
-        return cls.from_dict(values, name=name or folder.resolve().name)
+        if not generation.is_file():
+            return config
+        said = Fields(read_json(generation), generation.name)
+        return config if said.get("eos_token_id") is None else replace(config, eos_token_ids=said.ids("eos_token_id"))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], name: str = "") -> "ModelConfig":
@@ -81,20 +86,21 @@ class ModelConfig:
         Raises UnsupportedModelError for an architecture or a feature that is not run, CheckpointError for a field that
         is missing or makes no sense.
         """
-        architecture, family = _family(values)
-        read = _Reader({**family.defaults, **values})
-        _refuse_features(read.values)
+        architecture, family = _family(Fields(values))
+        read = Fields({**family.defaults, **values})
+        _refuse_features(read)
         hidden, heads = read.count("hidden_size"), read.count("num_attention_heads")
         kv_heads = read.count("num_key_value_heads", heads)
-        head_dim = read.count("head_dim", hidden // heads)
+        head_dim = hidden // heads if read.get("head_dim") is None else read.count("head_dim")
         if heads % kv_heads:
             raise CheckpointError(
                 f"load: config.json has {heads} num_attention_heads and {kv_heads} num_key_value_heads; takes a multiple. "
                 "Fetch the file again."
             )
         if head_dim not in HEAD_SIZES:
-            raise UnsupportedModelError(f"load: config.json makes head_dim {head_dim}; takes {_listed(HEAD_SIZES)}.")
-        layers, positions = read.count("num_hidden_layers"), read.count("max_position_embeddings")
+            raise UnsupportedModelError(f"load: config.json makes head_dim {head_dim}; takes {listed(HEAD_SIZES)}.")
+        layers = read.count("num_hidden_layers", high=MAX_LAYERS)
+        positions = read.count("max_position_embeddings", high=MAX_POSITIONS)
         return cls(
             name=name,
             architecture=architecture,
@@ -105,47 +111,51 @@ class ModelConfig:
             num_kv_heads=kv_heads,
             head_dim=head_dim,
             inner_size=read.count("intermediate_size"),
-            norm_eps=float(read.values.get("rms_norm_eps", 1e-6)),
-            rope=_rope(read.values, positions),
+            norm_eps=read.number("rms_norm_eps", 1e-6, zero=True),
+            rope=_rope(read, positions),
             max_positions=positions,
-            tied_embeddings=bool(read.values.get("tie_word_embeddings", False)),
-            qkv_bias=family.flag(family.qkv_bias, read.values),
-            o_bias=family.flag(family.o_bias, read.values),
-            mlp_bias=family.flag(family.mlp_bias, read.values),
+            tied_embeddings=read.flag("tie_word_embeddings"),
+            qkv_bias=family.flag(family.qkv_bias, read),
+            o_bias=family.flag(family.o_bias, read),
+            mlp_bias=family.flag(family.mlp_bias, read),
             qk_norm=family.qk_norm,
-            sliding_windows=family.windows(read.values, layers),
-            eos_token_ids=_token_ids(read.values.get("eos_token_id")),
-            bos_token_id=next(iter(_token_ids(read.values.get("bos_token_id"))), None),
-            dtype=_dtype(read.values),
-            quantization=_quantization(read.values),
+            sliding_windows=family.windows(read, layers),
+            eos_token_ids=read.ids("eos_token_id"),
+            bos_token_id=next(iter(read.ids("bos_token_id")), None),
+            dtype=_dtype(read),
+            quantization=_quantization(read),
         )
 
 
 # ---- the families -------------------------------------------------------------------------------------------------
 
 
-def _no_window(values: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+def _no_window(read: Fields, layers: int) -> tuple[int | None, ...]:
     return (None,) * layers
 
 
-def _one_window(values: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+def _one_window(read: Fields, layers: int) -> tuple[int | None, ...]:
     """Mistral: every layer slides, unless sliding_window is null."""
-    return (_window(values),) * layers
+    return (_window(read),) * layers
 
 
-def _window_by_layer(values: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+def _window_by_layer(read: Fields, layers: int) -> tuple[int | None, ...]:
     """Qwen: off unless use_sliding_window; then layer_types tells, or in older files the layers from max_window_layers on."""
-    window = _window(values) if values.get("use_sliding_window") else None
-    types = values.get("layer_types")
-    if types is None:
-        first = values.get("max_window_layers", 28)
+    window = _window(read) if read.flag("use_sliding_window") else None
+    types = read.texts("layer_types")
+    if read.get("layer_types") is None:
+        first = read.count("max_window_layers", 28, low=0)
         types = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
     strange = sorted(set(types) - {"full_attention", "sliding_attention"})
     if strange:
-        raise UnsupportedModelError(f"load: config.json has layer type {strange[0]}; takes full_attention and sliding_attention.")
+        raise UnsupportedModelError(f"load: config.json has layer type {show(strange[0])}; takes full_attention and sliding_attention.")
     if len(types) != layers:
         raise CheckpointError(f"load: config.json lists {len(types)} layer_types for {layers} layers; takes one a layer. Fetch it again.")
     return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def _window(read: Fields) -> int | None:
+    return None if read.get("sliding_window") is None else read.count("sliding_window")
 
 
 @dataclass(frozen=True)
@@ -157,13 +167,13 @@ class Family:
     o_bias: bool | str = False
     mlp_bias: bool | str = False
     qk_norm: bool = False
-    windows: Callable[[Mapping[str, Any], int], tuple[int | None, ...]] = _no_window
+    windows: Callable[[Fields, int], tuple[int | None, ...]] = _no_window
     defaults: Mapping[str, Any] = field(default_factory=dict)  # what transformers assumes where config.json is silent
 
     @staticmethod
-    def flag(value: bool | str, values: Mapping[str, Any]) -> bool:
+    def flag(value: bool | str, read: Fields) -> bool:
         """A bias of this family under this config."""
-        return bool(values.get(value, False)) if isinstance(value, str) else value
+        return read.flag(value) if isinstance(value, str) else value
 
 
 FAMILIES: dict[str, Family] = {
@@ -202,96 +212,62 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def _family(values: Mapping[str, Any]) -> tuple[str, Family]:
-    named = values.get("architectures")
-    if named:
-        architecture = str(named[0])
-    else:
-        by_type = {family.model_type: name for name, family in FAMILIES.items()}
-        architecture = by_type.get(str(values.get("model_type")), f"no architectures and model_type {values.get('model_type')}")
+def _family(read: Fields) -> tuple[str, Family]:
+    named, model_type = read.texts("architectures"), read.text("model_type")
+    by_type = {family.model_type: name for name, family in FAMILIES.items()}
+    architecture = named[0] if named else by_type.get(model_type, "")
     if architecture not in FAMILIES:
+        came = show(architecture) if named else f"no architectures and model_type {show(model_type)}"
         raise UnsupportedModelError(
-            f"load: config.json names {architecture}; takes {', '.join(FAMILIES)}. "
+            f"load: config.json names {came}; takes {', '.join(FAMILIES)}. "
             "ramify.CustomGenerate still runs it inside transformers' own generate."
         )
     return architecture, FAMILIES[architecture]
 
 
-def _refuse_features(values: Mapping[str, Any]) -> None:
-    activation = values.get("hidden_act", "silu")
+def _refuse_features(read: Fields) -> None:
+    activation = read.text("hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise UnsupportedModelError(f"load: config.json has hidden_act {activation}; takes silu.")
+        raise UnsupportedModelError(f"load: config.json has hidden_act {show(activation)}; takes silu.")
 
 
-# ---- single fields ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Reader:
-    values: Mapping[str, Any]
-
-    def count(self, key: str, default: int | None = None) -> int:
-        """A whole number of at least 1; null and absent take the default."""
-        value = self.values.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            what = "no" if value is None else f"{value!r} for"
-            raise CheckpointError(f'load: config.json has {what} "{key}"; takes a whole number of 1 or more. Fetch the file again.')
-        return value
-
-
-def _rope(values: Mapping[str, Any], positions: int) -> RopeConfig:
-    given: Mapping[str, Any] = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if any(isinstance(value, Mapping) for value in given.values()):
+def _rope(read: Fields, positions: int) -> RopeConfig:
+    """From rope_parameters (transformers 5), or rope_scaling and rope_theta (4)."""
+    given = read.object("rope_parameters" if read.get("rope_parameters") else "rope_scaling")
+    if any(isinstance(value, Mapping) for value in given.values.values()):
         raise UnsupportedModelError("load: config.json has rope_parameters per layer type; takes one set for all layers.")
-    kind = given.get("rope_type", given.get("type")) or "default"
+    kind = given.text("rope_type", given.text("type", "default"))
     if kind not in ROPE_TYPES:
-        raise UnsupportedModelError(f"load: config.json has rope type {kind}; takes {_listed(ROPE_TYPES)}.")
-    partial = given.get("partial_rotary_factor", values.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
-        raise UnsupportedModelError(f"load: config.json has partial_rotary_factor {partial}; takes 1.")
-
-    def number(key: str) -> float:
-        value = given.get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            raise CheckpointError(f'load: config.json has rope type {kind} with "{key}" {value!r}; takes a number above 0. Fetch it again.')
-        return float(value)
-
-    theta = float(given.get("rope_theta") or values.get("rope_theta") or 10000.0)
+        raise UnsupportedModelError(f"load: config.json has rope type {show(kind)}; takes {listed(ROPE_TYPES)}.")
+    if given.number("partial_rotary_factor", read.number("partial_rotary_factor", 1.0)) != 1:
+        raise UnsupportedModelError("load: config.json has a partial_rotary_factor; takes 1.")
+    theta = given.number("rope_theta", read.number("rope_theta", 10000.0))
     if kind == "default":
         return RopeConfig(theta)
     if kind == "linear":
-        return RopeConfig(theta, kind, number("factor"))
-    original = int(given.get("original_max_position_embeddings") or positions)
-    return RopeConfig(theta, kind, number("factor"), number("low_freq_factor"), number("high_freq_factor"), original)
+        return RopeConfig(theta, kind, given.number("factor"))
+    low, high = given.number("low_freq_factor"), given.number("high_freq_factor")
+    if not low < high:
+        raise given.wrong("high_freq_factor", f"a number above low_freq_factor, {low}")
+    original = given.count("original_max_position_embeddings", positions)
+    return RopeConfig(theta, kind, given.number("factor"), low, high, original)
 
 
-def _quantization(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    given = values.get("quantization_config") or values.get("compression_config")  # the second is compressed-tensors' older name
+def _quantization(read: Fields) -> Mapping[str, Any] | None:
+    given = read.object("quantization_config").values or read.object("compression_config").values  # compressed-tensors' older name
     if given:
-        source_of(given)  # raises for what is not read
+        try:
+            source_of(given)  # raises for what is not read
+        except (TypeError, AttributeError):
+            raise read.wrong("quantization_config", "an object as its quant_method writes it") from None
     return given or None
 
 
-def _window(values: Mapping[str, Any]) -> int | None:
-    return None if values.get("sliding_window") is None else _Reader(values).count("sliding_window")
-
-
-def _token_ids(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(int(token) for token in value) if isinstance(value, (list, tuple)) else (int(value),)
-
-
-def _dtype(values: Mapping[str, Any]) -> str:
-    name = str(values.get("dtype") or values.get("torch_dtype") or "float32").removeprefix("torch.")
+def _dtype(read: Fields) -> str:
+    name = read.text("dtype", read.text("torch_dtype", "float32")).removeprefix("torch.")
     if name not in DTYPES:
-        raise UnsupportedModelError(f"load: config.json has dtype {name}; takes {_listed(DTYPES)}.")
+        raise UnsupportedModelError(f"load: config.json has dtype {show(name)}; takes {listed(DTYPES)}.")
     return name
-
-
-def _listed(choices: tuple[Any, ...]) -> str:
-    return ", ".join(str(choice) for choice in choices[:-1]) + f" or {choices[-1]}"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -300,7 +276,7 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"load: {path.parent} has no {path.name}; takes a Hugging Face checkpoint folder.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:  # ValueError: no UTF-8, no JSON, or a number of thousands of digits
         raise CheckpointError(f"load: {path} cannot be read ({problem}). Fetch the file again.") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"load: {path} holds no JSON object. Fetch the file again.")

@@ -12,7 +12,7 @@ from ramify.backends import MAX_TOPK
 from ramify.cache.arena import PREFILL_ROWS, Arena
 from ramify.cache.cache import Cache, CacheView
 from ramify.model.config import ModelConfig
-from ramify.model.rope import rope_tables
+from ramify.model.rope import RopeTable
 from ramify.model.step import WORDS, Plan, Step
 from ramify.model.tokenizer import Tokenizer
 from ramify.model.weights import Weights
@@ -51,7 +51,7 @@ class Model:
     def __init__(self, config: ModelConfig, weights: Weights, tokenizer: Tokenizer | None = None):
         self.config, self.weights, self.tokenizer = config, weights, tokenizer
         self.eager = False
-        self._rope = rope_tables(config.rope, config.head_dim, config.max_positions)
+        self._rope = RopeTable(config.rope, config.head_dim, config.max_positions)
         self._arenas: list[Arena] = []
         depth = np.arange(PREFILL_ROWS, dtype=np.int32)
         bits = np.tril(np.ones((PREFILL_ROWS, PREFILL_ROWS), np.uint8))
@@ -214,6 +214,8 @@ class Model:
         last = int(lengths[0]) + shape.deepest if B == 1 else int((lengths + shape.depths).max())
         if last >= self.config.max_positions:
             raise ValueError(f"forward: position {last}; takes 0 to {self.config.max_positions - 1}. Shorten the text or the tree.")
+        if last >= self._rope.ready:
+            self._rope.reach(last + 1)
         i.tokens[:M] = tokens
         i.prefix[:] = lengths
         i.page_table[:] = cache.page_table[view.slots]

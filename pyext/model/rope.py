@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ramify.model.config import RopeConfig
 
+_BLOCK = 1024  # positions worked out at least at a time
+
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     """Radians per position of each feature pair, f32 [head_dim / 2], scaled as `rope.kind` says."""
@@ -27,6 +29,28 @@ def rope_tables(rope: RopeConfig, head_dim: int, positions: int) -> tuple[Tensor
     """Cosine and sine of every position below `positions`: two f32 tensors [positions, head_dim / 2], contiguous."""
     angles = torch.arange(positions, dtype=torch.float32)[:, None] * rope_frequencies(rope, head_dim)
     return angles.cos(), angles.sin()
+
+
+class RopeTable:
+    """The same tables for all `positions`, at addresses that stay; rows are worked out when `reach` first asks for them.
+
+    A model of a million positions has a table of hundreds of megabytes, of which a text needs its own length.
+    """
+
+    def __init__(self, rope: RopeConfig, head_dim: int, positions: int):
+        self.positions, self.ready = positions, 0
+        self._frequency = rope_frequencies(rope, head_dim)
+        self.cos, self.sin = torch.empty(2, positions, head_dim // 2)  # memory that nobody has written takes no room yet
+
+    def reach(self, positions: int) -> None:
+        """Make the rows below `positions` ready."""
+        if positions <= self.ready:
+            return
+        end = min(self.positions, max(-(-positions // _BLOCK) * _BLOCK, 2 * self.ready))
+        angles = torch.arange(self.ready, end, dtype=torch.float32)[:, None] * self._frequency
+        torch.cos(angles, out=self.cos[self.ready : end])
+        torch.sin(angles, out=self.sin[self.ready : end])
+        self.ready = end
 
 
 def _llama3(frequency: Tensor, rope: RopeConfig) -> Tensor:

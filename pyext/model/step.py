@@ -13,9 +13,9 @@ import torch
 from ramify import native
 from ramify.cache.arena import Arena
 from ramify.model.config import ModelConfig
+from ramify.model.rope import RopeTable
 from ramify.model.weights import Linears, Weights
 
-Rope = tuple[torch.Tensor, torch.Tensor]  # cosine and sine, f32 [positions, D / 2]
 WORDS = 8  # ancestor words of a row in the step's own buffers: a prefill chunk of 512 rows is the widest tree
 
 
@@ -50,7 +50,7 @@ class Plan:
 class Step:
     """A captured step: its inputs, its outputs and its program. Outputs hold until the next replay."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, rope: Rope, arena: Arena, plan: Plan, pages: int):
+    def __init__(self, config: ModelConfig, weights: Weights, rope: RopeTable, arena: Arena, plan: Plan, pages: int):
         self.plan, self.threads = plan, native.threads()
         self.inputs = Inputs(plan.rows, plan.sequences, pages)
         self.inputs.count[0] = plan.rows  # scratch is sized for the widest step
@@ -75,7 +75,7 @@ class _Capture:
 
     def __init__(self, config, weights, rope, arena, plan, inputs, pages):
         self.config, self.weights, self.arena, self.plan, self.inputs = config, weights, arena, plan, inputs
-        self.cos, self.sin = rope
+        self.cos, self.sin = rope.cos, rope.sin
         self.max_slots = pages * native.TILE + plan.rows
         self.calls: list = [arena.commit_args]
         self.outputs: dict[str, np.ndarray] = {}

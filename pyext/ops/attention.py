@@ -43,8 +43,9 @@ def tree_attention(
     sink: with a window, the first slots that stay visible. tail_rows int32 [B]: rows in use; the others give 0 and -inf.
 
     Returns o [B, T, Hq, D] in q's dtype (, lse float32 [B, T, Hq], natural logarithm, with return_lse). Slots that no row sees
-    may hold anything. Raises ValueError for shapes and values, lengths and bits included where the tensors are on the CPU;
-    TypeError for dtypes. Source: arXiv 2305.09781; the softmax is the integer-reference one that makes rows independent.
+    may hold anything. A row that sees a score, scale * q k, which is NaN or beyond float32 is NaN, in o and lse. Raises ValueError
+    for shapes and values, lengths and bits included where the tensors are on the CPU; TypeError for dtypes. Source: arXiv
+    2305.09781; the softmax is the integer-reference one that makes rows independent.
     """
     tensor("tree_attention", "q", q)
     D = math.prod(q.shape[-1:]) or 1  # no D, or one of 0, is for the check to refuse

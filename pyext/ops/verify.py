@@ -23,8 +23,9 @@ class RowStats(NamedTuple):
 def row_stats(logits: Tensor, *, out: RowStats | tuple[Tensor, Tensor, Tensor] | None = None) -> RowStats:
     """Arg-max, log-sum-exp and maximum of each row, in one read of it.
 
-    logits [R, V] float; columns of -inf are masked, a row of nothing else has argmax 0 and lse -inf. Returns RowStats, as
-    `out` takes it. Raises ValueError for shapes, TypeError for dtypes. Source: online softmax, arXiv 1805.02867.
+    logits [R, V] float; columns of -inf are masked, a row of nothing else has argmax 0 and lse -inf. NaN is larger than every
+    number, as in torch: a row that holds one has max and lse NaN, and its first NaN for argmax. Returns RowStats, as `out` takes
+    it. Raises ValueError for shapes, TypeError for dtypes. Source: online softmax, arXiv 1805.02867.
     """
     return RowStats(*_row_stats(logits, out=out))
 
@@ -33,8 +34,8 @@ def topk_logits(logits: Tensor, k: int, *, out: tuple[Tensor, Tensor] | None = N
     """The k largest of each row, descending; of equal values the lower column first.
 
     logits [R, V] float, k from 1 to V. Returns values [R, k] in the logits' dtype and ids int32 [R, k]; where fewer than k
-    columns are above -inf, the rest is -inf with id -1. `out` takes the same pair. Raises ValueError for shapes and k,
-    TypeError for dtypes.
+    columns are above -inf, the rest is -inf with id -1. NaN is larger than every number and
+    comes first. `out` takes the same pair. Raises ValueError for shapes and k, TypeError for dtypes.
     """
     return _topk_logits(logits, whole("k", k, 1, "topk_logits", INT64_MAX), out=out)
 

@@ -36,7 +36,8 @@ def tree_attention(
 
     q [B, T, Hq, D]; k, v [B, S, Hkv, D], or [pages, page, Hkv, D] with page_table [B, P]; tail_k, tail_v [B, T, Hkv, D];
     ancestors int64 [B, T, W]; prefix_len, tail_rows [B]. Returns o [B, T, Hq, D] in q's dtype (, lse [B, T, Hq], natural
-    logarithm, float32 or wider). Values outside the visible slots may be anything, NaN included.
+    logarithm, float32 or wider). Values outside the visible slots may be anything, NaN included. A row with a score, scale * q k, that
+    is NaN or infinite is NaN, in o and lse.
     """
     B, T, Hq, D = q.shape
     Hkv, dtype = tail_k.shape[2], wide(q)
@@ -61,7 +62,8 @@ def tree_attention(
         grouped = q[b, :rows].to(dtype).reshape(rows, Hkv, Hq // Hkv, D)
         scores = torch.einsum("rhgd,shd->hgrs", grouped, keys) * scale
         scores = scores.masked_fill(~seen, -torch.inf)
-        total = scores.logsumexp(-1)  # [Hkv, g, rows]; finite, since a row sees itself
+        total = scores.logsumexp(-1)  # [Hkv, g, rows]; a row sees itself, so it is no -inf
+        total = total.masked_fill((~scores.isfinite() & seen).any(-1), torch.nan)
         weights = (scores - total[..., None]).exp()
         out[b, :rows] = torch.einsum("hgrs,shd->rhgd", weights, values).reshape(rows, Hq, D)
         lse[b, :rows] = total.permute(2, 0, 1).reshape(rows, Hq)

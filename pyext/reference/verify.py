@@ -23,18 +23,21 @@ class RowStats(NamedTuple):
 
 
 def row_stats(logits: Tensor) -> RowStats:
-    """Arg-max (the lowest column of equal maxima), natural log-sum-exp and maximum of each row of logits [R, V]."""
+    """Arg-max (the lowest column of equal maxima), natural log-sum-exp and maximum of each row of logits [R, V].
+
+    NaN is larger than every number: a row that holds one has maximum and log-sum-exp NaN, and its first NaN for arg-max.
+    """
     x = logits.to(wide(logits))
     top = x.amax(-1)
     columns = torch.arange(x.shape[-1], device=x.device)
-    first = torch.where(x == top[:, None], columns, x.shape[-1]).amin(-1)
-    return RowStats(first.clamp(max=x.shape[-1] - 1), x.logsumexp(-1), top)
+    first = torch.where((x == top[:, None]) | x.isnan(), columns, x.shape[-1]).amin(-1)
+    return RowStats(first, x.logsumexp(-1), top)
 
 
 def topk_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row of logits [R, V], descending, the lower column first on a tie: values [R, k] and ids int64 [R, k].
 
-    A masked column, -inf, is never among them: where too few are left, the value is -inf and the id -1.
+    A masked column, -inf, is never among them: where too few are left, the value is -inf and the id -1. NaN is larger than every number.
     """
     values, ids = logits.sort(dim=-1, descending=True, stable=True)
     return values[:, :k], ids[:, :k].masked_fill(values[:, :k] == -torch.inf, -1)

@@ -1,8 +1,11 @@
 """config.json in all its dialects, and what is refused."""
 
 import json
+import math
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ramify.errors import CheckpointError, UnsupportedModelError
 from ramify.model.config import FAMILIES, ModelConfig
@@ -124,3 +127,78 @@ def test_from_folder(tmp_path):
 def test_model_type_stands_in_for_architectures():
     for name, family in FAMILIES.items():
         assert parse(architectures=..., model_type=family.model_type).architecture == name
+
+
+VALUES = [
+    None, True, False, 0, 1, -1, 3, 64, 2.5, -0.0, 1e-5, 1e300, float("nan"), float("inf"), 10**12, 10**400, "", "64", "x\ny", "default",
+    [], [1], ["a"], [None], [[1]], [True], {}, {"a": 1}, {"rope_type": 5}, {"rope_type": "llama3"}, {"type": "linear", "factor": "8"},
+    {"rope_type": "llama3", **LLAMA3, "high_freq_factor": 1.0}, {"rope_type": "linear", "factor": 10**400}, {"rope_theta": -1},
+    {"partial_rotary_factor": []}, {"quant_method": [1]},
+]  # fmt: skip
+FIELDS = [
+    *BASE, "model_type", "head_dim", "hidden_act", "rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "dtype",
+    "torch_dtype", "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window", "layer_types", "max_window_layers",
+    "bos_token_id", "quantization_config",
+]  # fmt: skip
+
+
+@settings(max_examples=600, deadline=None, derandomize=True)
+@given(
+    architecture=st.sampled_from(list(FAMILIES)),
+    changes=st.dictionaries(st.sampled_from(FIELDS), st.sampled_from([*VALUES, ...]), min_size=1, max_size=3),
+)
+def test_any_value_in_any_field(architecture, changes):
+    """A config is read or refused in one line that names a field of it; nothing else ever happens."""
+    values = {"use_sliding_window": True, "architectures": [architecture], **changes}
+    try:
+        config = parse(**values)
+    except (CheckpointError, UnsupportedModelError) as error:
+        said = str(error)
+        assert said.startswith("load: config.json ") and "; takes " in said and "\n" not in said and len(said) < 300, said
+        named = [key for key in [*FIELDS, "rope type", "layer type", "names"] if key in said]
+        assert named, said
+        return
+    counts = [config.vocab_size, config.hidden_size, config.num_layers, config.num_heads, config.num_kv_heads, config.max_positions]
+    assert all(type(n) is int and n > 0 for n in counts) and type(config.norm_eps) is float and 0 <= config.norm_eps < math.inf
+    assert len(config.sliding_windows) == config.num_layers and 0 < config.rope.theta < math.inf
+    flags = [config.tied_embeddings, config.qkv_bias, config.o_bias, config.mlp_bias, config.qk_norm]
+    assert all(type(flag) is bool for flag in flags) and all(type(i) is int for i in config.eos_token_ids)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"rms_norm_eps": "1e-5"}, '"1e-5" for "rms_norm_eps"; takes a finite number of 0 or more'),
+        ({"rms_norm_eps": float("nan")}, 'nan for "rms_norm_eps"'),
+        ({"architectures": 5}, '5 for "architectures"; takes a list of strings'),
+        ({"architectures": ["Qwen2ForCausalLM"], "layer_types": 3}, '3 for "layer_types"; takes a list of strings'),
+        ({"rope_parameters": [1]}, '[1] for "rope_parameters"; takes an object'),
+        ({"rope_parameters": {"rope_type": "linear", "factor": "8"}}, '"8" for "factor" in rope_parameters; takes a finite number above 0'),
+        ({"hidden_size": "64"}, '"64" for "hidden_size"; takes a whole number from 1 to 2147483647'),
+        ({"num_attention_heads": -3}, '-3 for "num_attention_heads"'),
+        ({"max_position_embeddings": 10**12}, '1000000000000 for "max_position_embeddings"; takes a whole number from 1 to 16777216'),
+        ({"num_hidden_layers": 10**9}, '1000000000 for "num_hidden_layers"; takes a whole number from 1 to 4096'),
+        ({"vocab_size": ...}, 'no "vocab_size"; takes'),
+        ({"torch_dtype": 16}, '16 for "torch_dtype"; takes a string'),
+        ({"torch_dtype": "int3"}, 'dtype "int3"; takes float32, bfloat16 or float16'),
+        ({"tie_word_embeddings": "false"}, '"false" for "tie_word_embeddings"; takes true or false'),
+        ({"eos_token_id": [7, "8"]}, """[7, '8'] for "eos_token_id"; takes a token id or a list of them"""),
+    ],
+)
+def test_what_came_is_named(changes, says):
+    with pytest.raises((CheckpointError, UnsupportedModelError)) as caught:
+        parse(**changes)
+    assert says in str(caught.value)
+    assert parse(rms_norm_eps=None).norm_eps == 1e-6  # null is what transformers takes for absent
+
+
+def test_files_that_are_no_config(tmp_path):
+    for text in ("[" * 100_000, "1" * 5000, "\x00", "[1]", '"a"', "null", '{"hidden_size": ' + "9" * 5000 + "}"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"config\.json") as caught:
+            ModelConfig.from_folder(tmp_path)
+        assert "\n" not in str(caught.value)
+    (tmp_path / "config.json").write_text(json.dumps(BASE))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": "x"}))
+    with pytest.raises(CheckpointError, match='generation_config.json has "x" for "eos_token_id"'):
+        ModelConfig.from_folder(tmp_path)

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from ramify.model.checkpoint import Checkpoint
 from ramify.model.config import ModelConfig, RopeConfig
-from ramify.model.rope import rope_tables
+from ramify.model.rope import RopeTable, rope_tables
 from ramify.reference.model import forward
 
 SMALL = {
@@ -133,3 +133,14 @@ def test_rope_default_is_the_formula():
     angle = 49 * 10000.0 ** -(torch.arange(0, 64, 2, dtype=torch.float64) / 64)
     torch.testing.assert_close(cos[49].double(), angle.cos(), atol=1e-5, rtol=0)
     torch.testing.assert_close(sin[49].double(), angle.sin(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("positions", "asked"), [(5, [1, 5]), (5000, [3, 1024, 1025, 4999, 5000]), (40_001, [1, 40_000, 40_001])])
+def test_rope_table_grows_to_the_same_bits(positions, asked):
+    rope = RopeConfig(theta=10000.0)
+    table, (cos, sin) = RopeTable(rope, 96, positions), rope_tables(rope, 96, positions)
+    address = table.cos.data_ptr()
+    for count in asked:
+        table.reach(count)
+        assert table.ready >= count and torch.equal(table.cos[:count], cos[:count]) and torch.equal(table.sin[:count], sin[:count])
+    assert table.cos.data_ptr() == address and table.ready == positions

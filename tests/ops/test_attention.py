@@ -144,6 +144,51 @@ def test_layout_leaves_no_trace(level, dtype):
             assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize(("backend", "level"), runs("tree_attention"))
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38], ids=str)
+def test_rows_that_are_not_numbers(backend, level, value):
+    """A row whose query, or a key that it sees, is NaN or so large that a score is not finite is NaN; other rows keep their bits."""
+    prefix, T = [700, 3], 40
+    case = attention_case(prefix, T, 4, 2, 64, tree="random", seed=9)
+    bad = torch.zeros(2, T, 4, dtype=torch.bool)
+    with running(backend, level):
+        clean, clean_lse = ops.tree_attention(*case.tensors, return_lse=True)
+        q, tail_k = case.q.clone(), case.tail_k.clone()
+        for b, t, h in ((0, 0, 0), (0, 17, 3), (1, 39, 2)):
+            q[b, t, h, 5] = value
+            bad[b, t, h] = True
+        tail_k[1, 4, 1, 7] = value  # seen by the rows that descend from row 4, through heads 2 and 3
+        sees = reference.attention.ancestor_bits(case.ancestors, T)[1, :, 4]
+        bad[1, :, 2:] |= sees[:, None]
+        o, lse = ops.tree_attention(q, case.k, case.v, tail_k, *case.tensors[4:], return_lse=True)
+        far, far_lse = ops.tree_attention(*case.tensors, scale=1e38, return_lse=True)  # of 700 keys some pass float32
+    if value == 3e38:  # a product with it is within float32 or beyond, as the other factor has it: no row is half a number
+        assert torch.equal(o.isnan().any(-1), lse.isnan()) and torch.equal(o.isnan().all(-1), lse.isnan())
+        bad |= lse.isnan()
+        assert not lse.isinf().any()
+    else:
+        assert torch.equal(lse.isnan(), bad) and torch.equal(o.isnan(), bad[..., None].expand(o.shape))
+    assert (
+        far_lse[0].isnan().all() and torch.equal(far.isnan().all(-1), far_lse.isnan()) and torch.equal(far.isnan().any(-1), far_lse.isnan())
+    )
+    untouched = ~bad
+    untouched[1] &= ~sees[:, None]
+    untouched[0, 0, 0] = untouched[0, 17, 3] = untouched[1, 39, 2] = False
+    assert torch.equal(o[untouched], clean[untouched]) and torch.equal(lse[untouched], clean_lse[untouched])
+
+
+@pytest.mark.parametrize(("backend", "level"), runs("tree_attention"))
+@pytest.mark.parametrize("size", [1e4, 1e12, 1e17, 5e17])
+def test_scores_of_any_size(backend, level, size):
+    """Scores down to the smallest float32 count as seen: the row's own key, at -size^2 sqrt(D), is all there is."""
+    q = torch.full((1, 1, 1, 64), size)
+    none, word, n = torch.zeros(1, 0, 1, 64), torch.ones(1, 1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    v = torch.randn(1, 1, 1, 64, generator=torch.Generator().manual_seed(2))
+    with running(backend, level):
+        o, lse = ops.tree_attention(q, none, none, -q, v, word, n, return_lse=True)
+    assert torch.equal(o, v) and float(lse) == pytest.approx(-8 * size**2, rel=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_merge_with_nothing(dtype):
     """A side that saw no key adds nothing, though its values are NaN; two of them give nothing."""

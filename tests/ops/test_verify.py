@@ -52,6 +52,29 @@ def test_rows_of_nothing_but_masks(backend, level):
 
 
 @DTYPES
+@pytest.mark.parametrize(("backend", "level"), runs("row_stats"))
+def test_nan_and_infinity(backend, level, dtype):
+    """NaN is the largest of all, wherever in its row it stands and however many there are; a row beside it does not notice."""
+    g = torch.Generator().manual_seed(5)
+    x = make_logits(60, 1500, dtype)
+    for r in range(50):
+        for value in [torch.nan, -torch.nan, torch.inf][: 1 + r % 3]:
+            x[r, torch.randint(0, 1500, (1 + r % 7,), generator=g)] = value
+    x[50], x[51, :] = torch.nan, -torch.inf
+    x[51, 1499] = torch.nan
+    x[52, 700:703], x[53, [3, 1100]] = torch.inf, torch.inf
+    with running(backend, level):
+        got = ops.row_stats(x)
+        values, ids = ops.topk_logits(x, 9)
+    want, (want_values, want_ids) = reference.row_stats(x.double()), reference.topk_logits(x, 9)
+    assert torch.equal(got.argmax.long(), want.argmax) and torch.equal(want.argmax, ids[:, 0].long())
+    assert torch.equal(got.max.nan_to_num(7), want.max.float().nan_to_num(7))
+    assert torch.equal(got.lse.isnan(), x.isnan().any(-1)) and torch.equal(got.max.isnan(), x.isnan().any(-1))
+    assert torch.equal(got.lse.isposinf(), (x == torch.inf).any(-1) & ~x.isnan().any(-1)) and torch.isfinite(got.lse[54:]).all()
+    assert torch.equal(ids.long(), want_ids) and torch.equal(values.nan_to_num(7), want_values.nan_to_num(7))
+
+
+@DTYPES
 @pytest.mark.parametrize(("backend", "level"), runs("topk_logits"))
 @pytest.mark.parametrize(("R", "V", "k"), [(1, 1, 1), (5, 129, 32), (2, 4097, 8), (3, 32000, 5), (40, 600, 10), (2, 24, 24)])
 def test_topk(backend, level, dtype, R, V, k):
