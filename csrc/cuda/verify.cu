@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, 3) row_stats_kernel(const RowStatsAr
     __threadfence();
     last[0] = atomicAdd(a.tickets + row, 1u) == gridDim.y - 1;
     __threadfence();
-    if (last[0]) a.tickets[row] = 0;
+    if (last[0]) atomicExch(a.tickets + row, 0u);
   }
   __syncthreads();
   if (last[0] && warp == 0) join_slices<T>(a, row, static_cast<const Key*>(a.scratch) + row * gridDim.y * (kept + 1), int(gridDim.y), kept);

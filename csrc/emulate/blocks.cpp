@@ -120,7 +120,8 @@ size_t main_stack_size;
 
 void to_main(Fiber& f, bool last) {
 #if defined(EMULATE_TSAN)
-  (void)last;
+  const bool quiet = schedule.coarse && !last;  // the threads of a block share one state of the sanitizer
+  if (quiet) AnnotateIgnoreWritesEnd(__FILE__, __LINE__), AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
   __tsan_switch_to_fiber(main_sanitizer, 1);
 #elif defined(EMULATE_ASAN)
   __sanitizer_start_switch_fiber(last ? nullptr : &f.sanitizer, main_stack, main_stack_size);
@@ -128,7 +129,9 @@ void to_main(Fiber& f, bool last) {
   (void)last;
 #endif
   swap(&f.stack_pointer, main_stack_pointer);
-#if defined(EMULATE_ASAN)
+#if defined(EMULATE_TSAN)
+  if (quiet) AnnotateIgnoreReadsBegin(__FILE__, __LINE__), AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+#elif defined(EMULATE_ASAN)
   __sanitizer_finish_switch_fiber(f.sanitizer, &main_stack, &main_stack_size);
 #endif
 }
@@ -210,7 +213,7 @@ void run_block(const Launch& how, uint3 index) {
     f.stack = new_stack();
     f.stack_pointer = prepare(f.stack, run_fiber);
 #if defined(EMULATE_TSAN)
-    f.sanitizer = __tsan_create_fiber(0);
+    f.sanitizer = schedule.coarse && i ? b.fibers[0].sanitizer : __tsan_create_fiber(0);
 #endif
     b.ready.push_back(f.index);
   }
@@ -218,7 +221,7 @@ void run_block(const Launch& how, uint3 index) {
   if (!failed && b.exited < int(threads)) set_failure("%s: nothing can go on: %s", how.name, stuck().c_str()), failed = true;
   for (Fiber& f : b.fibers) {
 #if defined(EMULATE_TSAN)
-    retired.push_back(f.sanitizer);
+    if (!schedule.coarse || f.index == 0) retired.push_back(f.sanitizer);
 #endif
     free_stack(f.stack);
   }

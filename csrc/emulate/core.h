@@ -9,6 +9,7 @@
 #include <functional>
 #include <list>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -96,7 +97,9 @@ struct Block {  // the block that runs now
   bool granted = false;  // rt::allow_shared was called for this kernel
   int arrived = 0, exited = 0, generation = 0;
   Site barrier = {};
-  char sync[2];  // a thread is at most one barrier behind
+  // Two in turn: a thread is at most one barrier behind. On the heap, because the thread sanitizer forgets what it knows of an address
+  // only when it is freed: on a stack the next block would inherit this one's orderings.
+  std::unique_ptr<char[]> sync = std::make_unique<char[]>(2);
 };
 
 extern Block* block;

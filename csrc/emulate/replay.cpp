@@ -1,7 +1,7 @@
 // csrc/emulate/replay.cpp: runs recorded kernel calls again, each buffer in a heap block of its exact size, so that a sanitizer
 // sees every step outside it, and compares what the call wrote with what it wrote when it was recorded.
 //
-//     replay FILE...       exit 0: all equal; 1: a difference; 2: a launch failed. pyext/testing/emulator.py writes the files.
+//     replay [coarse] FILE...       exit 0: all equal; 1: a difference; 2: a launch failed. pyext/testing/emulator.py writes the files.
 //
 // A file is int64 words and bytes: kernel, order, seed, late, size of the struct, its bytes, number of buffers; for each buffer its
 // offset in the struct, its size, its address modulo 256, its bytes before and its bytes after.
@@ -17,6 +17,7 @@ extern "C" {
 int ramify_cuda_run(int64_t kernel, const void* args, void* stream);
 const char* ramify_cuda_message(int error);
 void ramify_emulate(int order, uint64_t seed, int late);
+void ramify_emulate_coarse(int coarse);
 }
 
 namespace {
@@ -73,7 +74,9 @@ int replay(const char* path) {
 
 int main(int count, char** paths) {
   int worst = 0;
-  for (int i = 1; i < count; ++i) {
+  const bool coarse = count > 1 && !strcmp(paths[1], "coarse");
+  ramify_emulate_coarse(coarse);
+  for (int i = 1 + coarse; i < count; ++i) {
     const int result = replay(paths[i]);
     worst = result > worst ? result : worst;
   }

@@ -44,8 +44,13 @@ extern "C" {
 
 // order: 0 forward, 1 reverse, 2 random by `seed`. late: cp.async lands when it is waited for, else at once.
 __attribute__((visibility("default"))) void ramify_emulate(int order, uint64_t seed, int late) {
-  emulate::schedule = {order, late != 0, seed};
+  const bool coarse = emulate::schedule.coarse;
+  emulate::schedule = {order, late != 0, coarse, seed};
 }
+
+// The thread sanitizer forgets what more than some 250 threads did. Coarse, it takes a block for one thread: races between the
+// blocks of a launch show however large they are, those inside a block do not.
+__attribute__((visibility("default"))) void ramify_emulate_coarse(int coarse) { emulate::schedule.coarse = coarse != 0; }
 
 cudaError_t CUDARTAPI cudaGetLastError() {
   const cudaError_t error = emulate::last_error;

@@ -9,7 +9,8 @@ enum Order : int { kForward, kReverse, kRandom };
 
 struct Schedule {
   int order = kForward;
-  bool late = true;  // cp.async lands when it is waited for; else at once: both are legal
+  bool late = true;     // cp.async lands when it is waited for; else at once: both are legal
+  bool coarse = false;  // thread sanitizer: a whole block is one thread, so that it can tell many blocks apart
   uint64_t state = 1;
   uint64_t draw(uint64_t below) {  // splitmix64
     uint64_t z = state += 0x9E3779B97F4A7C15u;

@@ -72,6 +72,8 @@ __global__ void block_sum(const float* x, float* out, float* parts, unsigned* ti
       parts[gridDim.x] = again;
     }
   }
+  __syncthreads();  // an ordering of this block; were the next block to inherit it, kPlainAdd and kNoFence would go unseen
+  __syncthreads();
 }
 
 constexpr int kKeys = 16, kStages = 2, kTiles = 4, kDim = 16;

@@ -248,6 +248,13 @@ def test_rows_of_nothing_but_masks(place):
     assert (values == -torch.inf).all() and (ids == -1).all()
 
 
+def test_zeros_of_both_signs_are_equal(place):
+    x = torch.full((1, 600), -1.0, device=place.device)
+    x[0, [7, 300]], x[0, 100] = -0.0, 0.0
+    with place.running():
+        assert ops.row_stats(x).argmax.tolist() == [7] and ops.topk_logits(x, 4)[1].tolist() == [[7, 100, 300, 0]]
+
+
 def trees(B, T, kind, vocabulary, seed):
     """tokens, parents [B, T] and rows in use; siblings hold distinct tokens, as drafters make them."""
     g = generator(seed)
@@ -290,11 +297,11 @@ def distributions(B, T, V, g, sharp=1.0):
 
 @pytest.mark.parametrize("mode", ["det", "iid", "wor"])
 @pytest.mark.parametrize(
-    ("kind", "T", "V"), [("chain", 6, 50), ("star", 9, 9), ("bushy", 30, 2100), ("random", 20, 4200), ("bushy", 40, 5)]
+    ("kind", "T", "V"), [("chain", 6, 50), ("star", 7, 8), ("bushy", 30, 2100), ("random", 20, 4200), ("bushy", 40, 5)]
 )
 def test_verify_sample(place, mode, kind, T, V):
     """The same decisions as the reference: from probabilities in double, and from logits with their log-sum-exp."""
-    B, g = 3, generator(T * V)
+    B, g = 3 if V > 100 else 40, generator(T * V)
     tokens, parents, rows = trees(B, T, kind, V, T)
     p, q, u = distributions(B, T, V, g), distributions(B, T, V, g), torch.rand(B, T, 3, generator=g).double()
     p[0, :, ::2] = 0  # a truncated target

@@ -21,7 +21,7 @@ CAUGHT = {
     "LaneOutsideMask": {"plain": (2, r"lane \d+ reads lane 20, which is not in mask 0xffff")},
     "NoBarrier": {"tsan": RACE},
     "DivergentBarrier": {"plain": (2, r"divergent barrier: thread \d+ at faults\.cu:\d+, others at faults\.cu:\d+")},
-    "HalfWarpBarrier": {"plain": (2, r"ended while others wait at the barrier at faults\.cu:\d+")},
+    "HalfWarpBarrier": {"plain": (2, r"divergent barrier: thread \d+ at faults\.cu:\d+, others at faults\.cu:\d+")},
     "UnwrittenShared": {"plain": WRONG, "asan": WRONG},
     "PastTheShared": {"asan": (1, r"faults\.cu:\d+:\d+: runtime error: index 2 out of bounds for type 'float \[2\]'")},
     "PlainAdd": {"tsan": RACE},
