@@ -13,6 +13,7 @@ Traffic  2 * D * itemsize bytes a key and block of rows; partials: 4 * D bytes a
 
 import triton
 import triton.language as tl
+from triton.runtime.driver import driver
 
 from ramify.kernels._softmax import NOTHING, join, load_tile, positions_seen, step
 
@@ -146,19 +147,26 @@ def _join(
     tl.store(lse + b * lse_stride_b + t.to(tl.int64) * lse_stride_t + h * group + r % group, total, mask=mine)
 
 
-def config(rows, D, itemsize):
-    """(ROWS, KEYS, warps, stages) of packed rows a KV head, head size and bytes of an operand.
+def arch():
+    """The current GPU as a number: 90 for sm_90, which the interpreter plays."""
+    return 90 if triton.knobs.runtime.interpret else driver.active.get_current_target().arch
 
-    A tile of keys is 16 KiB (64 keys at most, the bits of one ancestor word), so that three stages of K and V fit the 99 KiB of the
-    smallest chips. Shipped for sm_80 to sm_120 alike; a table by chip waits for the first run on each.
+
+def config(rows, D, itemsize, masked=False):
+    """(ROWS, KEYS, warps, stages) of packed rows a KV head, head size and bytes of an operand; masked: most tiles need a mask.
+
+    A tile of keys is 16 KiB at most (64 keys: the bits of one ancestor word), so that three stages of K and V fit the 99 KiB of the
+    smallest chips. Hopper and Blackwell's data-centre chips multiply 64 rows with four warps; the others keep the accumulators of 64 rows
+    in eight warps, or they spill. Read from the compiler for every row of this table; to be timed on each chip.
     """
-    block = triton.next_power_of_2(D)
-    keys = min(64, 16384 // (block * itemsize))
+    keys = min(64, 16384 // (triton.next_power_of_2(D) * itemsize))
     if itemsize == 4:
-        return (16 if rows <= 16 or D > 128 else 32), keys, 4, 2
-    if rows <= 64 or D > 128:
-        return min(max(triton.next_power_of_2(rows), 16), 64), keys, 4 if D <= 128 else 8, 3
-    return 128, keys, 8, 3
+        return 16, keys, 4, 2
+    if rows <= 32:
+        return (16 if rows <= 16 else 32), keys, 4, 3
+    if arch() // 10 in (9, 10):
+        return (64, keys, 8, 3) if D > 128 or masked else (64, keys, 4, 3) if rows <= 64 else (128, keys, 8, 3)
+    return 64, min(keys, 16 if D > 128 else 64), 8, 3
 
 
 def work_type(q, k):
@@ -178,7 +186,7 @@ def tree_attention(q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, s
     group, paged = Hq // Hkv, page_table is not None
     slots = k.shape[1] * page_table.shape[1] if paged else k.shape[1]
     kind, itemsize = work_type(q, k)
-    rows, keys, warps, stages = config(T * group, D, itemsize)
+    rows, keys, warps, stages = config(T * group, D, itemsize, window > 0)
     chunk = chunk_of(T * group)
     splits = triton.cdiv(slots, chunk) + 1
     part, stats = scratch((splits, B, Hkv, T * group, D), "f32"), scratch((splits, B, Hkv, T * group, 2), "f32")

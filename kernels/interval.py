@@ -91,7 +91,7 @@ def interval_attention(q, k, v, start, end, scale, out, lse):
     (B, T, Hq, D), (S, Hkv) = q.shape, k.shape[1:3]
     group = Hq // Hkv
     kind, itemsize = work_type(q, k)
-    rows, keys, warps, stages = config(T * group, D, itemsize)
+    rows, keys, warps, stages = config(T * group, D, itemsize, masked=True)
     _interval_attention[(triton.cdiv(T * group, rows), Hkv, B)](
         q, k, v, start, end, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], start.stride(0), end.stride(0),
         *out.stride()[:3], *lse.stride()[:2], T, S, group, scale * LOG2E,

@@ -127,6 +127,7 @@ CASES = {
     "merge_states": (merge_states, ()),
     "interval_attention D128": (lambda: interval_attention(512, 128), (WIDE, "LDGSTS")),
     "tree_attention T1 D128": (lambda: tree_attention(1, 128), (MMA, "LDGSTS")),
+    "tree_attention T1 D256": (lambda: tree_attention(1, 256), (MMA, "LDGSTS")),
     "tree_attention T8 D64": (lambda: tree_attention(8, 64), (MMA, "LDGSTS")),
     "tree_attention T16 D128": (lambda: tree_attention(16, 128), (WIDE, "LDGSTS")),
     "tree_attention T16 D96 f16": (lambda: tree_attention(16, 96, F16), (WIDE, "LDGSTS")),
