@@ -77,16 +77,27 @@ class Checkpoint:
         """Canonical names of all tensors, in order of use."""
         return tuple(self._table)
 
+    def source_name(self, name: str) -> str:
+        """The Hugging Face name of a canonical one."""
+        return self._table[name][0]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor by canonical name."""
+        return self._table[name][1]
+
     def tensor(self, name: str) -> Tensor:
         """One tensor by canonical name: float32 or bfloat16 as stored; float16 comes as float32, which loses nothing."""
+        tensor = self.stored(name)
+        return tensor.float() if tensor.dtype == torch.float16 else tensor
+
+    def stored(self, name: str) -> Tensor:
+        """One tensor by canonical name, in the dtype of the file."""
         if name not in self._table:
             raise KeyError(f"Checkpoint.tensor: {name} is no tensor of {self.config.architecture} under this config.")
         theirs, _ = self._table[name]
         file = self._where[theirs]
         with _opened(file) as shard:
             tensor: Tensor = shard.get_tensor(theirs)
-        if tensor.dtype == torch.float16:
-            tensor = tensor.float()
         if self.finite and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f'load: {file.name}, tensor "{theirs}" holds NaN or infinity; takes finite weights. Fetch it again.')
         return tensor

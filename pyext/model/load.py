@@ -25,7 +25,12 @@ def load(model: str | Path, dtype: str = "bf16", weights: str | None = None, dev
         raise ValueError(f'load: weights is "{weights}"; takes None: low-bit weights are not built yet. Use dtype="bf16".')
     if str(device) != "cpu":
         raise ValueError(f'load: device is "{device}"; takes "cpu": the GPU backends are not built yet.')
-    folder = Path(__file__).parent.parent / "zoo" / "weights" / ZOO[str(model)] if str(model) in ZOO else Path(model)
+    folder = folder_of(model)
     checkpoint = Checkpoint(folder, name=str(model) if str(model) in ZOO else None)
     loaded = Weights.load(checkpoint, DTYPES[str(dtype).removeprefix("torch.")])
     return Model(checkpoint.config, loaded, Tokenizer.from_folder(folder))
+
+
+def folder_of(model: str | Path) -> Path:
+    """Where a checkpoint lies: the path itself, or the folder of "zoo" and "zoo-drafter"."""
+    return Path(__file__).parent.parent / "zoo" / "weights" / ZOO[str(model)] if str(model) in ZOO else Path(model)

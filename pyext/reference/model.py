@@ -52,8 +52,8 @@ def forward(
         w = {name.removeprefix(f"layers.{i}."): t.float() for name, t in weights.items() if name.startswith(f"layers.{i}.")}
         window = config.sliding_windows[i]
         visible = mask if window is None else mask & (distance < window)
-        x = x + _attention(w, config, rms_norm(x, w["attn_norm"], config.norm_eps), cos, sin, visible)
-        x = x + _mlp(w, rms_norm(x, w["mlp_norm"], config.norm_eps))
+        x = x + F.linear(attend(w, config, rms_norm(x, w["attn_norm"], config.norm_eps), cos, sin, visible), w["o"], w.get("o_bias"))
+        x = x + F.linear(gated(w, rms_norm(x, w["mlp_norm"], config.norm_eps)), w["down"], w.get("down_bias"))
     if config.num_layers in taps:
         out.taps[config.num_layers] = x
     head = weights["embed" if config.tied_embeddings else "lm_head"].float()
@@ -73,7 +73,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def _attention(w: Mapping[str, Tensor], c: ModelConfig, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor) -> Tensor:
+def attend(w: Mapping[str, Tensor], c: ModelConfig, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor) -> Tensor:
+    """Attention of one layer on its normed input x [T, hidden]: what o_proj takes, [T, Hq * D]. w: the layer's tensors by short name."""
     q = F.linear(x, w["q"], w.get("q_bias")).view(len(x), c.num_heads, c.head_dim)
     k = F.linear(x, w["k"], w.get("k_bias")).view(len(x), c.num_kv_heads, c.head_dim)
     v = F.linear(x, w["v"], w.get("v_bias")).view(len(x), c.num_kv_heads, c.head_dim)
@@ -84,11 +85,11 @@ def _attention(w: Mapping[str, Tensor], c: ModelConfig, x: Tensor, cos: Tensor, 
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scores = torch.einsum("ihd,jhd->hij", q, k) * c.head_dim**-0.5
     share = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
-    mixed = torch.einsum("hij,jhd->ihd", share, v).reshape(len(x), c.num_heads * c.head_dim)
-    return F.linear(mixed, w["o"], w.get("o_bias"))
+    return torch.einsum("hij,jhd->ihd", share, v).reshape(len(x), c.num_heads * c.head_dim)
 
 
-def _mlp(w: Mapping[str, Tensor], x: Tensor) -> Tensor:
+def gated(w: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """SiLU(gate) * up of one layer on its normed input x [T, hidden]: what down_proj takes, [T, inner] (Shazeer 2020, SwiGLU)."""
     gate = F.linear(x, w["gate"], w.get("gate_bias"))
     up = F.linear(x, w["up"], w.get("up_bias"))
-    return F.linear(F.silu(gate) * up, w["down"], w.get("down_bias"))
+    return F.silu(gate) * up

@@ -1,0 +1,86 @@
+"""The model card of a converted checkpoint: what was done, what it cost in accuracy, how to do it again."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ramify.convert.convert import Conversion
+
+CARD = """---
+base_model: {base}
+base_model_relation: quantized
+library_name: transformers
+tags: [ramify, quantized, {format}]
+---
+# {name}: {format}
+
+The linear layers of {base} in ramify's {format}, by {method_line}. Embeddings, norms and biases are as they were; the head is
+{head}.
+
+| | before | after |
+|---|---|---|
+| linear layers | {layers_before:.1f} MB | {layers_after:.1f} MB |
+| all tensors | {total_before:.1f} MB | {total_after:.1f} MB |
+{perplexity}| weight error, root mean square | | {error:.2%} of the weights', worst {worst_error:.2%} in `{worst}` |
+{output}
+{evaluated}Load it: `ramify.load(FOLDER)`, or `import ramify` and `AutoModelForCausalLM.from_pretrained(FOLDER)`.
+
+Make it again: `ramify convert {command}`.
+"""
+
+METHOD_LINES = {
+    "rtn": "round to nearest",
+    "hqq": "half-quadratic refinement of scales and zeros (HQQ); no calibration",
+    "gptq": "GPTQ, calibrated on {tokens:,} tokens of {text}, inputs in act-order",
+}
+
+
+def card(made: "Conversion", config: Mapping[str, Any], name: str) -> str:
+    """README.md for a conversion of the model with this config.json. name: the model's, for a config that names no repository."""
+    base = str(config.get("_name_or_path") or "")
+    base = base if base.count("/") == 1 and not base.startswith((".", "/")) else name
+    worst = max(made.errors, key=lambda tensor: made.errors[tensor])
+    output = ""
+    if made.output_errors:
+        mean, most = sum(made.output_errors.values()) / len(made.output_errors), max(made.output_errors.values())
+        output = f"| output error on calibration text | | {mean:.2%} of the outputs', worst {most:.2%} |\n"
+    return CARD.format(
+        base=base,
+        name=name,
+        format=made.format,
+        method_line=METHOD_LINES[made.method].format(tokens=made.calibration_tokens, text=made.calibration),
+        head=f"held in {made.head} after loading" if made.head else "as it was",
+        layers_before=made.layer_bytes[0] / 1e6,
+        layers_after=made.layer_bytes[1] / 1e6,
+        total_before=made.total_bytes[0] / 1e6,
+        total_after=made.total_bytes[1] / 1e6,
+        perplexity=_perplexity(made),
+        error=sum(made.errors.values()) / len(made.errors),
+        worst=worst,
+        worst_error=made.errors[worst],
+        output=output,
+        evaluated=_evaluated(made),
+        command=_command(made, base),
+    )
+
+
+def _perplexity(made: "Conversion") -> str:
+    if made.before is None or made.after is None:
+        return ""
+    rows = [("perplexity", "perplexity", ".3f"), ("nats a token", "nats_per_token", ".4f"), ("bits a byte", "bits_per_byte", ".4f")]
+    cells = [(label, getattr(made.before, key), getattr(made.after, key), form) for label, key, form in rows]
+    return "".join(f"| {label} | {a:{form}} | {b:{form}} |\n" for label, a, b, form in cells if a is not None)
+
+
+def _evaluated(made: "Conversion") -> str:
+    if made.before is None:
+        return "Perplexity was not measured (`--evaluate FILE` does it).\n\n"
+    return f"Perplexity: {made.before.tokens:,} tokens of {made.evaluated_on}, both weights in float32 arithmetic.\n\n"
+
+
+def _command(made: "Conversion", base: str) -> str:
+    source = made.source if made.source.startswith("zoo") else base
+    parts = [source, "OUT", f"--to {made.format}", f"--method {made.method}"]
+    if made.method == "gptq" and not made.source.startswith("zoo"):
+        parts.append("--calibration FILE")
+    return " ".join([*parts, f"--head {made.head or 'none'}"])

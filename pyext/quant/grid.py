@@ -1,0 +1,117 @@
+"""How each format rounds: scales and zeros of the weights that share them, codes of a weight under given scales.
+
+Scales and zeros are rounded to their stored dtype before codes are chosen, so that the codes know the scale they will be read with.
+"""
+
+import torch
+from torch import Tensor
+
+from ramify.quant.formats import BLOCK, Format
+from ramify.quant.weight import SYMMETRIC_ZERO, QuantizedWeight, pack_nibbles
+
+INT8_TOP, INT4_TOP, FP8_TOP = 127, 15, 448
+"""Largest code. Int8 leaves -128 out, so that every code has a negative."""
+
+CLIPS = (8.0, 8.5, 9.0, 9.5, 10.0)
+"""Symmetric int4: steps from zero to the group's extreme, tried for the smallest squared error. The extreme has code 0, eight steps
+from the zero, whatever its sign: the scale takes the sign, and no code is wasted. On the zoo's weights in groups of 64 the root mean
+squared error is 9.2% of the weights', against 10.9% with the extreme at seven steps and a positive scale."""
+
+SHRINKS = (1.0, 0.9)
+"""Int4 with zero points: shares of a group's minimum and maximum that the codes span, each tried with each."""
+
+CHUNK = 1 << 18
+"""Weights that are searched at once: few enough to stay in a core's cache."""
+
+
+def scale_dtype(w: Tensor, format: Format) -> torch.dtype:
+    """Float16 for int4; float32 for int8 and fp8, whose scales are few, and for int4 weights at the ends of float16's range."""
+    if format.kind != "int4":
+        return torch.float32
+    return torch.float16 if 2**-8 <= float(w.abs().max()) <= 2**16 else torch.float32
+
+
+def fit(w: Tensor, format: Format, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Scales in `dtype` and, where the format has them, float16 zeros, for whole groups of w f32 [N, C]; shapes as in QuantizedWeight."""
+    N, C = w.shape
+    if format.kind == "int4":
+        groups = w.reshape(-1, format.group)
+        search = _asymmetric if format.zero_point else _symmetric
+        found = [search(part, dtype) for part in groups.split(max(1, CHUNK // format.group))]
+        scale, zero = (torch.cat(each).view(N, -1) for each in zip(*found))
+        return scale, zero if format.zero_point else None
+    if format.group:
+        padded = torch.nn.functional.pad(w, (0, -C % BLOCK, 0, -N % BLOCK))
+        peak = padded.view(-(-N // BLOCK), BLOCK, -(-C // BLOCK), BLOCK).abs().amax((1, 3))
+    else:
+        peak = w.abs().amax(1, keepdim=True)
+    return (peak / (INT8_TOP if format.kind == "int8" else FP8_TOP)).to(dtype), None
+
+
+def spread(parameter: Tensor, format: Format, N: int) -> Tensor:
+    """Scales or zeros as float32 [N, C] (or [N, 1], which serves every column): one for each weight of whole groups."""
+    parameter = parameter.float()
+    if format.kind == "fp8" and format.group:
+        parameter = parameter.repeat_interleave(BLOCK, 0)[:N]
+    return parameter.repeat_interleave(format.group, 1) if format.group else parameter
+
+
+def codes(w: Tensor, scale: Tensor, zero: Tensor | None, format: Format) -> Tensor:
+    """The nearest codes of w, as float32; scale and zero broadcast to it. A scale of 0 stands for a group of zeros."""
+    steps = w / torch.where(scale == 0, 1.0, scale)
+    if format.kind == "int4":
+        return (steps + (SYMMETRIC_ZERO if zero is None else zero)).round_().clamp_(0, INT4_TOP)
+    if format.kind == "int8":
+        return steps.round_().clamp_(-INT8_TOP, INT8_TOP)
+    return steps.clamp_(-FP8_TOP, FP8_TOP).to(torch.float8_e4m3fn).float()
+
+
+def values(codes: Tensor, scale: Tensor, zero: Tensor | None, format: Format) -> Tensor:
+    """What codes stand for."""
+    if format.kind == "int4":
+        codes = codes - (SYMMETRIC_ZERO if zero is None else zero)
+    return codes * scale
+
+
+def packed(q: Tensor, scale: Tensor, zero: Tensor | None, format: Format, perm: Tensor | None = None) -> QuantizedWeight:
+    """The canonical weight of codes float32 [N, K] and stored scales and zeros."""
+    stored = {"int4": pack_nibbles, "int8": lambda t: t.to(torch.int8), "fp8": lambda t: t.to(torch.float8_e4m3fn)}[format.kind](q)
+    return QuantizedWeight(format, stored, scale, zero, perm)
+
+
+def nearest(w: Tensor, scale: Tensor, zero: Tensor | None, format: Format) -> QuantizedWeight:
+    """w f32 [N, K] rounded to the nearest codes under stored scales and zeros."""
+    N, K = w.shape
+    wide = spread(scale, format, N)[:, :K]
+    return packed(codes(w, wide, None if zero is None else spread(zero, format, N), format), scale, zero, format)
+
+
+def _symmetric(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale of each group [M, G] (and zeros that nobody reads)."""
+    extreme = x.gather(1, x.abs().argmax(1, keepdim=True))
+    scales = [(extreme / -clip).to(dtype) for clip in CLIPS]
+    return _best(x, [(scale, None) for scale in scales], Format("int4", x.shape[1]))
+
+
+def _asymmetric(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale and fractional zero of each group [M, G]. The codes span 0 as well, so that a zero always fits float16."""
+    low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
+    tried = []
+    for down in SHRINKS:
+        for up in SHRINKS:
+            scale = ((high * up - low * down) / INT4_TOP).to(dtype)
+            step = scale.float()
+            tried.append((scale, (-low * down / torch.where(step == 0, 1.0, step)).half()))
+    return _best(x, tried, Format("int4", x.shape[1], zero_point=True))
+
+
+def _best(x: Tensor, tried: list[tuple[Tensor, Tensor | None]], format: Format) -> tuple[Tensor, Tensor]:
+    """Of each group's candidates the one with the smallest squared error; the first one where they tie."""
+    scales = torch.cat([scale for scale, _ in tried], 1)
+    zeros = torch.cat([torch.zeros_like(scale).half() if zero is None else zero for scale, zero in tried], 1)
+    errors = []
+    for scale, zero in tried:
+        s, z = scale.float(), None if zero is None else zero.float()
+        errors.append((values(codes(x, s, z, format), s, z, format) - x).square_().sum(1, keepdim=True))
+    choice = torch.cat(errors, 1).argmin(1, keepdim=True)
+    return scales.gather(1, choice), zeros.gather(1, choice)
