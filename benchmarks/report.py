@@ -146,16 +146,19 @@ def _commit() -> str:
         return ""
 
 
-def finish(rows: Sequence[dict], floor: float | None) -> None:
-    """Add ratio (fastest baseline over this row), floor and share of it to the rows of one cell. Seconds of floor, None for none."""
+def finish(rows: Sequence[dict], floor: float | Callable[[dict], float] | None) -> None:
+    """Add ratio (fastest baseline over this row), floor and share of it to the rows of one cell.
+
+    floor: seconds of every row, or a row's own; None for none.
+    """
     measured = [row for row in rows if row["status"] == "ok"]
     best = min((row["us"]["median"] for row in measured if row["baseline"]), default=None)
     for row in measured:
         if best is not None:
             row["ratio"] = round(best / row["us"]["median"], 4)
         if floor is not None:
-            row["floor_us"] = round(1e6 * floor, 3)
-            row["share_of_floor"] = round(1e6 * floor / row["us"]["median"], 4)
+            row["floor_us"] = round(1e6 * (floor(row) if callable(floor) else floor), 3)
+            row["share_of_floor"] = round(row["floor_us"] / row["us"]["median"], 4)
 
 
 def document(name: str, options: argparse.Namespace, plan: Plan, limits: Any, rows: Sequence[dict], verdict: str) -> dict[str, Any]:
