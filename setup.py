@@ -25,6 +25,7 @@ AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mfma -mf16c"
 LEVELS = {
     "portable": "",
     "avx2": "-mavx2 -mfma -mf16c",
+    "avx2_vnni": "-mavx2 -mfma -mf16c -mavxvnni",
     "avx512_vnni": AVX512,
     "avx512_bf16": f"{AVX512} -mavx512bf16",
 }

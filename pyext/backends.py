@@ -33,6 +33,16 @@ log = logging.getLogger("ramify")
 
 _F32_BF16 = (torch.float32, torch.bfloat16)
 
+LOW_BIT = {
+    "int8": 8,
+    **{f"int4-g{group}": 4 + 16 / group for group in (32, 64, 128)},
+    **{f"int4-g{group}-zp": 4 + 32 / group for group in (32, 64, 128)},
+    "fp8": 8,
+    "fp8-b128": 8,
+}
+"""Low-bit weight formats, and the bits that a weight takes: code, float16 scale and zero of a group; scales of whole rows or
+blocks are not counted."""
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -58,7 +68,7 @@ class Kernel:
 
 TABLE = (
     Kernel("tree_attention", "cpu", _F32_BF16, {"D": HEAD_SIZES, "kv": _F32_BF16}),
-    Kernel("linear", "cpu", _F32_BF16, {"weight": _F32_BF16}),
+    Kernel("linear", "cpu", _F32_BF16, {"weight": (*_F32_BF16, *LOW_BIT)}),
     Kernel("rms_norm", "cpu", _F32_BF16),
     Kernel("rope", "cpu", _F32_BF16, {"rotary": ("whole head",)}),
     Kernel("silu_mul", "cpu", _F32_BF16),
@@ -154,7 +164,8 @@ def explain(op: str, *shapes: Collection[int], dtype: torch.dtype = torch.float3
     """Which kernel would run `op`, why, why no other one, and its floor.
 
     shapes: of the first tensors of the op, in its own order; `dtype` and `device` are those of its rows. Further facts by
-    name: D= of a head, kv= and weight= dtypes, k= of a top-k. Nothing runs. Raises ValueError for an unknown op.
+    name: D= of a head, kv= and weight= dtypes, weight= the name of a low-bit format, k= of a top-k. Nothing runs. Raises
+    ValueError for an unknown op or format.
     """
     one_of("op", op, OPS, "explain")
     if op == "tree_attention" and shapes:
@@ -185,9 +196,10 @@ def _attention_floor(item: int, sizes: Mapping[str, Any], q: tuple, k: tuple, *_
 
 
 def _linear_floor(item: int, sizes: Mapping[str, Any], x: tuple, weight: tuple, *_: tuple) -> tuple[int, int]:
-    stored = sizes["weight"].itemsize if "weight" in sizes else item
+    kind = sizes.get("weight")
+    bits = LOW_BIT[one_of("weight", kind, LOW_BIT, "explain")] if isinstance(kind, str) else 8 * (kind.itemsize if kind else item)
     rows = prod(x[:-1])
-    return prod(weight) * stored + (prod(x) + rows * weight[0]) * item, 2 * rows * prod(weight)
+    return int(prod(weight) * bits) // 8 + (prod(x) + rows * weight[0]) * item, 2 * rows * prod(weight)
 
 
 FLOORS: dict[str, tuple[tuple[str, ...], Callable[..., tuple[int, int]]]] = {

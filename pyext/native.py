@@ -14,11 +14,13 @@ from ramify import _cpu
 
 _P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
-F32, BF16 = 0, 1
-DTYPES = {torch.float32: F32, torch.bfloat16: BF16}
+F32, BF16, F16, INT8, INT4, FP8 = range(6)
+DTYPES = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16}
+LOW_BIT = {"int8": INT8, "int4": INT4, "fp8": FP8}
+ACTIVATIONS = {"exact": 0, "int8": 1, "int8-group": 2}
 COPY, RMS_NORM, SILU_MUL = 0, 1, 2
 NO_ACTIVATION, SILU = 0, 1
-PANEL, TILE, CHUNK = 32, 64, 512
+PANEL, LOW_BIT_PANEL, TILE, CHUNK = 32, 16, 64, 512
 
 
 def _struct(name: str, kernel: int, fields: str) -> type[ctypes.Structure]:
@@ -32,8 +34,9 @@ LinearArgs = _struct(
     "LinearArgs",
     0,
     "rows:p x:p x_stride:i K:i N:i weight:p dtype:i prologue:i norm_weight:p eps:d bias:p activation:i residual:p residual_stride:i "
-    "out:p out_stride:i scratch:p argmax:p top:p lse:p topk:i topk_ids:p topk_values:p",
+    "out:p out_stride:i scratch:p argmax:p top:p lse:p topk:i topk_ids:p topk_values:p group:i scale_dtype:i zeros:i perm:p activations:i",
 )
+LinearLowBitArgs = type("LinearLowBitArgs", (LinearArgs,), {"kernel": 12, "__doc__": "LinearArgs of a weight in a low-bit format."})
 AttentionArgs = _struct(
     "AttentionArgs",
     1,

@@ -8,13 +8,17 @@
 
 namespace ramify {
 
-enum DType : int64_t { kF32 = 0, kBf16 = 1 };
+// kInt8 and on are weights only (layouts.h), kF16 scales and zeros only.
+enum DType : int64_t { kF32 = 0, kBf16 = 1, kF16 = 2, kInt8 = 3, kInt4 = 4, kFp8 = 5 };
 
 // What a linear layer does to its input row before the product.
 enum Prologue : int64_t { kCopy = 0, kRmsNorm = 1, kSiluMul = 2 };
 enum Activation : int64_t { kNone = 0, kSilu = 1 };
+// How a low-bit layer takes its input: as it is, or rounded to int8 with one scale a row, or one for each group of a row.
+enum Activations : int64_t { kExact = 0, kInt8Row = 1, kInt8Group = 2 };
 
-// y[M, N] = activation(prologue(x)[M, K] @ W^T + bias) + residual, W packed in panels of kPanel features (layouts.h).
+// y[M, N] = activation(prologue(x)[M, K] @ W^T + bias) + residual, W packed in panels (layouts.h). The one struct of kLinear and
+// of kLinearLowBit, which alone reads what follows topk_values.
 struct LinearArgs {
   const int32_t* rows;     // M
   const float* x;          // [M, K], or [M, 2K] (gate, up) for kSiluMul
@@ -32,11 +36,16 @@ struct LinearArgs {
   int64_t out_stride;
   void* scratch;  // as many bytes as the kernel's scratch function asks for at the largest M
   // Row statistics of the output, filled while a block of columns is still in cache; argmax is null when not wanted.
-  int32_t* argmax;     // [M]
-  float *top, *lse;    // [M]
-  int64_t topk;        // 0 or at most kMaxTopK
-  int32_t* topk_ids;   // [M, topk]
-  float* topk_values;  // [M, topk], descending; the lower id first on a tie
+  int32_t* argmax;      // [M]
+  float *top, *lse;     // [M]
+  int64_t topk;         // 0 or at most kMaxTopK
+  int32_t* topk_ids;    // [M, topk]
+  float* topk_values;   // [M, topk], descending; the lower id first on a tie
+  int64_t group;        // inputs that share a scale, 0: a whole row
+  int64_t scale_dtype;  // kF32, kBf16 or kF16
+  int64_t zeros;        // 1: zeros follow the scales, 0: the zero is 8 for kInt4
+  const int32_t* perm;  // [K] or null: the weight's column j multiplies input perm[j]
+  int64_t activations;  // Activations; kFp8 takes kExact
 };
 
 // o = attention of every row over the committed prefix of its sequence (no mask but the window) and over those rows of the
@@ -190,13 +199,16 @@ enum Kernel : int64_t {
   kRowStats,
   kPack,
   kProbe,
+  kLinearLowBit,
   kKernels
 };
 
-constexpr int kPanel = 32;        // features in a weight panel, keys in a key panel
-constexpr int kTile = 64;         // slots in a page: one ancestor word
-constexpr int kChunk = 512;       // slots whose attention is summed before it joins the rest: fixed, so no split shows
-constexpr int kStatsBlock = 512;  // columns whose statistics are summed before they join the rest
+constexpr int kPanel = 32;         // features in a weight panel, keys in a key panel
+constexpr int kLowBitPanel = 16;   // features in a panel of a low-bit weight
+constexpr int kLowBitGroup = 128;  // inputs whose products are summed before they are scaled, where the weight has no smaller group
+constexpr int kTile = 64;          // slots in a page: one ancestor word
+constexpr int kChunk = 512;        // slots whose attention is summed before it joins the rest: fixed, so no split shows
+constexpr int kStatsBlock = 512;   // columns whose statistics are summed before they join the rest
 constexpr int kMaxTopK = 32;
 constexpr int kRowBlock = 48;  // packed query rows of one attention work item
 

@@ -1,11 +1,16 @@
 // csrc/cpu/dispatch.cpp: the table of ISA levels. Built with baseline flags: nothing here may need a newer chip.
 #include "cpu/dispatch.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace ramify {
 
 #define X(level)                              \
   namespace level {                           \
   extern const KernelRow linear_kernels[];    \
+  extern const KernelRow low_bit_kernels[];   \
   extern const KernelRow attention_kernels[]; \
   extern const KernelRow glue_kernels[];      \
   extern const KernelRow kv_kernels[];        \
@@ -17,17 +22,17 @@ RAMIFY_LEVELS(X)
 
 namespace {
 
-constexpr int kFiles = 6;
+constexpr int kFiles = 7;
 
 struct Level {
   const char* name;
   const KernelRow* files[kFiles];
 };
 
-#define X(level)                                                                                                    \
-  {#level,                                                                                                          \
-   {level::linear_kernels, level::attention_kernels, level::glue_kernels, level::kv_kernels, level::verify_kernels, \
-    level::probe_kernels}},
+#define X(level)                                                                                                     \
+  {#level,                                                                                                           \
+   {level::linear_kernels, level::low_bit_kernels, level::attention_kernels, level::glue_kernels, level::kv_kernels, \
+    level::verify_kernels, level::probe_kernels}},
 const Level levels[] = {RAMIFY_LEVELS(X)};
 #undef X
 constexpr int kLevels = sizeof(levels) / sizeof(levels[0]);
@@ -52,6 +57,10 @@ bool level_runs(int level) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (same(name, "avx2")) return avx2;
+  if (same(name, "avx2_vnni")) {  // by hand: compilers that cannot build the level do not know its name either
+    unsigned a = 0, b, c, d;
+    return avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+  }
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
   if (same(name, "avx512_vnni")) return avx512;

@@ -65,6 +65,7 @@ RAMIFY_INLINE Vec power2(Vec i) {  // 2^i for integral i <= 127; 0 below -126
 RAMIFY_INLINE Vec select(uint32_t bits, Vec yes, Vec no) { return {_mm512_mask_mov_ps(no.v, __mmask16(bits), yes.v)}; }
 RAMIFY_INLINE bool any_above(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
 RAMIFY_INLINE float hmax(Vec a) { return _mm512_reduce_max_ps(a.v); }
+RAMIFY_INLINE Vec load_half(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
 
 struct Pairs {  // 16 lanes of (even, odd) bf16 values
   __m512i v;
@@ -107,6 +108,7 @@ RAMIFY_INLINE float hmax(Vec a) {
   m = _mm_max_ps(m, _mm_movehl_ps(m, m));
   return _mm_cvtss_f32(_mm_max_ss(m, _mm_shuffle_ps(m, m, 1)));
 }
+RAMIFY_INLINE Vec load_half(const uint16_t* p) { return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))}; }
 
 struct Pairs {
   __m256i v;
@@ -164,6 +166,16 @@ RAMIFY_INLINE float hmax(Vec a) {
   const float x = a.v[0] > a.v[1] ? a.v[0] : a.v[1], y = a.v[2] > a.v[3] ? a.v[2] : a.v[3];
   return x > y ? x : y;
 }
+RAMIFY_INLINE float widen_half(uint16_t h) {
+  const float f = float(h & 0x3ff) + (h & 0x7c00 ? 1024.f : 0.f), sign = h & 0x8000 ? -1.f : 1.f;
+  const int e = h >> 10 & 31;
+  if (e == 31) return h & 0x3ff ? __builtin_nanf("") : sign * __builtin_inff();
+  uint32_t u = uint32_t((e ? e : 1) - 25 + 127) << 23;
+  float scale;
+  __builtin_memcpy(&scale, &u, 4);
+  return sign * f * scale;
+}
+RAMIFY_INLINE Vec load_half(const uint16_t* p) { return {f32x4{widen_half(p[0]), widen_half(p[1]), widen_half(p[2]), widen_half(p[3])}}; }
 
 struct Pairs {
   i32x4 v;

@@ -7,10 +7,11 @@ kernel that `ramify.explain` names.
 from ramify.ops.attention import merge_states, tree_attention
 from ramify.ops.glue import embed, rms_norm, rope, silu_mul
 from ramify.ops.kv import kv_append, kv_commit
-from ramify.ops.linear import linear
+from ramify.ops.linear import PackedWeight, linear
 from ramify.ops.verify import RowStats, row_stats, topk_logits, verify_greedy
 
 __all__ = [
+    "PackedWeight",
     "RowStats",
     "embed",
     "kv_append",

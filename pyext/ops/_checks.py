@@ -35,28 +35,32 @@ class Shapes:
             raise TypeError(f"{self.op}: {name} is {show(x)}; takes a tensor [{_spell(axes)}].")
         if x.dtype not in dtypes:
             raise TypeError(f"{self.op}: {name} is {_short(x.dtype)}; takes {_dtypes(dtypes)} [{_spell(axes)}].{_cast(name, dtypes)}")
+        self.sized(name, x.shape, axes, x.device)
+        if dense and x.ndim and x.shape[-1] > 1 and x.stride(-1) != 1:
+            raise ValueError(f"{self.op}: the last axis of {name} has stride {x.stride(-1)}; takes 1. Use {name}.contiguous().")
+
+    def sized(self, name: str, shape: Sequence[int], axes: str, device: torch.device) -> None:
+        """The same of something that is not one tensor: its axes and its device."""
         if self.device is None:
-            self.device, self.source["device"] = x.device, name
-        elif x.device != self.device:
+            self.device, self.source["device"] = device, name
+        elif device != self.device:
             raise ValueError(
-                f"{self.op}: {name} is on {x.device} and {self.source['device']} on {self.device}; takes one device. "
+                f"{self.op}: {name} is on {device} and {self.source['device']} on {self.device}; takes one device. "
                 f'Use {name}.to("{self.device}").'
             )
         letters = axes.split()
         free = letters[0] == "..."
         named = letters[1:] if free else letters
-        if x.ndim < len(named) or (not free and x.ndim != len(named)):
-            raise ValueError(f"{self.op}: {name} is {list(x.shape)}; takes {len(named)} axes{' or more' if free else ''} [{_spell(axes)}].")
-        for letter, size in zip(named, x.shape[x.ndim - len(named) :]):
+        if len(shape) < len(named) or (not free and len(shape) != len(named)):
+            raise ValueError(f"{self.op}: {name} is {list(shape)}; takes {len(named)} axes{' or more' if free else ''} [{_spell(axes)}].")
+        for letter, size in zip(named, shape[len(shape) - len(named) :]):
             known = self.sizes.get(letter)
             if known is None:
                 self.sizes[letter], self.source[letter] = size, name
             elif known != size:
                 raise ValueError(
-                    f"{self.op}: {name} is {list(x.shape)}; takes [{_spell(axes)}] with {letter} = {known}, as in {self.source[letter]}."
+                    f"{self.op}: {name} is {list(shape)}; takes [{_spell(axes)}] with {letter} = {known}, as in {self.source[letter]}."
                 )
-        if dense and x.ndim and x.shape[-1] > 1 and x.stride(-1) != 1:
-            raise ValueError(f"{self.op}: the last axis of {name} has stride {x.stride(-1)}; takes 1. Use {name}.contiguous().")
 
     def same_shape(self, name: str, x: Tensor, other: str, like: Sequence[int]) -> None:
         """x has exactly this shape, which is `other`'s."""

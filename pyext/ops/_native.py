@@ -10,25 +10,64 @@ import torch
 from torch import Tensor
 
 from ramify.backends import native
+from ramify.quant.formats import Format
+from ramify.quant.packing import pack_panels
 
 Outputs = tuple[Tensor, ...]
 
 
 def linear(outs: Outputs, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> None:
     """activation(x W^T + bias) + residual; the weight is packed first."""
+    linear_packed(outs, x, native().pack_weight(weight), weight.shape[0], bias, activation, residual)
+
+
+def linear_packed(
+    outs: Outputs, x: Tensor, panels: Tensor, N: int, bias: Tensor | None, activation: str | None, residual: Tensor | None
+) -> None:
+    """The same on a weight that is packed already."""
     n = native()
-    x, packed, out = _rows(x), n.pack_weight(weight), _target(outs[0])
+    args = n.LinearArgs(N=N, weight=panels.data_ptr(), dtype=n.DTYPES[panels.dtype])
+    _run_linear(outs[0], args, x, bias, activation, residual)
+
+
+def linear_low_bit(
+    outs: Outputs,
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    perm: Tensor | None,
+    panels: Tensor | None,
+    form: str,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    activations: str,
+) -> None:
+    """The same on a low-bit weight; it is packed first where `panels` does not hold it yet."""
+    n, f = native(), Format.parse(form)
+    if panels is None:
+        panels = pack_panels(f, codes, scale, zero)
+    perm = None if perm is None else perm.contiguous()
+    args = n.LinearLowBitArgs(N=codes.shape[0], weight=panels.data_ptr(), dtype=n.LOW_BIT[f.kind], group=f.group)
+    args.scale_dtype, args.zeros, args.perm = n.DTYPES[scale.dtype], zero is not None, n.pointer(perm)
+    args.activations = n.ACTIVATIONS[activations]
+    _run_linear(outs[0], args, x, bias, activation, residual)
+
+
+def _run_linear(out: Tensor, args: Structure, x: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> None:
+    n = native()
+    x, target = _rows(x), _target(out)
     bias = None if bias is None else bias.float().contiguous()
     residual = None if residual is None else _rows(residual)
     rows = c_int32(x.shape[0])
-    args = n.LinearArgs(rows=addressof(rows), x=x.data_ptr(), x_stride=x.stride(0), K=x.shape[1], N=weight.shape[0])
-    args.weight, args.dtype, args.bias = packed.data_ptr(), n.DTYPES[weight.dtype], n.pointer(bias)
-    args.prologue, args.activation = n.COPY, n.SILU if activation == "silu" else n.NO_ACTIVATION
+    args.rows, args.x, args.x_stride, args.K = addressof(rows), x.data_ptr(), x.stride(0), x.shape[1]
+    args.prologue, args.activation, args.bias = n.COPY, n.SILU if activation == "silu" else n.NO_ACTIVATION, n.pointer(bias)
     if residual is not None:
         args.residual, args.residual_stride = residual.data_ptr(), residual.stride(0)
-    args.out, args.out_stride = out.data_ptr(), out.stride(0)
+    args.out, args.out_stride = target.data_ptr(), target.stride(0)
     _run_with_scratch(args)
-    _store(out, outs[0])
+    _store(target, out)
 
 
 def rms_norm(outs: Outputs, x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> None:

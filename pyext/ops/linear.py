@@ -1,34 +1,85 @@
 """linear: a matrix product with its epilogue, the same bits for a row whatever the other rows are."""
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
-from ramify import reference
+from ramify import backends, reference
 from ramify.checks import one_of
 from ramify.ops import _native
 from ramify.ops._checks import FLOATS, Shapes, outputs
 from ramify.ops._library import Op
+from ramify.quant.formats import Format
+from ramify.quant.packing import packed
+from ramify.quant.weight import QuantizedWeight
 
 ACTIVATIONS = (None, "silu")
+ROUNDED = ("int8", "int8-group", "exact")
+"""How the input of a low-bit weight is taken."""
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A dense weight [N, K] as the CPU kernels read it, for layers that are called again and again: `PackedWeight.of(weight)`.
+
+    panels: its dtype's panels of 32 outputs, flat (csrc/common/layouts.h). It holds no reference to the weight it came from.
+    """
+
+    panels: Tensor
+    N: int
+    K: int
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "PackedWeight":
+        """Pack a weight [N, K], float32 or bfloat16, that lies on the CPU. Needs the CPU kernels: RuntimeError without them."""
+        check = Shapes("PackedWeight.of")
+        check("weight", weight, "N K", FLOATS[:2])
+        if weight.device.type != "cpu" or 0 in weight.shape:
+            raise check.fail(f"weight is {list(weight.shape)} on {weight.device}", "a weight on the CPU, no axis empty")
+        if why := backends.missing("cpu"):
+            raise RuntimeError(f"PackedWeight.of: {why}. Use the weight as it is.")
+        return cls(backends.native().pack_weight(weight), *weight.shape)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N outputs and K inputs."""
+        return self.N, self.K
+
+    def unpack(self) -> Tensor:
+        """The weight [N, K] again."""
+        return _unpack(self.panels, self.N, self.K)
 
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight | PackedWeight,
     bias: Tensor | None = None,
     *,
     activation: str | None = None,
     residual: Tensor | None = None,
+    activations: str | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """activation(x W^T + bias) + residual, rounded once.
 
     x [..., K], weight [N, K], bias [N], residual [..., N], each of any float dtype; activation None or "silu". Sums run in
-    float32 or wider. Returns [..., N] in x's dtype. On the CPU the weight is repacked in every call: a model layer keeps
-    packed weights instead. Raises ValueError for shapes and an unknown activation, TypeError for dtypes.
+    float32 or wider. Returns [..., N] in x's dtype. On the CPU a plain weight is repacked in every call: pass a PackedWeight
+    when there are many. Raises ValueError for shapes and an unknown activation, TypeError for dtypes.
+
+    A QuantizedWeight is packed at its first use. `activations` says how it takes x: "int8" rounds a row to int8 with one scale
+    (the default for int8 and int4), "int8-group" with one scale for every group of the weight (128 inputs for int8), "exact"
+    not at all (the only way for fp8; a level that multiplies in bf16 rounds both to bf16). A row that holds NaN or infinity
+    comes out as NaN when it is rounded.
     """
     check = Shapes("linear")
     check("x", x, "... K", FLOATS)
-    check("weight", weight, "N K", FLOATS)
+    if isinstance(weight, Tensor):
+        check("weight", weight, "N K", FLOATS)
+    elif isinstance(weight, (QuantizedWeight, PackedWeight)):
+        stored = weight.codes if isinstance(weight, QuantizedWeight) else weight.panels
+        check.sized("weight", weight.shape, "N K", stored.device)
+    else:
+        raise TypeError(f"linear: weight is {type(weight).__name__}; takes a tensor [N, K], a QuantizedWeight or a PackedWeight.")
     if x.shape[-1] == 0:
         raise check.fail(f"x is {list(x.shape)}", "one column or more")
     shape = (*x.shape[:-1], weight.shape[0])
@@ -41,7 +92,30 @@ def linear(
     outs = outputs("linear", out, 1)
     for o in outs or ():
         check.out("out", o, shape, x.dtype)
+    if isinstance(weight, QuantizedWeight):
+        taken = ("exact",) if weight.format.kind == "fp8" else ROUNDED
+        how = taken[0] if activations is None else one_of("activations", activations, taken, "linear")
+        panels = packed(weight) if x.device.type == "cpu" else None
+        tensors = weight.codes, weight.scale, weight.zero, weight.perm, panels
+        return _low_bit(x, *tensors, weight.format.name, bias, activation, residual, how, out=outs)
+    if activations is not None:
+        raise check.fail(f'activations is "{activations}"', "None with a dense weight", "Quantize the weight first.")
+    if isinstance(weight, PackedWeight):
+        return _packed(x, weight.panels, weight.N, bias, activation, residual, out=outs)
     return _linear(x, weight, bias, activation, residual, out=outs)
+
+
+def _unpack(panels: Tensor, N: int, K: int) -> Tensor:
+    """Panels of 32 outputs -> [N, K]: [N/32][K][32], bf16 in pairs of K."""
+    pair = 2 if panels.dtype.itemsize == 2 else 1
+    rows = -(-N // 32)
+    return panels.view(rows, -1, 32, pair).permute(0, 2, 1, 3).reshape(rows * 32, -1)[:N, :K]
+
+
+def _reference(
+    x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, activation: str | None, residual: Tensor | None, **how: str
+) -> tuple[Tensor]:
+    return (reference.linear(x, weight, bias, activation=activation, residual=residual, **how),)
 
 
 _linear = Op(
@@ -50,6 +124,29 @@ _linear = Op(
     ["out"],
     allocate=lambda x, weight, *_: (x.new_empty((*x.shape[:-1], weight.shape[0])),),
     sizes=lambda x, weight, *_: {"dtype": x.dtype, "weight": weight.dtype},
-    reference=lambda x, weight, bias, activation, residual: (reference.linear(x, weight, bias, activation=activation, residual=residual),),
+    reference=_reference,
     cpu=_native.linear,
+)
+
+_packed = Op(
+    "linear.packed",
+    "Tensor x, Tensor panels, int N, Tensor? bias, str? activation, Tensor? residual",
+    ["out"],
+    allocate=lambda x, panels, N, *_: (x.new_empty((*x.shape[:-1], N)),),
+    sizes=lambda x, panels, *_: {"dtype": x.dtype, "weight": panels.dtype},
+    reference=lambda x, panels, N, *rest: _reference(x, _unpack(panels, N, x.shape[-1]), *rest),
+    cpu=_native.linear_packed,
+)
+
+_low_bit = Op(
+    "linear.low_bit",
+    "Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? perm, Tensor? panels, str format, Tensor? bias, str? activation, "
+    "Tensor? residual, str activations",
+    ["out"],
+    allocate=lambda x, codes, *_: (x.new_empty((*x.shape[:-1], codes.shape[0])),),
+    sizes=lambda x, codes, scale, zero, perm, panels, form, *_: {"dtype": x.dtype, "weight": form},
+    reference=lambda x, codes, scale, zero, perm, panels, form, bias, activation, residual, how: _reference(
+        x, QuantizedWeight(Format.parse(form), codes, scale, zero, perm), bias, activation, residual, activations=how
+    ),
+    cpu=_native.linear_low_bit,
 )

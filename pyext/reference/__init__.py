@@ -6,7 +6,7 @@ Written to be read. Any float dtype, float64 included: a test compares a kernel 
 from ramify.reference.attention import merge_states, tree_attention
 from ramify.reference.glue import embed, rms_norm, rope, silu_mul
 from ramify.reference.kv import kv_append, kv_commit
-from ramify.reference.linear import linear
+from ramify.reference.linear import linear, quantize_rows
 from ramify.reference.verify import row_stats, topk_logits, verify_greedy
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "kv_commit",
     "linear",
     "merge_states",
+    "quantize_rows",
     "rms_norm",
     "rope",
     "row_stats",

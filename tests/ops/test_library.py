@@ -5,6 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ramify import backends, ops, reference
+from ramify.quant import Format, QuantizedWeight
 from ramify.testing.tensors import attention_case
 
 I32 = torch.int32
@@ -14,6 +15,7 @@ x, weight, table = torch.randn(3, 8), torch.randn(8), torch.randn(6, 4)
 angles, at = torch.randn(10, 4), torch.arange(3)
 rows, length = torch.randn(2, 3, 1, 4), torch.ones(2, dtype=I32)
 tokens, parents = torch.tensor([[1, 2, 3]], dtype=I32), torch.tensor([[-1, 0, 0]], dtype=I32)
+low_bit = QuantizedWeight(Format("int8"), torch.ones(5, 8, dtype=torch.int8), torch.ones(5, 1))
 stats = torch.zeros(3, dtype=I32), torch.zeros(3), torch.zeros(3)
 
 
@@ -30,6 +32,11 @@ RAW = [
     ("merge_states.out", (x, weight[:3], x, weight[3:6]), {"out": torch.zeros(3, 8), "lse_out": torch.zeros(3)}),
     ("linear.default", (x, torch.randn(5, 8), torch.randn(5), "silu", torch.randn(3, 5)), {}),
     ("linear.out", (x, torch.randn(5, 8), None, None, None), {"out": torch.zeros(3, 5)}),
+    ("linear.packed", (x, torch.randn(256), 5, None, "silu", torch.randn(3, 5)), {}),
+    ("linear.packed_out", (x, torch.randn(256), 5, None, None, None), {"out": torch.zeros(3, 5)}),
+    ("linear.low_bit", (x, low_bit.codes, low_bit.scale, None, None, None, "int8", torch.randn(5), "silu", None, "int8"), {}),
+    ("linear.low_bit_out", (x, low_bit.codes, low_bit.scale, None, torch.arange(8).int(), None, "int8", None, None, None, "exact"),
+     {"out": torch.zeros(3, 5)}),
     ("rms_norm.default", (x, weight, 1e-6), {}),
     ("rms_norm.out", (x, weight, 1e-6), {"out": torch.zeros(3, 8)}),
     ("rms_norm.residual", (x, weight, x + 1, 1e-6), {}),
@@ -72,7 +79,13 @@ def test_out_form_is_the_functional_one(name, args, outs):
 def test_every_op_is_here():
     """Public ops, the backend table, the reference, torch.ops and the list above name the same things."""
     public = {name for name in ops.__all__ if name.islower()}
-    assert public == set(backends.OPS) == set(backends.FLOORS) == {name.split(".")[0] for name, _, _ in RAW} == set(CALLS)
+    assert (
+        public
+        == set(backends.OPS)
+        == set(backends.FLOORS)
+        == {name.split(".")[0] for name, _, _ in RAW}
+        == {name.split(".")[0] for name in CALLS}
+    )
     assert all(hasattr(reference, name) and hasattr(torch.ops.ramify, name) for name in public)
 
 
@@ -88,6 +101,7 @@ CALLS = {
     "tree_attention": lambda: ops.tree_attention(case.q * 2, *case.tensors[1:], window=5, sink=1, return_lse=True)[0] + 1,
     "merge_states": lambda: ops.merge_states(x * 2, weight[:3], x, weight[3:6])[0] + 1,
     "linear": lambda: ops.linear(x * 2, torch.ones(5, 8), activation="silu", out=torch.zeros(3, 5)) + 1,
+    "linear.low_bit": lambda: ops.linear(x * 2, low_bit, activation="silu", activations="int8-group") + 1,
     "rms_norm": lambda: ops.rms_norm(x * 2, weight, x)[1] + 1,
     "rope": lambda: ops.rope(x.view(3, 1, 8) * 2, angles, angles, at) + 1,
     "silu_mul": lambda: ops.silu_mul(x * 2) + 1,

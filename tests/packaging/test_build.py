@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LEVELS = ("portable", "avx2", "avx512_vnni", "avx512_bf16")
+LEVELS = ("portable", "avx2", "avx2_vnni", "avx512_vnni", "avx512_bf16")
 
 pytestmark = pytest.mark.skipif(shutil.which("nm") is None, reason="binutils are not installed")
 

@@ -1,0 +1,355 @@
+// csrc/cpu/linear_low_bit.cpp: linear layers over int8, int4 and fp8 weights. Meaning: reference/linear.py.
+//
+// What     the same layer as linear.cpp does (linear.h), the weight packed as layouts.h says. The input is rounded to int8 with one
+//          scale a row or one a group (Rounded), or stays as it is (Exact).
+// Rounded  y = x_scale * sum over groups of w_scale * (codes . x_codes - zero * sum(x_codes)): integer dots inside a group (dot.h),
+//          then one f32 multiply-add a group, groups in ascending order. A constant zero is taken off by the dot's first value.
+// Exact    128 inputs of a panel at a time become f32 (bf16 pairs where the level multiplies those) in L1, and go through the loop
+//          that dense layers use.
+// Tiling   16 features (32 with AVX-512) x kTokens rows. Up to kTokens rows unpack nibbles in registers; more rows share 128 inputs
+//          unpacked in L1. A panel is read from memory once.
+// Traffic  the packed bytes, once for all rows.
+// Bits     an integer sum is exact, and the f32 sum of a (row, feature) is one chain over groups whatever the tile (row_invariance).
+#include "cpu/dot.h"
+#include "cpu/linear.h"
+
+namespace ramify::RAMIFY_ISA {
+namespace {
+
+constexpr int kWide = kDotVecs * L;                 // features of a tile of Rounded
+constexpr int kSlab = kLowBitGroup * kLowBitPanel;  // codes of one panel that are unpacked at once
+constexpr int64_t kAhead = 2048;                    // bytes: how far before its use a panel is asked for
+constexpr int64_t kRowsAtOnce = 96;                 // rows whose sums and inputs stay in L1 while a panel passes
+
+LowBitLayout layout_of(const LinearArgs& a) { return {a.dtype, a.K, a.group, a.scale_dtype, a.zeros != 0}; }
+
+RAMIFY_INLINE Vec load_scale(const uint8_t* p, int64_t dtype, int64_t feature) {
+  if (dtype == kF32) return Vec::load(reinterpret_cast<const float*>(p) + feature);
+  const uint16_t* const half = reinterpret_cast<const uint16_t*>(p) + feature;
+  return dtype == kF16 ? load_half(half) : Vec::load(half);
+}
+RAMIFY_INLINE int64_t zeros_after(int64_t scale_dtype) { return kLowBitPanel * (scale_dtype == kF32 ? 4 : 2); }
+
+// ---- Exact: the weight's values, 128 inputs of 32 features at a time
+
+// e4m3 -> f32. A magnitude is the smaller of 2^(e-7) (1 + m/8), right from e = 1 on, and of twice that less 2^-6, right for e = 0.
+// No subnormal f32 comes up on the way: those are slow. NaN codes never come here: packing puts the NaN into their scale.
+RAMIFY_INLINE Vec fp8_value(Ints code) {
+  const Ints size = (code & 0x7f) << 20;
+  const Vec minus = max(Vec::set(0.015625f) - as_float(size + (121 << 23)), as_float((size + (120 << 23)) | int32_t(0x80000000)));
+  return as_float(as_ints(minus) ^ ((code & 0x80) ^ 0x80) << 24);
+}
+
+// Two neighbouring inputs of L features: row k of f32 [k][32], or of bf16 pairs [k / 2][32][2].
+RAMIFY_INLINE void put(void* slab, int64_t k, int64_t feature, Vec even, Vec odd) {
+#if RAMIFY_BF16_DOT
+  const auto rounded = [](Vec x) { return as_ints(x) + 0x7fff + (shift_right(as_ints(x), 16) & 1); };
+  store_ints(static_cast<uint32_t*>(slab) + k / 2 * kPanel + feature,
+             shift_right(rounded(even), 16) | (rounded(odd) & int32_t(0xffff0000)));
+#else
+  float* const to = static_cast<float*>(slab) + k * kPanel + feature;
+  even.store(to), odd.store(to + kPanel);
+#endif
+}
+
+template <int64_t kCode>
+void dequantize_group(const LinearArgs& a, const LowBitLayout& w, const uint8_t* panel, int64_t g, int64_t feature, void* slab, int64_t k) {
+  const uint8_t *const codes = panel + g * w.step, *const scales = panel + w.scales(g);
+  for (int64_t f = 0; f < kLowBitPanel; f += L) {
+    const Vec scale = load_scale(scales, a.scale_dtype, f);
+    const Vec zero = a.zeros ? load_half(reinterpret_cast<const uint16_t*>(scales + zeros_after(a.scale_dtype)) + f) : Vec::set(8.f);
+    const uint8_t* p = codes + f * 4;
+    const int64_t n = w.inputs(g), count = kCode == kInt4 ? n / 8 : n / 4;
+    for (int64_t j = 0; j < count; ++j, p += 4 * kLowBitPanel) {
+      const Ints word = load_ints(p);
+      const auto value = [&](int bit) {
+        if constexpr (kCode == kInt4) return (to_float(shift_right(word, bit) & 15) - zero) * scale;
+        if constexpr (kCode == kInt8) return to_float(word << (24 - bit) >> 24) * scale;
+        return fp8_value(shift_right(word, bit) & 255) * scale;
+      };
+      for (int b = 0; b < 4; b += 2) {
+        put(slab, k + 4 * j + b, feature + f, value(8 * b), value(8 * b + 8));
+        if constexpr (kCode == kInt4) put(slab, k + n / 2 + 4 * j + b, feature + f, value(8 * b + 4), value(8 * b + 12));
+      }
+    }
+  }
+}
+
+struct Exact {
+  static int64_t packed_bytes(const LinearArgs& a, int64_t M) { return M * pad_to(a.K, 16) * 4; }
+  static int64_t work_bytes(const LinearArgs&, int64_t M) { return (kLowBitGroup + M) * kPanel * 4; }
+
+  static void pack(const LinearArgs& a, const float* x, int64_t M, int64_t m, void* packed) {
+    const int64_t first = m / kRows * kRows, rows = M - first < kRows ? M - first : kRows;
+    pack_row(a, x, static_cast<char*>(packed) + packed_bytes(a, first), int(rows), int(m - first));
+  }
+
+  static const void* pack_one(const LinearArgs& a, const float* x, void* packed) {
+    if (!uses_dot(a)) return x;
+    pack_row(a, x, packed, 1, 0);
+    return packed;
+  }
+
+  // Inputs [k, stop) of the 32 features from `column` on.
+  static void dequantize(const LinearArgs& a, const LowBitLayout& w, int64_t column, int64_t k, int64_t stop, void* slab) {
+    for (int64_t half = 0; half < kPanel; half += kLowBitPanel) {
+      const uint8_t* const panel = static_cast<const uint8_t*>(a.weight) + (column + half) / kLowBitPanel * w.panel;
+      for (int64_t g = k / w.group; g * w.group < stop; ++g) {
+        const int64_t at = g * w.group - k;
+        if (a.dtype == kInt4)
+          dequantize_group<kInt4>(a, w, panel, g, half, slab, at);
+        else if (a.dtype == kInt8)
+          dequantize_group<kInt8>(a, w, panel, g, half, slab, at);
+        else
+          dequantize_group<kFp8>(a, w, panel, g, half, slab, at);
+      }
+    }
+  }
+
+  static void block(const LinearArgs& a, const void* packed, int64_t M, int64_t begin, int64_t end, void* work) {
+    const LowBitLayout w = layout_of(a);
+    float* const slab = static_cast<float*>(work);
+    float* const sums = slab + kLowBitGroup * kPanel;
+    for (int64_t panel = begin; panel < end; panel += kPanel)
+      for (int64_t k = 0; k < a.K; k += kLowBitGroup) {
+        const int64_t stop = k + kLowBitGroup < a.K ? k + kLowBitGroup : a.K;
+        dequantize(a, w, panel, k, stop, slab);
+        for (int64_t first = 0; first < M; first += kRows) {
+          const Part part{static_cast<const char*>(packed) + packed_bytes(a, first), first, k, stop, sums};
+          with_rows(int(M - first < kRows ? M - first : kRows), [&]<int R>() {
+            constexpr int N = tile_vectors(R) < kPanelVecs ? tile_vectors(R) : kPanelVecs;
+            for (int64_t lane = 0; lane < kPanel; lane += N * L) {
+#if RAMIFY_BF16_DOT
+              tile<R, N>(a, part, panel + lane, Bf16Panels{reinterpret_cast<const bf16*>(slab) + 2 * lane, 0});
+#else
+              tile<R, N>(a, part, panel + lane, F32Panels{slab + lane, 0});
+#endif
+            }
+          });
+        }
+      }
+  }
+};
+
+// ---- Rounded: integer dots
+
+// The packed input: codes [group][tile][word][row of the tile][4], then for each (group, row) what to take off, then the scales.
+struct Codes {
+  int64_t M, tile;  // rows, and rows of a tile: as even as they come, so that no tile is left with one or two
+  int8_t* codes;
+  union Offset {
+    int32_t whole;  // -zero * sum of the group's codes, for a constant zero
+    float sum;      // the sum itself, for zeros that differ
+  }* offsets;       // [groups][M]
+  float* scales;    // [M], or [groups][M]
+
+  Codes(const LowBitLayout& w, int64_t rows, void* packed) : M(rows) {
+    const int64_t tiles = (M + kTokens - 1) / kTokens;
+    tile = (M + tiles - 1) / tiles;
+    codes = static_cast<int8_t*>(packed);
+    offsets = reinterpret_cast<Offset*>(codes + lines(M * w.K));
+    scales = reinterpret_cast<float*>(offsets + w.groups * M);
+  }
+  static int64_t bytes(const LowBitLayout& w, int64_t M) { return lines(M * w.K) + 2 * w.groups * M * 4; }
+  int8_t* at(const LowBitLayout& w, int64_t g, int64_t first) const { return codes + g * w.group * M + first * w.inputs(g); }
+};
+
+// The step between codes of x[0..n): its largest magnitude / 127; NaN if any value is not finite. Compared as integers, where
+// NaN and infinity stand above every number.
+float code_scale(const float* x, int64_t n) {
+  int32_t top = 0;
+  for (int64_t k = 0; k < n; ++k) {
+    int32_t bits;
+    __builtin_memcpy(&bits, x + k, 4);
+    bits &= 0x7fffffff;
+    top = bits > top ? bits : top;
+  }
+  if (top >= 0x7f800000) return __builtin_nanf("");
+  float amax;
+  __builtin_memcpy(&amax, &top, 4);
+  return amax / 127.f;
+}
+
+// Codes of x[0..n), to nearest, ties to even: adding 1.5 * 2^23 leaves the rounded value in the low bits. Returns their sum.
+int32_t round_codes(const float* x, int64_t n, float scale, int8_t* codes) {
+  if (!(scale > 0.f)) {
+    __builtin_memset(codes, 0, n);
+    return 0;
+  }
+  int32_t sum = 0;
+  for (int64_t k = 0; k < n; ++k) {
+    float q = x[k] / scale;
+    q = q < -127.f ? -127.f : q;
+    q = (q > 127.f ? 127.f : q) + 12582912.f;
+    int32_t bits;
+    __builtin_memcpy(&bits, &q, 4);
+    bits -= 0x4b400000;
+    codes[k] = int8_t(bits);
+    sum += bits;
+  }
+  return sum;
+}
+
+// Where weight vector v of step s + i lies; s is even, i known when compiled.
+struct Bytes {
+  const uint8_t* base;
+  int64_t panel;  // bytes from one panel of 16 features to the next
+  RAMIFY_INLINE const uint8_t* at(int v, int64_t line) const {
+    return base + v * L / kLowBitPanel * panel + v * L % kLowBitPanel * 4 + line * 4 * kLowBitPanel;
+  }
+  RAMIFY_INLINE Ints operator()(int v, int64_t s, int i) const { return load_ints(at(v, s + i)); }
+};
+struct Nibbles : Bytes {
+  RAMIFY_INLINE Ints operator()(int v, int64_t s, int i) const {
+    const Ints word = load_ints(at(v, s / 2 + i / 2));
+    if (i == 0) __builtin_prefetch(at(v, s / 2) + kAhead);
+    return (i & 1 ? shift_right(word, 4) : word) & 0x0f0f0f0f;
+  }
+};
+
+// One group of T rows from `first` on: integer sums, scaled, onto `sums` [row][kWide].
+template <bool kSmall, int T, class W>
+RAMIFY_INLINE void add_group(const LinearArgs& a, const LowBitLayout& w, const Codes& x, const uint8_t* panel, const W& codes, int64_t g,
+                             int64_t first, float* sums) {
+  const Codes::Offset* const offset = x.offsets + g * x.M + first;
+  Ints sum[kDotVecs][T];
+  const bool constant = kSmall ? a.zeros == 0 : kSignedOffset != 0;
+  for (int t = 0; t < T; ++t) {
+    const Ints start = ints(constant ? offset[t].whole : 0);
+    for (int v = 0; v < kDotVecs; ++v) sum[v][t] = start;
+  }
+  dot<kSmall>(sum, codes, x.at(w, g, first), w.inputs(g) / 4);
+  for (int v = 0; v < kDotVecs; ++v) {
+    const uint8_t* const scales = panel + v * L / kLowBitPanel * w.panel + w.scales(g);
+    const int64_t feature = v * L % kLowBitPanel;
+    const Vec scale = load_scale(scales, a.scale_dtype, feature);
+    Vec zero;
+    if (kSmall && a.zeros) zero = load_half(reinterpret_cast<const uint16_t*>(scales + zeros_after(a.scale_dtype)) + feature);
+    for (int t = 0; t < T; ++t) {
+      Vec y = to_float(sum[v][t]);
+      if (kSmall && a.zeros) y = y - zero * Vec::set(offset[t].sum);
+      if (a.activations == kInt8Group) y = y * Vec::set(x.scales[g * x.M + first + t]);
+      float* const to = sums + (first + t) * kWide + v * L;
+      fma(y, scale, Vec::load(to)).store(to);
+    }
+  }
+}
+
+struct Rounded {
+  static int64_t packed_bytes(const LinearArgs& a, int64_t M) { return Codes::bytes(layout_of(a), M); }
+  static int64_t work_bytes(const LinearArgs&, int64_t M) { return 2 * kSlab + M * kWide * 4; }
+
+  static void pack(const LinearArgs& a, const float* x, int64_t M, int64_t m, void* packed) {
+    const LowBitLayout w = layout_of(a);
+    const Codes to(w, M, packed);
+    const int64_t first = m / to.tile * to.tile, rows = M - first < to.tile ? M - first : to.tile;
+    const bool grouped = a.activations == kInt8Group;
+    float scale = 0.f;
+    if (!grouped) to.scales[m] = scale = code_scale(x, a.K);
+    for (int64_t g = 0; g < w.groups; ++g) {
+      const int64_t k = g * w.group, n = w.inputs(g), real = a.K - k < n ? a.K - k : n;
+      if (grouped) to.scales[g * M + m] = scale = code_scale(x + k, real);
+      int8_t codes[kLowBitGroup] = {};
+      const int32_t sum = round_codes(x + k, real, scale, codes);
+      if (a.zeros)
+        to.offsets[g * M + m].sum = float(sum);
+      else
+        to.offsets[g * M + m].whole = -(w.small ? 8 : kSignedOffset) * sum;
+      // Words in the order in which nibbles are unpacked: one of the group's first half, one of its second, and so on.
+      int8_t* const out = to.at(w, g, first) + (m - first) * 4;
+      for (int64_t i = 0; i < n / 4; ++i) {
+        const int64_t from = w.small ? i / 2 + (i & 1) * (n / 8) : i;
+        __builtin_memcpy(out + i * rows * 4, codes + from * 4, 4);
+      }
+    }
+  }
+
+  static const void* pack_one(const LinearArgs& a, const float* x, void* packed) {
+    pack(a, x, 1, 0, packed);
+    return packed;
+  }
+
+  // Groups [g, stop) of a tile.
+  template <bool kSmall, class W>
+  static void add_groups(const LinearArgs& a, const LowBitLayout& w, const Codes& x, const uint8_t* panel, const W& codes, int64_t step,
+                         int64_t g, int64_t stop, int64_t first, float* sums) {
+    const int rows = int(x.M - first < x.tile ? x.M - first : x.tile);
+    with_rows<kTokens>(rows, [&]<int T>() {
+      W at = codes;
+      for (int64_t i = g; i < stop; ++i, at.base += step) add_group<kSmall, T>(a, w, x, panel, at, i, first, sums);
+    });
+  }
+
+  // Groups [g, stop) of the panels of a tile, one code a byte.
+  static void unpack(const LowBitLayout& w, const uint8_t* panel, int64_t g, int64_t stop, uint8_t* slab) {
+    for (int64_t p = 0; p < kWide / kLowBitPanel; ++p, slab += kSlab) {
+      uint8_t* to = slab;
+      for (int64_t i = g; i < stop; ++i) {
+        const uint8_t* from = panel + p * w.panel + i * w.step;
+        for (int64_t line = 0; line < w.group / 8; ++line, from += 64, to += 128) {
+          __builtin_prefetch(from + kAhead);
+          for (int v = 0; v < 64; v += 4 * L) {
+            const Ints word = load_ints(from + v);
+            store_ints(to + v, word & 0x0f0f0f0f);
+            store_ints(to + 64 + v, shift_right(word, 4) & 0x0f0f0f0f);
+          }
+        }
+      }
+    }
+  }
+
+  static void block(const LinearArgs& a, const void* packed, int64_t M, int64_t begin, int64_t end, void* work) {
+    const LowBitLayout w = layout_of(a);
+    const Codes x(w, M, const_cast<void*>(packed));
+    uint8_t* const slab = static_cast<uint8_t*>(work);
+    float* const sums = reinterpret_cast<float*>(slab + 2 * kSlab);
+    const int64_t at_once = kRowsAtOnce / x.tile * x.tile, together = kLowBitGroup / w.group;
+    for (int64_t column = begin; column < end; column += kWide) {
+      const uint8_t* const panel = static_cast<const uint8_t*>(a.weight) + column / kLowBitPanel * w.panel;
+      __builtin_memset(sums, 0, M * kWide * 4);
+      for (int64_t top = 0; top < M; top += at_once) {
+        const int64_t bottom = top + at_once < M ? top + at_once : M;
+        if (w.small && M <= x.tile) {
+          add_groups<true>(a, w, x, panel, Nibbles{{panel, w.panel}}, w.step, 0, w.groups, 0, sums);
+          continue;
+        }
+        for (int64_t g = 0; g < w.groups; g += together) {
+          const int64_t stop = g + together < w.groups ? g + together : w.groups;
+          if (w.small) unpack(w, panel, g, stop, slab);
+          for (int64_t first = top; first < bottom; first += x.tile) {
+            if (w.small)
+              add_groups<true>(a, w, x, panel, Bytes{slab, kSlab}, w.group * kLowBitPanel, g, stop, first, sums);
+            else
+              add_groups<false>(a, w, x, panel, Bytes{panel + g * w.step, w.panel}, w.step, g, stop, first, sums);
+          }
+        }
+      }
+      for (int64_t m = 0; m < M; ++m)
+        for (int v = 0; v < kDotVecs; ++v) {
+          Vec y = Vec::load(sums + m * kWide + v * L);
+          if (a.activations == kInt8Row) y = y * Vec::set(x.scales[m]);
+          finish(a, y, m, column + v * L);
+        }
+    }
+  }
+};
+
+void low_bit(const void* p, Team& team) {
+  const LinearArgs& a = *static_cast<const LinearArgs*>(p);
+  if (a.activations == kExact)
+    run_layer<Exact>(a, team);
+  else
+    run_layer<Rounded>(a, team);
+}
+
+int64_t low_bit_scratch(const void* p, int threads) {
+  const LinearArgs& a = *static_cast<const LinearArgs*>(p);
+  return a.activations == kExact ? layer_scratch<Exact>(a, threads) : layer_scratch<Rounded>(a, threads);
+}
+
+}  // namespace
+
+extern const KernelRow low_bit_kernels[];
+const KernelRow low_bit_kernels[] = {{kLinearLowBit, low_bit, low_bit_scratch}, {-1, nullptr, nullptr}};
+
+}  // namespace ramify::RAMIFY_ISA
