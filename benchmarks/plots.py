@@ -81,13 +81,16 @@ def end_to_end(doc: dict[str, Any], path: Path) -> None:
 LINEAR = {"ramify int4-g64": (OURS, "-", 2.2), "ramify int8": (OURS, "--", 1.2), "ramify bf16": (OURS, ":", 1.2)}
 """The rows of ramify that the picture of `linear` shows: colour, line and width."""
 
+STEPS = {"torch int4pack_mm g128": ":", "onnxruntime int4 b128": "-.", "llama.cpp Q4_0": "-", "torch dynamic int8": "--"}
+"""The peers whose curve in single steps it shows."""
+
 
 def linear(doc: dict[str, Any], path: Path) -> None:
     """A column per layer: time of a call over rows above, the same in single steps below; ramify, the best peers, the floor of int4."""
     plt = _pyplot()
     rows = [row for row in doc["rows"] if row["status"] == "ok"]
     names = list(dict.fromkeys(row["shape"]["layer"] for row in rows))
-    figure, axes = plt.subplots(2, len(names) or 1, figsize=(3.6 * len(names) + 1, 6.4), squeeze=False)
+    figure, axes = plt.subplots(2, len(names) or 1, figsize=(max(8.0, 3.6 * len(names) + 1), 6.4), squeeze=False)
     for column, name in enumerate(names):
         here = [row for row in rows if row["shape"]["layer"] == name]
         counts = sorted({row["shape"]["M"] for row in here})
@@ -99,14 +102,14 @@ def linear(doc: dict[str, Any], path: Path) -> None:
         _line(axes[0, column], best, "best int4 peer", PEER, "-", 1.6, "M") if best else None
         best = [_fastest(peers, M) for M in counts if any(row["shape"]["M"] == M for row in peers)]
         _line(axes[0, column], best, "best peer of any kind", "black", "--", 1.0, "M") if best else None
-        for number, title in enumerate(dict.fromkeys(row["provider"] for row in int4)):
-            mine = [row for row in int4 if row["provider"] == title]
-            _steps(axes[1, column], mine, title, PEER, ("-", "--", "-.", ":")[number % 4], 1.2)
-        floor = sorted((row for row in here if row["provider"] in LINEAR), key=lambda row: list(LINEAR).index(row["provider"]))
-        floor = [next(row for row in floor if row["shape"]["M"] == M) for M in counts if any(row["shape"]["M"] == M for row in floor)]
-        axes[0, column].plot([r["shape"]["M"] for r in floor], [r["floor_us"] / 1e3 for r in floor], ":", color=FAINT, label="its floor")
+        for title, style in STEPS.items():
+            _steps(axes[1, column], [row for row in peers if row["provider"] == title], title, PEER, style, 1.2)
+        floor = sorted((row for row in here if row["provider"] == "ramify int4-g64"), key=lambda row: row["shape"]["M"])
+        limit = [row["floor_us"] / 1e3 for row in floor]
+        axes[0, column].plot([row["shape"]["M"] for row in floor], limit, ":", color="black", linewidth=1, label="floor of ramify int4-g64")
         axes[0, column].set(yscale="log", title=f"N x K = {name}")
-        axes[1, column].set(yscale="log", xlabel="rows M")
+        axes[1, column].set(xlabel="rows M")
+        axes[1, column].set_yscale("log", base=2)
         for panel in axes[:, column]:
             panel.set_xscale("log")
             panel.set_xticks(counts, [str(M) for M in counts])
@@ -132,7 +135,8 @@ def _over_rows(panels: Any, rows: list[dict], title: str, look: tuple[str, str, 
 def _steps(panel: Any, rows: list[dict], title: str, colour: str, style: str, width: float) -> None:
     rows = [row for row in sorted(rows, key=lambda row: row["shape"]["M"]) if "single_steps" in row]
     x, y = [row["shape"]["M"] for row in rows], [row["single_steps"] for row in rows]
-    panel.plot(x, y, style, color=colour, linewidth=width, marker="o", markersize=3, label=title)
+    if rows:
+        panel.plot(x, y, style, color=colour, linewidth=width, marker="o", markersize=3, label=title)
 
 
 def _fastest(rows: list[dict], M: int) -> dict:

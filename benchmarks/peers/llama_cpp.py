@@ -33,7 +33,7 @@ def folder() -> Path | None:
     """Where the package keeps its libraries."""
     spec = find_spec("llama_cpp")
     found = Path(spec.origin).parent / "lib" if spec and spec.origin else None
-    return found if found and any(found.glob("libggml-base.*")) else None
+    return found if found and any(found.glob("libggml-cpu.*")) else None
 
 
 def missing() -> str:
@@ -78,6 +78,8 @@ class Ggml:
         self.plain = declare(base, "ggml_backend_cpu_buffer_type", p)
         self.set_threads = declare(cpu, "ggml_backend_cpu_set_n_threads", None, p, i)
         self.dequantize = {name: declare(base, f"dequantize_row_{name[0].lower()}{name[1:]}", None, p, p, n) for name in TYPES}
+        self.silence = ctypes.CFUNCTYPE(None, i, ctypes.c_char_p, p)(lambda *_: None)
+        declare(base, "ggml_log_set", None, type(self.silence), p)(self.silence, None)
         self.backend = declare(cpu, "ggml_backend_cpu_init", p)()
         self.registry = declare(cpu, "ggml_backend_cpu_reg", p)()
 
