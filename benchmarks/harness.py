@@ -169,6 +169,7 @@ def _calls(entry: Entry, plan: Plan, machine: Machine) -> int:
     if plan.warm:
         entry.once()  # first touch: pages, pools, lazy set-up
     least, most = plan.calls
+    least = -(-least // entry.parts)
     if least == most:
         return least
     start = machine.now()
