@@ -44,6 +44,7 @@ class Shape:
 
 SHAPES = {
     "160m": Shape("160 M parameter Llama, random weights", hidden=768, layers=12, heads=12, inner=3072, vocabulary=32000),
+    "15m": Shape("15 M parameter Llama, random weights", hidden=256, layers=8, heads=4, inner=768, vocabulary=16384),
     "tiny": Shape("tiny Llama, random weights", hidden=128, layers=2, heads=2, inner=256, vocabulary=4096),
 }
 

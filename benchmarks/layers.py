@@ -78,7 +78,7 @@ def loader(title: str, hold: Hold, limit: float, arithmetic: str) -> Callable[[L
             assert held.weight is not None
             held.want, held.weight = layer.tensors[1] @ held.weight.T, None
         x = layer.tensors[1][:M]
-        return Loaded(held.calls(x), held.want[:M], limit, held.bytes, arithmetic, held.parts)
+        return Loaded(held.calls(x), held.bytes, arithmetic, held.want[:M], limit, held.parts)
 
     return load
 

@@ -9,7 +9,7 @@ this run's read speed and 2 * M * N * K operations over this run's peak of the i
 """
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib import import_module
 
@@ -117,18 +117,6 @@ def finish(rows: Sequence[dict], limits: probes.Limits, read: dict[int, float]) 
         min(dense, key=lambda row: row["us"]["median"])["faster_dense"] = True
 
 
-def single_steps(rows: Sequence[dict]) -> None:
-    """Add time(M) / time(1) of the same provider and layer, where M = 1 was measured."""
-    ones = {_line(row): row["us"]["median"] for row in rows if row["status"] == "ok" and row["shape"]["M"] == 1}
-    for row in rows:
-        if row["status"] == "ok" and _line(row) in ones:
-            row["single_steps"] = round(row["us"]["median"] / ones[_line(row)], 3)
-
-
-def _line(row: dict) -> tuple[str, str]:
-    return row["shape"]["layer"], row["provider"]
-
-
 def ours(row: dict) -> bool:
     """Rows whose failure or slowing down is ours to mend."""
     return row["provider"].startswith("ramify")
@@ -138,7 +126,7 @@ def verdict(rows: Sequence[dict]) -> str:
     """int4-g64 on each layer: speed over the best int4 peer and over the best of any kind, and what M rows cost in single steps."""
     clauses = []
     for layer in dict.fromkeys(row["shape"]["layer"] for row in rows):
-        mine = [row for row in rows if _line(row) == (layer, MAIN) and "ratio" in row]
+        mine = [row for row in rows if row["shape"]["layer"] == layer and row["provider"] == MAIN and "ratio" in row]
         if not mine:
             clauses.append(f"{layer}: {MAIN} was not measured against peers")
             continue
@@ -175,38 +163,18 @@ def show(rows: Sequence[dict]) -> None:
     for layer in dict.fromkeys(row["shape"]["layer"] for row in rows):
         here = [row for row in rows if row["shape"]["layer"] == layer]
         good = [row for row in here if row["status"] == "ok"]
-        counts = sorted({row["shape"]["M"] for row in here})
         print(f"\nlinear N x K = {layer}: us per call, share of the floor; *: the faster F.linear; !: disturbed throughout\n")
         sizes = {row["provider"]: f"{row['bytes'] / 1e6:.2f}" for row in here if "bytes" in row}
-        reasons: dict[str, str] = {}
-        for row in here:
-            if row["status"] != "ok":
-                reasons.setdefault(row["provider"], report.notes(row))
-        lines = [(name, sizes.get(name, ""), *cells, reasons.get(name, "")) for name, *cells in _lines(here, counts, _time)]
-        report.table(("provider", "MB", *(f"M={M}" for M in counts), ""), lines)
+        report.matrix(here, "M", _time, ("MB", sizes))
         print("\nM rows in single steps: time(M) / time(1)\n")
-        report.table(("provider", *(f"M={M}" for M in counts)), _lines(good, counts, _steps))
+        report.matrix(good, "M", lambda row: f"{row['single_steps']:.2f}" if "single_steps" in row else "")
         print("\nspeed over the best int4 peer, over the best peer of any kind\n")
-        report.table(("provider", *(f"M={M}" for M in counts)), _lines(filter(ours, good), counts, _over))
-
-
-def _lines(rows: Iterable[dict], counts: Sequence[int], cell: Callable[[dict], str]) -> list[tuple[str, ...]]:
-    """A line per provider, a cell per M."""
-    found: dict[str, dict[int, dict]] = {}
-    for row in rows:
-        found.setdefault(row["provider"], {})[row["shape"]["M"]] = row
-    return [(name, *(cell(line[M]) if M in line else "" for M in counts)) for name, line in found.items()]
+        report.matrix(list(filter(ours, good)), "M", _over)
 
 
 def _time(row: dict) -> str:
-    if row["status"] != "ok":
-        return "" if row["status"].startswith("not") else row["status"]
     marks = ("*" if row.get("faster_dense") else "") + ("!" if row["bursts"]["clean"] == 0 else "")
     return f"{row['us']['median']:.0f}{marks} {report.share(row)}"
-
-
-def _steps(row: dict) -> str:
-    return f"{row['single_steps']:.2f}" if "single_steps" in row else ""
 
 
 def _over(row: dict) -> str:
@@ -259,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     read = {} if report.cold(options) else {size: max(limits.read, probe.read(size, limits.threads)) for size in sizes}
     for found in results:
         finish(found, limits, read)
-    single_steps(rows)
+    report.single_steps(rows)
     show(rows)
     text = verdict(rows)
     print(f"\nverdict: {text}")

@@ -111,9 +111,7 @@ def linear(doc: dict[str, Any], path: Path) -> None:
         axes[1, column].set(xlabel="rows M")
         axes[1, column].set_yscale("log", base=2)
         for panel in axes[:, column]:
-            panel.set_xscale("log")
-            panel.set_xticks(counts, [str(M) for M in counts])
-            panel.minorticks_off()
+            _log2(panel, counts)
             panel.yaxis.set_major_formatter("{x:g}")
     axes[0, 0].set_ylabel("ms per call")
     axes[1, 0].set_ylabel("single steps: time(M) / time(1)")
@@ -123,6 +121,34 @@ def linear(doc: dict[str, Any], path: Path) -> None:
     _caption(figure, doc)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def step(doc: dict[str, Any], path: Path) -> None:
+    """A panel per model: the time of a pass over its rows, in single steps."""
+    plt = _pyplot()
+    rows = [row for row in doc["rows"] if row["status"] == "ok"]
+    models = list(dict.fromkeys(row["shape"]["model"] for row in rows))
+    figure, axes = plt.subplots(1, len(models) or 1, figsize=(max(8.0, 4.2 * len(models)), 3.8), squeeze=False)
+    for model, panel in zip(models, axes[0]):
+        for title in dict.fromkeys(row["provider"] for row in rows):
+            mine = [row for row in rows if row["provider"] == title and row["shape"]["model"] == model]
+            _steps(panel, mine, title, *LINEAR.get(title, (PEER, "-", 1.4)))
+        _log2(panel, sorted({row["shape"]["M"] for row in rows}))
+        panel.set_yscale("log", base=2)
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.set(title=model, xlabel="rows M", ylabel="single steps: time(M) / time(1)")
+        panel.legend(frameon=False, fontsize=7)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    _caption(figure, doc)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _log2(panel: Any, counts: list[int]) -> None:
+    """An axis of rows."""
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(counts, [str(M) for M in counts])
+    panel.minorticks_off()
 
 
 def _over_rows(panels: Any, rows: list[dict], title: str, look: tuple[str, str, float]) -> None:

@@ -37,10 +37,10 @@ class Loaded:
     """A provider's own form of a cell, where what it reads and what it must compute is its own: weights of some format, a graph."""
 
     copies: Sequence[tuple]
-    want: Tensor  # of what its weights stand for: their rounding is no error of the kernel
-    limit: float
     bytes: int  # that one call reads
     arithmetic: str
+    want: Tensor | None = None  # of what its weights stand for: their rounding is no error of the kernel
+    limit: float = 0.0
     parts: int = 1  # see Entry
 
 

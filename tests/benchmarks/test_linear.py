@@ -35,7 +35,7 @@ def finished(*cells):
     for rows in cells:
         linear.finish(rows, LIMITS, {})
     rows = [each for rows in cells for each in rows]
-    linear.single_steps(rows)
+    report.single_steps(rows)
     return rows
 
 
