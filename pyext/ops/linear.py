@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ramify import backends, reference
-from ramify.checks import one_of
+from ramify.checks import one_of, show
 from ramify.ops import _native
 from ramify.ops._checks import FLOATS, Shapes, outputs
 from ramify.ops._library import Op
@@ -79,7 +79,7 @@ def linear(
         stored = weight.codes if isinstance(weight, QuantizedWeight) else weight.panels
         check.sized("weight", weight.shape, "N K", stored.device)
     else:
-        raise TypeError(f"linear: weight is {type(weight).__name__}; takes a tensor [N, K], a QuantizedWeight or a PackedWeight.")
+        raise TypeError(f"linear: weight is {show(weight)}; takes a tensor [N, K], a QuantizedWeight or a PackedWeight.")
     if x.shape[-1] == 0:
         raise check.fail(f"x is {list(x.shape)}", "one column or more")
     shape = (*x.shape[:-1], weight.shape[0])

@@ -75,11 +75,12 @@ class QuantizedWeight:
             w = self.codes.float()
         scale = self.scale.float()
         if self.format.kind == "fp8" and self.format.group:
-            return w * scale.repeat_interleave(BLOCK, 0)[:N].repeat_interleave(BLOCK, 1)[:, :K]
-        w = w.view(N, scale.shape[1], -1)
-        if self.format.kind == "int4":
-            w = w - (SYMMETRIC_ZERO if self.zero is None else self.zero.float()[..., None])
-        w = (w * scale[..., None]).view(N, K)
+            w = w * scale.repeat_interleave(BLOCK, 0)[:N].repeat_interleave(BLOCK, 1)[:, :K]
+        else:
+            w = w.view(N, scale.shape[1], -1)
+            if self.format.kind == "int4":
+                w = w - (SYMMETRIC_ZERO if self.zero is None else self.zero.float()[..., None])
+            w = (w * scale[..., None]).view(N, K)
         if self.perm is None:
             return w
         return torch.empty_like(w).index_copy_(1, self.perm.long(), w)

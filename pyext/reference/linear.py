@@ -34,8 +34,7 @@ def linear(
     dtype = wide(x)
     rows = x
     if not isinstance(weight, Tensor):
-        perm = weight.perm
-        weight, group = weight.dequantize(), weight.format.group or INT8_GROUP
+        perm, group, weight = weight.perm, weight.format.group or INT8_GROUP, weight.dequantize()
         if activations != "exact":
             if perm is not None:
                 rows, weight = rows[..., perm.long()], weight[:, perm.long()]

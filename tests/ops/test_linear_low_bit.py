@@ -23,15 +23,15 @@ def modes(form):
 
 
 def make_weight(name, N, K, scale_dtype=F16, perm=False, seed=0):
-    """Random codes of every value there is, NaN aside; for int4, K is cut to whole groups."""
+    """Random codes, integers of every value there is; for int4, K is cut to whole groups."""
     g, form = torch.Generator().manual_seed(seed), Format.parse(name)
     if form.kind == "int4":
         K = max(form.group, K // form.group * form.group)
         codes = pack_nibbles(torch.randint(0, 16, (N, K), generator=g))
-    else:
+    elif form.kind == "int8":
         codes = torch.randint(-128, 128, (N, K), generator=g, dtype=torch.int8)
-        if form.kind == "fp8":
-            codes = codes.masked_fill((codes & 127) == 127, 5).view(torch.float8_e4m3fn)
+    else:
+        codes = torch.randn(N, K, generator=g).to(torch.float8_e4m3fn)
     groups = form.scale_shape(N, K)
     scale = (torch.rand(groups, generator=g) + 0.1).mul(0.01).to(scale_dtype)
     zero = (torch.rand(groups, generator=g) * 20 - 2).half() if form.zero_point else None
@@ -241,7 +241,7 @@ def test_says_what_it_does_not_take():
         (ValueError, 'activations is "int4"; takes "int8" or "int8-group" or "exact"', (x, weight), {"activations": "int4"}),
         (ValueError, 'activations is "int8"; takes "exact"', (x, fp8), {"activations": "int8"}),
         (ValueError, 'activations is "int8"; takes None with a dense weight', (x, x), {"activations": "int8"}),
-        (TypeError, "weight is list; takes a tensor [N, K], a QuantizedWeight or a PackedWeight", (x, [1]), {}),
+        (TypeError, "weight is [1]; takes a tensor [N, K], a QuantizedWeight or a PackedWeight", (x, [1]), {}),
         (TypeError, "x is int64; takes float32", (x.long(), weight), {}),
         (ValueError, "bias is [4]; takes [N] with N = 5, as in weight", (x, weight, torch.zeros(4)), {}),
         (ValueError, "weight is on meta and x on cpu", (x, weight.to("meta")), {}),
