@@ -191,7 +191,7 @@ def ramify_entries(folder: Path, drafter: Path | None, methods: list[str], weigh
         try:
             model = ramify.load(folder, dtype="bf16", **({} if format == "bf16" else {"weights": format}))
         except (OSError, ValueError) as error:
-            entries[f"ramify plain{suffix}"] = (None, {**facts, "reason": _first_line(error)})
+            entries[f"ramify plain{suffix}"] = (None, {**facts, "reason": _first_line(error), "status": "failed"})
             continue
         facts["bytes"] = model.weights.step_bytes
         for name in names:
@@ -232,7 +232,7 @@ def llama_cpp_entries(folder: Path, slots: int) -> dict[str, tuple[Generate | No
             facts["bytes"] = llama_model.convert(folder, file)
             engine = llama_model.Engine(file, slots)
     except (OSError, RuntimeError, ValueError) as error:
-        return {name: (None, {**facts, "reason": _first_line(error)})}
+        return {name: (None, {**facts, "reason": _first_line(error), "status": "failed"})}
     return {name: (engine.run, facts)}
 
 
