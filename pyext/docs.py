@@ -105,10 +105,27 @@ def _linear(rows: Sequence[dict]) -> str:
     return _table(["N x K", "", *(f"M = {n}" for n in counts)], [[*key, *(c.get(n, "-") for n in counts)] for key, c in lines.items()])
 
 
-_SHOWN: dict[str, Callable[[Sequence[dict]], str]] = {"end_to_end": _end_to_end, "linear": _linear, "tree_attention": _tree_attention}
+def _step(rows: Sequence[dict]) -> str:
+    """Milliseconds of a pass and its cost in single steps: a line per model and provider."""
+    counts = sorted({row["shape"]["M"] for row in rows})
+    lines: dict[tuple, dict[int, str]] = {}
+    for row in rows:
+        if row["status"] == "ok":
+            steps = f" / {row['single_steps']:.2f}" if "single_steps" in row else ""
+            lines.setdefault((row["shape"]["model"], row["provider"]), {})[row["shape"]["M"]] = f"{row['us']['median'] / 1e3:.2f}{steps}"
+    return _table(["model", "", *(f"M = {n}" for n in counts)], [[*key, *(c.get(n, "-") for n in counts)] for key, c in lines.items()])
+
+
+_SHOWN: dict[str, Callable[[Sequence[dict]], str]] = {
+    "end_to_end": _end_to_end,
+    "linear": _linear,
+    "step": _step,
+    "tree_attention": _tree_attention,
+}
 _TITLES = {
     "end_to_end": "Whole generations against transformers `generate`.",
     "linear": "Linear layers of M rows: speed over the best int4 peer / over the best peer of any kind / time in single steps.",
+    "step": "One pass of M rows through a model: milliseconds / time in single steps.",
     "tree_attention": "Tree attention: speed over the fastest torch way.",
 }
 
