@@ -18,6 +18,9 @@ TOP = 128
 NODES = 16
 """Layers of a graph whose weights stay in cache: enough that entering it costs little of each."""
 
+GRAPH = 4 << 20
+"""Bytes of weights in a graph of cold layers: as many as hide its entry, and few enough that a disturbed call is one of many."""
+
 FLOAT, HALF = 1e-3, 0.02
 """Largest errors (registry.error_of) of sums in fp32, and of a result rounded to bf16."""
 
@@ -83,32 +86,37 @@ def loader(title: str, hold: Hold, limit: float, arithmetic: str) -> Callable[[L
     return load
 
 
-def nodes(copies: int) -> int:
-    """Layers of a graph over so many copies."""
-    return copies if copies > 1 else NODES
+def graphs(copies: int, size: int) -> list[list[int]]:
+    """Which copies of `size` bytes the layers of each graph multiply by: graphs of the same length, no copy twice but where it is one."""
+    if copies == 1:
+        return [[0] * NODES]
+    length = min(copies, max(1, GRAPH // size))
+    return [list(range(first, first + length)) for first in range(0, copies - length + 1, length)]
 
 
 # ---- ramify
 
 
-def captured(layer: Layer, copies: Sequence[Tensor], kind: type[ctypes.Structure], **fields: int) -> Callable[[Tensor], list[tuple]]:
-    """The calls of a step whose layers are `copies` of one packed weight: every layer reads the same rows and writes the same output."""
+def captured(layer: Layer, copies: Sequence[Tensor], kind: type[ctypes.Structure], **fields: int) -> dict[str, Any]:
+    """`calls` and `parts` of steps whose layers are copies of one packed weight; all read the same rows and write the same output."""
     from ramify import native
+
+    plan = graphs(len(copies), copies[0].nbytes)
 
     def calls(x: Tensor) -> list[tuple]:
         x, rows, out = x.contiguous(), torch.tensor([x.shape[0]], dtype=torch.int32), torch.full((x.shape[0], layer.N), torch.nan)
-        entries, scratch = [], None
-        for number in range(nodes(len(copies))):
-            args = kind(rows=rows.data_ptr(), x=x.data_ptr(), x_stride=layer.K, K=layer.K, N=layer.N, **fields)
-            args.weight = copies[number % len(copies)].data_ptr()
-            args.out, args.out_stride, args.prologue = out.data_ptr(), layer.N, native.COPY
-            if scratch is None:
-                scratch, address = native.with_scratch(args), args.scratch
-            args.scratch = address
-            entries.append(args)
-        return [(native.Program(entries, keep=(x, rows, scratch, *copies)), native.threads(), out)]
+        args = kind(rows=rows.data_ptr(), x=x.data_ptr(), x_stride=layer.K, K=layer.K, N=layer.N, prologue=native.COPY, **fields)
+        args.out, args.out_stride = out.data_ptr(), layer.N
+        scratch = native.with_scratch(args)
+        programs = []
+        for numbers in plan:
+            entries = [kind.from_buffer_copy(args) for _ in numbers]
+            for entry, number in zip(entries, numbers):
+                entry.weight = copies[number].data_ptr()
+            programs.append(native.Program(entries, keep=(x, rows, scratch, *copies)))
+        return [(program, native.threads(), out) for program in programs]
 
-    return calls
+    return {"calls": calls, "parts": len(plan[0])}
 
 
 def replay(program: Any, threads: int, out: Tensor) -> Tensor:
@@ -124,8 +132,7 @@ def dense(layer: Layer, count: Callable[[int], int]) -> Held:
     w = layer.tensors[0].bfloat16()
     packed = native.pack_weight(w)
     copies = [packed.clone() for _ in range(count(packed.nbytes))]
-    calls = captured(layer, copies, native.LinearArgs, dtype=native.BF16)
-    return Held(w.nbytes, w.float(), calls, nodes(len(copies)))
+    return Held(w.nbytes, w.float(), **captured(layer, copies, native.LinearArgs, dtype=native.BF16))
 
 
 def low_bit(format: str, activations: str) -> Hold:
@@ -139,8 +146,8 @@ def low_bit(format: str, activations: str) -> Hold:
         panels = packed(q)
         copies = [panels.clone() for _ in range(count(panels.nbytes))]
         fields = {"dtype": native.LOW_BIT[q.format.kind], "group": q.format.group, "scale_dtype": native.DTYPES[q.scale.dtype]}
-        calls = captured(layer, copies, native.LinearLowBitArgs, **fields, activations=native.ACTIVATIONS[activations])
-        return Held(q.nbytes, q.dequantize(), calls, nodes(len(copies)))
+        fields["activations"] = native.ACTIVATIONS[activations]
+        return Held(q.nbytes, q.dequantize(), **captured(layer, copies, native.LinearLowBitArgs, **fields))
 
     return hold
 

@@ -2,7 +2,7 @@
 
 What a verified tree costs is what its M rows cost, so the figure that matters is not the time of one row but the curve over M: every
 provider's time in single steps, time(M) / time(1). ramify's formats, dense and low-bit, with inputs rounded to int8 or exact,
-against torch, onnxruntime and llama.cpp in the same run. Layers of ramify, onnxruntime and llama.cpp are nodes of one graph, as in a
+against torch, onnxruntime and llama.cpp in the same run. Layers of ramify, onnxruntime and llama.cpp are nodes of graphs, as in a
 model's step; torch's, and the row "ops.linear", are calls from Python. Cold: each layer's weight is another copy. Every provider
 multiplies its own rounding of one weight and is checked against that. The floor of a row is the larger of its own weights' bytes over
 this run's read speed and 2 * M * N * K operations over this run's peak of the instruction that its arithmetic has here.

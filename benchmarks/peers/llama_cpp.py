@@ -1,11 +1,11 @@
 """llama.cpp's matrix products: ggml's libraries as `pip install llama-cpp-python` builds them, driven through ctypes.
 
-A graph of mul_mat nodes over copies of one weight, each in the layout that llama.cpp gives it at load. The package's own
+Graphs of mul_mat nodes over copies of one weight, each in the layout that llama.cpp gives it at load. The package's own
 Python layer is not imported.
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.layers import Held, Hold, Layer, nodes
+from benchmarks.layers import Held, Hold, Layer, graphs
 
 TYPES = {"Q4_0": 2, "Q8_0": 8, "Q4_K": 12}
 """Name -> number in ggml.h."""
@@ -126,26 +126,24 @@ class Weights:
 
 
 class Graph:
-    """One mul_mat node for each layer, all of the same rows and into the same output, as the layers of a step would."""
+    """One mul_mat node for each of `numbers`, a copy of the weight each; all read `x` and write `out`, as the layers of a step would."""
 
-    def __init__(self, weights: Weights, x: Tensor) -> None:
+    def __init__(self, weights: Weights, numbers: Sequence[int], x: Tensor, out: Tensor) -> None:
         lib, layer = weights.lib, weights.layer
-        count = nodes(len(weights.tensors))
-        self.weights, self.x, self.out = weights, _aligned(x), _aligned(torch.full((x.shape[0], layer.N), torch.nan))
-        self.context = lib.context(count + 2, graph=count + 2)
-        self.buffers = [lib.from_memory(each.data_ptr(), each.nbytes) for each in (self.x, self.out)]
+        self.weights, self.x, self.out = weights, x, out
+        self.context = lib.context(len(numbers) + 2, graph=len(numbers) + 2)
+        self.buffers = [lib.from_memory(each.data_ptr(), each.nbytes) for each in (x, out)]
         given = lib.tensor(self.context, F32, layer.K, x.shape[0])
-        lib.place(self.buffers[0], given, self.x.data_ptr())
-        self.graph = lib.graph(self.context, count + 2, False)
-        for node in range(count):
-            product = lib.mul_mat(self.context, weights.tensors[node % len(weights.tensors)], given)
-            lib.place(self.buffers[1], product, self.out.data_ptr())
+        lib.place(self.buffers[0], given, x.data_ptr())
+        self.graph = lib.graph(self.context, len(numbers) + 2, False)
+        for number in numbers:
+            product = lib.mul_mat(self.context, weights.tensors[number], given)
+            lib.place(self.buffers[1], product, out.data_ptr())
             lib.expand(self.graph, product)
 
     def run(self) -> Tensor:
         """Run every node; the output of the last. RuntimeError when ggml refuses."""
         lib = self.weights.lib
-        lib.set_threads(lib.backend, torch.get_num_threads())
         if code := lib.compute(lib.backend, self.graph):
             raise RuntimeError(f"ggml_backend_graph_compute: status {code}")
         return self.out
@@ -173,8 +171,15 @@ def quantized(kind: str) -> Hold:
         size = lib.quantize(TYPES[kind], w.data_ptr(), data.data_ptr(), 0, layer.N, layer.K, None)
         back = torch.empty_like(w)
         lib.dequantize[kind](data.data_ptr(), back.data_ptr(), w.numel())
-        weights = Weights(layer, kind, count(size), data[:size])
-        return Held(size, back, lambda x: [(Graph(weights, x),)], nodes(len(weights.tensors)))
+        plan = graphs(count(size), size)
+        weights = Weights(layer, kind, max(map(max, plan)) + 1, data[:size])
+
+        def calls(x: Tensor) -> list[tuple]:
+            lib.set_threads(lib.backend, torch.get_num_threads())
+            x, out = _aligned(x), _aligned(torch.full((x.shape[0], layer.N), torch.nan))
+            return [(Graph(weights, numbers, x, out),) for numbers in plan]
+
+        return Held(size, back, calls, len(plan[0]))
 
     return hold
 

@@ -125,30 +125,39 @@ def test_list_names_what_is_missing(capsys, monkeypatch):
 
 
 @pytest.fixture
-def three_copies(monkeypatch):
-    """A tiny layer is cold at three copies: thousands would be as many bytes as a real one needs."""
-    monkeypatch.setattr(layers, "copies_needed", lambda size, cold: 3 if cold else 1)
+def few_copies(monkeypatch):
+    """A tiny layer is cold at four copies, in graphs of two or so: thousands would be as many bytes as a real one needs."""
+    monkeypatch.setattr(layers, "copies_needed", lambda size, cold: 4 if cold else 1)
+    monkeypatch.setattr(layers, "GRAPH", 20_000)
 
 
 @pytest.mark.parametrize("provider", OPS["linear"].providers, ids=lambda each: each.name)
 @torch.inference_mode()
-def test_every_provider_multiplies_its_own_weights(provider, three_copies):
+def test_every_provider_multiplies_its_own_weights(provider, few_copies):
     if provider.needs and (reason := provider.needs()):
         pytest.skip(reason)
     for cold in (False, True):
         layer = layers.Layer(64, 256, seed=3)
         for M in (1, 3, 17):
             loaded = provider.load(layer, M, cold)
-            assert len(loaded.copies) * loaded.parts in ((3,) if cold else (1, layers.NODES)) and loaded.want.shape == (M, 64)
+            assert len(loaded.copies) * loaded.parts in ((4,) if cold else (1, layers.NODES)) and loaded.want.shape == (M, 64)
             for args in loaded.copies:
                 assert error_of(provider.call(*args), loaded.want) <= loaded.limit
 
 
-def test_cold_copies_are_other_memory(three_copies):
+def test_cold_copies_are_other_memory(few_copies):
     load = layers.loader("x", pytorch.dense(torch.float32), 1.0, "fp32")
-    assert len({weight.data_ptr() for _, weight in load(layers.Layer(64, 256, 0), 2, True).copies}) == 3
+    assert len({weight.data_ptr() for _, weight in load(layers.Layer(64, 256, 0), 2, True).copies}) == 4
     assert len(load(layers.Layer(64, 256, 0), 2, False).copies) == 1
-    assert layers.nodes(1) == layers.NODES and layers.nodes(5) == 5
+
+
+def test_graphs_are_alike_and_take_no_copy_twice():
+    assert layers.graphs(1, 1 << 20) == [[0] * layers.NODES]
+    assert layers.graphs(3, 1 << 30) == [[0], [1], [2]]
+    for copies, size in ((241, 557_056), (5, 2 << 20), (2, 100)):
+        found = layers.graphs(copies, size)
+        flat = [number for graph in found for number in graph]
+        assert len({len(graph) for graph in found}) == 1 and flat == list(range(len(flat))) and copies - len(found[0]) < len(flat) <= copies
 
 
 def test_weights_are_made_once_for_all_rows():
