@@ -66,9 +66,7 @@ def ramify_load(format: str) -> Callable[..., Loaded]:
 
 
 for format in ("bf16", *LOW_BIT):
-    facts = {"dtype": format, "bits": 16 if format == "bf16" else int(format[3])}
-    load = ramify_load(format)
-    provider("step", f"ramify {format}", backend=ramify_backend, needs=no_ramify, load=load, facts=facts)(
+    provider("step", f"ramify {format}", backend=ramify_backend, needs=no_ramify, load=ramify_load(format), facts={"dtype": format})(
         lambda model, tree, view: model.forward(tree, view)
     )
 
@@ -90,7 +88,7 @@ def llama_load(model: str, context: int, M: int, cold: bool) -> Loaded:
     return Loaded([(held.engine, tokens(M), context)], bytes=held.bytes, arithmetic="int8")
 
 
-facts = {"dtype": llama_model.TYPE, "bits": 4}
+facts = {"dtype": llama_model.TYPE}
 
 
 @provider("step", "llama.cpp Q4_0", baseline=True, backend="llama.cpp", needs=llama_model.missing, load=llama_load, facts=facts)
@@ -99,11 +97,10 @@ def llama_step(engine: llama_model.Engine, ids: list[int], context: int) -> None
     engine.clear(context)
 
 
-def finish(rows: Sequence[dict], limits: probes.Limits, read: dict[int, float]) -> None:
-    """Ratios and floors of one cell; read: bytes -> GB/s at which so many are read again and again."""
+def finish(rows: Sequence[dict], limits: probes.Limits, weights: int, read: dict[int, float]) -> None:
+    """Ratios and floors of one cell of a model of so many weights; read: bytes -> GB/s at which so many are read again and again."""
 
     def floor(row: dict) -> float:
-        weights = 8 * row["bytes"] // row["bits"]
         return limits.floor(row["bytes"], 2 * row["shape"]["M"] * weights, row["arithmetic"], read[row["bytes"]])
 
     report.finish(rows, floor)
@@ -150,7 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report.progress(f"{number + 1}/{len(cells)} {' '.join(f'{k}={v}' for k, v in cell.items())}")
         rows += (found := run_cell(target, cell, plan, seed=options.seed, named=named)[0])
         sizes = {row["bytes"] for row in found if "bytes" in row}
-        finish(found, limits, {size: max(probe.read(size, limits.threads), limits.read) for size in sizes})
+        weights = engines.weights_read(engines.random_model(cell["model"]))
+        finish(found, limits, weights, {size: max(probe.read(size, limits.threads), limits.read) for size in sizes})
     Models.name, Models.held = "", {}
     report.progress("")
     report.single_steps(rows)

@@ -7,13 +7,16 @@ extern "C" {
 int ramify_cuda_devices(int* count);
 int ramify_cuda_versions(int* driver, int* runtime);
 const char* ramify_cuda_message(int error);
-int ramify_cuda_fill(uint32_t* out, int count, uint32_t value, void* stream);
+int ramify_cuda_run(int64_t kernel, const void* args, void* stream);
+int64_t ramify_cuda_size(int64_t kernel);
+int64_t ramify_cuda_stats_scratch(int64_t rows, int64_t V, int64_t topk);
+int64_t ramify_cuda_attention_scratch(const void* args);
 }
 
 namespace py = pybind11;
 
 PYBIND11_MODULE(_cuda, m) {
-  m.doc() = "CUDA kernels of ramify: addresses, sizes and a stream in, a cudaError_t out.";
+  m.doc() = "CUDA kernels of ramify: addresses, sizes and a stream in, a cudaError_t out. Use ramify.ops and ramify.native_cuda instead.";
   m.def(
       "probe",
       [] {
@@ -31,9 +34,14 @@ PYBIND11_MODULE(_cuda, m) {
       "The driver's answer: error, message, devices, driver and runtime version (1000 * major + 10 * minor).");
   m.def("message", &ramify_cuda_message, "The runtime's words for an error code.");
   m.def(
-      "fill",
-      [](uintptr_t out, int count, uint32_t value, uintptr_t stream) {
-        return ramify_cuda_fill(reinterpret_cast<uint32_t*>(out), count, value, reinterpret_cast<void*>(stream));
+      "run",
+      [](int64_t kernel, uintptr_t args, uintptr_t stream) {
+        return ramify_cuda_run(kernel, reinterpret_cast<const void*>(args), reinterpret_cast<void*>(stream));
       },
-      "out[i] = value + i for count uint32 at address out, on a stream; returns an error code.");
+      "Launch a kernel on the struct at address args, on a stream; returns an error code.");
+  m.def("size", &ramify_cuda_size, "Bytes of a kernel's argument struct, or -1.");
+  m.def("stats_scratch", &ramify_cuda_stats_scratch, "Bytes of scratch that row_stats needs.");
+  m.def(
+      "attention_scratch", [](uintptr_t args) { return ramify_cuda_attention_scratch(reinterpret_cast<const void*>(args)); },
+      "Bytes of scratch that attention needs.");
 }

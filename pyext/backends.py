@@ -9,7 +9,6 @@ import logging
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from math import prod
@@ -28,10 +27,13 @@ DEVICE_OF = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 HEAD_SIZES = (64, 96, 128, 256)
 MAX_TOPK = 32
+MAX_COLUMNS = 1 << 20
+"""Columns of a row of logits that the CUDA kernels join."""
 
 log = logging.getLogger("ramify")
 
 _F32_BF16 = (torch.float32, torch.bfloat16)
+_GPU = (torch.float32, torch.bfloat16, torch.float16)
 
 LOW_BIT = {
     "int8": 8,
@@ -42,6 +44,12 @@ LOW_BIT = {
 }
 """Low-bit weight formats, and the bits that a weight takes: code, float16 scale and zero of a group; scales of whole rows or
 blocks are not counted."""
+
+UNPROVEN = {
+    "triton": "interpreted and compiled, not yet run on hardware",
+    "cuda": "compiled and emulated, not yet run on hardware",
+}
+"""Backend -> what its kernels have not been through yet; said wherever they are listed (law 7)."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ class Kernel:
 
     def why_not(self, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) -> str:
         """Why this kernel does not take the call; empty when it does."""
-        if device != DEVICE_OF[self.backend]:
+        if device != DEVICE_OF[self.backend] and not (self.backend == "triton" and interpreted() and forced() == "triton"):
             return f"tensors are on {device}"
         if dtype not in self.dtypes:
             return f"dtype is {_short(dtype)}, takes {_spell(map(_short, self.dtypes))}"
@@ -75,11 +83,36 @@ TABLE = (
     Kernel("embed", "cpu", _F32_BF16, {"out": _F32_BF16}),
     Kernel("row_stats", "cpu", _F32_BF16),
     Kernel("topk_logits", "cpu", _F32_BF16, {"k": range(1, MAX_TOPK + 1)}),
+    Kernel("tree_attention", "cuda", (torch.bfloat16,), {"D": HEAD_SIZES, "kv": (torch.bfloat16,)}),
+    Kernel("tree_attention", "cuda", (torch.float16,), {"D": HEAD_SIZES, "kv": (torch.float16,)}),
+    Kernel("rms_norm", "cuda", _GPU, {"weight": _GPU}),
+    Kernel("rope", "cuda", _GPU),
+    Kernel("silu_mul", "cuda", _GPU),
+    Kernel("embed", "cuda", _GPU, {"out": _GPU}),
+    Kernel("row_stats", "cuda", _GPU, {"V": range(1, MAX_COLUMNS + 1)}),
+    Kernel("topk_logits", "cuda", _GPU, {"V": range(1, MAX_COLUMNS + 1), "k": range(1, MAX_TOPK + 1)}),
+    Kernel("verify_greedy", "cuda", (torch.int32, torch.int64)),
+    Kernel("kv_append", "cuda", _GPU, {"cache": _GPU}),
+    Kernel("kv_commit", "cuda", _GPU, {"cache": _GPU}),
+    Kernel("tree_attention", "triton", _GPU, {"D": HEAD_SIZES, "kv": _GPU}),
+    Kernel("interval_attention", "triton", _GPU, {"D": HEAD_SIZES, "kv": _GPU}),
+    Kernel("merge_states", "triton", _GPU),
+    Kernel("rms_norm", "triton", _GPU, {"H": range(1, 16385)}),
+    Kernel("rope", "triton", _GPU),
+    Kernel("silu_mul", "triton", _GPU),
+    Kernel("embed", "triton", _GPU, {"out": _GPU}),
+    Kernel("row_stats", "triton", _GPU),
+    Kernel("topk_logits", "triton", _GPU, {"k": range(1, MAX_TOPK + 1)}),
+    Kernel("kv_append", "triton", _GPU, {"cache": _GPU}),
+    Kernel("kv_commit", "triton", _GPU, {"cache": _GPU}),
+    Kernel("verify_greedy", "triton", (torch.int32, torch.int64), {"T": range(1, 1025)}),
+    Kernel("verify_sample", "triton", _GPU, {"T": range(1, 1025)}),
+    Kernel("residual_sample", "triton", (torch.float32, torch.float64)),
 )
 """Everything that runs on a kernel. An op without a row here runs in plain torch on every device."""
 
-PLAIN = ("merge_states", "kv_append", "kv_commit", "verify_greedy")
-"""Ops on small or user-owned tensors whose reference is as good as a kernel: they have none yet."""
+PLAIN = ("merge_states", "kv_append", "kv_commit", "verify_greedy", "verify_sample", "residual_sample")
+"""Ops on small or user-owned tensors whose reference is as good as a kernel on the CPU: they run it without a word, forced or not."""
 
 OPS = tuple(dict.fromkeys([*(row.op for row in TABLE), *PLAIN]))
 
@@ -135,7 +168,10 @@ def choose(op: str, device: str, dtype: torch.dtype, **sizes: Any) -> str:
 
 def reasons(op: str, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) -> dict[str, str]:
     """Backend -> why it cannot run this call, empty if it can; in order of preference, the reference last."""
-    rows = {row.backend: row.why_not(device, dtype, sizes) for row in TABLE if row.op == op}
+    rows: dict[str, str] = {}
+    for row in TABLE:
+        if row.op == op and rows.get(row.backend, "none yet"):  # one row that takes the call is enough
+            rows[row.backend] = row.why_not(device, dtype, sizes)
     return {name: rows.get(name, "no such kernel") for name in BACKENDS[:-1]} | {"reference": ""}
 
 
@@ -168,7 +204,7 @@ def explain(op: str, *shapes: Collection[int], dtype: torch.dtype = torch.float3
     ValueError for an unknown op or format.
     """
     one_of("op", op, OPS, "explain")
-    if op == "tree_attention" and shapes:
+    if op in ("tree_attention", "interval_attention") and shapes:
         sizes.setdefault("D", tuple(shapes[0])[-1])
     why = reasons(op, device, dtype, sizes)
     takes = [name for name, reason in why.items() if not reason]
@@ -183,6 +219,8 @@ def explain(op: str, *shapes: Collection[int], dtype: torch.dtype = torch.float3
         because = "no kernel takes the call"
     else:
         because = f"first that takes {_short(dtype)} on {device}" + (f", at {_level()}" if name == "cpu" else "")
+    if name in UNPROVEN:
+        because += f" ({UNPROVEN[name]})"
     needed, floor = FLOORS[op]
     moved, flops = floor(dtype.itemsize, sizes, *map(tuple, shapes)) if len(shapes) >= len(needed) else (None, None)
     others = {other: reason or f"{name} comes first" for other, reason in why.items() if other != name}
@@ -204,6 +242,7 @@ def _linear_floor(item: int, sizes: Mapping[str, Any], x: tuple, weight: tuple, 
 
 FLOORS: dict[str, tuple[tuple[str, ...], Callable[..., tuple[int, int]]]] = {
     "tree_attention": (("q", "k"), _attention_floor),
+    "interval_attention": (("q", "k"), _attention_floor),
     "linear": (("x", "weight"), _linear_floor),
     "merge_states": (("o1",), lambda item, sizes, o, *_: (3 * prod(o) * item + 12 * prod(o[:-1]), 3 * prod(o))),
     "rms_norm": (("x",), lambda item, sizes, x, *_: (2 * prod(x) * item, 4 * prod(x))),
@@ -213,6 +252,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], Callable[..., tuple[int, int]]]] = {
     "row_stats": (("logits",), lambda item, sizes, x, *_: (prod(x) * item + 12 * x[0], 3 * prod(x))),
     "topk_logits": (("logits",), lambda item, sizes, x, *_: (prod(x) * item + 8 * x[0] * sizes.get("k", 1), prod(x))),
     "verify_greedy": (("tokens",), lambda item, sizes, tokens, *_: (12 * prod(tokens), 0)),
+    "verify_sample": (("logits",), lambda item, sizes, x, *_: (prod(x) * item, 3 * prod(x))),
+    "residual_sample": (("p",), lambda item, sizes, p, *_: (2 * prod(p) * item, 2 * prod(p))),
     "kv_append": (("k",), lambda item, sizes, k, *_: (4 * prod(k) * item, 0)),
     "kv_commit": (
         ("tail_k", "tail_v", "k_cache", "v_cache", "path"),
@@ -229,9 +270,15 @@ def params(op: str) -> list:
     rows = [row for row in TABLE if row.op == op]
     marks = {row.backend: missing(row.backend) for row in rows} | {"reference": ""}
     return [
-        pytest.param(TestBackend(name, DEVICE_OF.get(name, "cpu")), id=name, marks=[pytest.mark.skip(reason=why)] if why else [])
+        pytest.param(TestBackend(name, "cpu" if interpreted() else DEVICE_OF.get(name, "cpu")), id=name, marks=_skip(why))
         for name, why in marks.items()
     ]
+
+
+def _skip(why: str) -> list:
+    import pytest
+
+    return [pytest.mark.skip(reason=why)] if why else []
 
 
 @dataclass(frozen=True)
@@ -257,7 +304,8 @@ def _decide(op: str, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) 
     name = next(other for other, reason in why.items() if not reason)
     if name == "reference" and op not in PLAIN and (op, dtype) not in _said:
         _said.add((op, dtype))
-        told = "; ".join(f"{other}: {reason}" for other, reason in why.items() if reason and reason != "no such kernel")
+        here = {other: reason for other, reason in why.items() if DEVICE_OF.get(other) == device and reason != "no such kernel"}
+        told = "; ".join(f"{other}: {reason}" for other, reason in here.items()) or "no kernel"
         log.warning("%s on %s %s runs on the reference (%s).", op, device, _short(dtype), told)
     return name
 
@@ -268,9 +316,12 @@ def _force(name: str | None) -> None:
     _chosen.clear()
 
 
-@lru_cache
 def missing(name: str) -> str:
     """Why a backend cannot run on this machine at all; empty when it can."""
+    if name == "cuda":
+        return native_cuda().missing()
+    if name == "triton":
+        return _missing_triton()
     if name != "cpu":
         return "not part of this build"
     if find_spec("ramify._cpu") is None:
@@ -279,12 +330,33 @@ def missing(name: str) -> str:
     return ""
 
 
+def interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1. Slow; taken only when forced."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _missing_triton() -> str:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if interpreted():
+        return ""
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    major, minor = torch.cuda.get_device_capability()
+    return "" if major >= 8 else f"the GPU is sm_{major}{minor}, takes sm_80 or newer"
+
+
 def native() -> ModuleType:
     """ramify.native, on first use: importing ramify must not load the kernels, and a build without them must still import."""
     global _native
     if _native is None:
         _native = import_module("ramify.native")
     return _native
+
+
+def native_cuda() -> ModuleType:
+    """ramify.native_cuda, on first use; it asks the driver when it is asked, never at import."""
+    return import_module("ramify.native_cuda")
 
 
 def _level() -> str:

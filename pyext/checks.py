@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+INT64_MAX = (1 << 63) - 1
+
 
 def show(value: Any, limit: int = 60) -> str:
     """A value as an error message quotes it: strings in double quotes, long things cut."""
@@ -37,23 +39,30 @@ def number(name: str, value: Any, caller: str = "") -> Any:
     """A real number that is finite; bool is refused."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{_who(caller)}{name} is {show(value)}; takes a number.")
-    if not math.isfinite(value):
-        raise ValueError(f"{_who(caller)}{name} is {value}; takes a finite number.")
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        finite = False
+    if not finite:
+        raise ValueError(f"{_who(caller)}{name} is {show(value)}; takes a finite number.")
     return value
 
 
-def whole(name: str, value: Any, low: int | None = None, caller: str = "") -> int:
-    """A whole number (Python or numpy), not below `low`, as an int."""
+def whole(name: str, value: Any, low: int | None = None, caller: str = "", high: int | None = None) -> int:
+    """A whole number (Python or numpy), not below `low` nor above `high`, as an int."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{_who(caller)}{name} is {show(value)}; takes a whole number.")
+    value = int(value)
     if low is not None and value < low:
-        raise ValueError(f"{_who(caller)}{name} is {value}; takes {low} or more.")
-    return int(value)
+        raise ValueError(f"{_who(caller)}{name} is {show(value)}; takes {low} or more.")
+    if high is not None and value > high:
+        raise ValueError(f"{_who(caller)}{name} is {show(value)}; takes at most {high}.")
+    return value
 
 
 def one_of(name: str, value: T, choices: Collection[T], caller: str = "") -> T:
     """One of a few values."""
-    if value not in choices:
+    if not any(isinstance(value, type(choice)) and value == choice for choice in choices):  # an array would answer `in` with an array
         raise ValueError(f"{_who(caller)}{name} is {show(value)}; takes {' or '.join(show(c) for c in choices)}.")
     return value
 

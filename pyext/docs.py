@@ -18,15 +18,16 @@ PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 
 
 def ops_table(root: Path) -> str:
-    """Every public op: what it computes and where it runs."""
+    """Every public op: what it computes and where it runs. A star: a backend whose kernels no GPU has run yet."""
     from ramify import backends, ops
 
     rows = []
     for name in sorted(backends.OPS):
         kernels = {row.backend for row in backends.TABLE if row.op == name}
-        cells = ["C++" if "cpu" in kernels else "torch", "yes" if "cuda" in kernels else "not yet"]
-        rows.append([f"`{name}`", _summary(getattr(ops, name)), *cells])
-    return _table(["op", "what it computes", "CPU", "GPU"], rows)
+        gpu = [label + "*" * (each in backends.UNPROVEN) for each, label in (("cuda", "CUDA"), ("triton", "Triton")) if each in kernels]
+        rows.append([f"`{name}`", _summary(getattr(ops, name)), "C++" if "cpu" in kernels else "torch", ", ".join(gpu) or "torch"])
+    notes = [f"\\* {reason[0].upper()}{reason[1:]}." for reason in dict.fromkeys(backends.UNPROVEN.values())]
+    return "\n\n".join([_table(["op", "what it computes", "CPU", "GPU"], rows), *notes])
 
 
 def methods_table(root: Path) -> str:

@@ -29,6 +29,17 @@ RAMIFY_INLINE Ints shift_right(Ints x, int bits) {  // zeros come in
 RAMIFY_INLINE Vec to_float(Ints x) { return {(decltype(Vec::v))__builtin_convertvector(x, Floats)}; }
 RAMIFY_INLINE Vec as_float(Ints x) { return {(decltype(Vec::v))x}; }
 RAMIFY_INLINE Ints as_ints(Vec x) { return (Ints)x.v; }
+// L values of -128..127 as bytes.
+RAMIFY_INLINE void store_bytes(int8_t* p, Ints x) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)x));
+#elif defined(__AVX2__)
+  const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+  _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(half, half));
+#else
+  for (int i = 0; i < L; ++i) p[i] = int8_t(x[i]);
+#endif
+}
 RAMIFY_INLINE int32_t word_at(const int8_t* x) {
   int32_t w;
   __builtin_memcpy(&w, x, 4);
@@ -36,16 +47,21 @@ RAMIFY_INLINE int32_t word_at(const int8_t* x) {
 }
 
 #if defined(__AVX512VNNI__)
-constexpr int kDotVecs = 2, kTokens = 8;  // 16 accumulators of 32 registers
+constexpr int kDotVecs = 2;
+constexpr int most_tokens(bool) { return 8; }  // 16 accumulators of 32 registers
 RAMIFY_INLINE Ints dot_bytes(Ints sum, Ints w, Ints x) { return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x); }
 #elif defined(__AVXVNNI__)
-constexpr int kDotVecs = 2, kTokens = 6;  // 12 accumulators of 16 registers
+constexpr int kDotVecs = 2;
+constexpr int most_tokens(bool) { return 6; }  // 12 accumulators of 16 registers
 RAMIFY_INLINE Ints dot_bytes(Ints sum, Ints w, Ints x) { return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x); }
 #elif defined(__AVX2__)
-constexpr int kDotVecs = 2, kTokens = 6;
+constexpr int kDotVecs = 2;
+constexpr int most_tokens(bool small) { return small ? 6 : 4; }  // |code| takes registers of its own
 #else
-constexpr int kDotVecs = 4, kTokens = 4;
+constexpr int kDotVecs = 4;
+constexpr int most_tokens(bool) { return 4; }
 #endif
+// Vectors and rows of a tile.
 static_assert(kDotVecs * L % kLowBitPanel == 0 && kPanel % (kDotVecs * L) == 0, "a tile is one or two whole panels");
 
 // sum[v][t] += the products of `steps` words, eight at a time; w(v, s) is weight vector v of step s, x[(s * T + t) * 4] the activations.
@@ -71,6 +87,10 @@ RAMIFY_INLINE void dot(Ints (&sum)[kDotVecs][T], const W& w, const int8_t* x, in
 
 constexpr int kSignedOffset = 0;
 
+// Sums in place. Left to itself gcc adds up a chain as a tree, whose leaves do not fit the registers.
+RAMIFY_INLINE void add_words(__m256i& sum, __m256i x) { asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(x)); }
+RAMIFY_INLINE void add_ints(Ints& sum, __m256i x) { asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(x)); }
+
 template <bool kSmall, int T, class W>
 RAMIFY_INLINE void dot(Ints (&sum)[kDotVecs][T], const W& w, const int8_t* x, int64_t steps) {
   const __m256i ones = _mm256_set1_epi16(1);
@@ -85,12 +105,15 @@ RAMIFY_INLINE void dot(Ints (&sum)[kDotVecs][T], const W& w, const int8_t* x, in
           const __m256i word = _mm256_set1_epi32(word_at(x + ((s + i) * T + t) * 4));
           for (int v = 0; v < kDotVecs; ++v) {
             const __m256i pairs = _mm256_maddubs_epi16((__m256i)code[v], word);
-            part[v][t] = i == 0 ? pairs : _mm256_add_epi16(part[v][t], pairs);
+            if (i == 0)
+              part[v][t] = pairs;
+            else
+              add_words(part[v][t], pairs);
           }
         }
       }
       for (int v = 0; v < kDotVecs; ++v)
-        for (int t = 0; t < T; ++t) sum[v][t] += (Ints)_mm256_madd_epi16(part[v][t], ones);
+        for (int t = 0; t < T; ++t) add_ints(sum[v][t], _mm256_madd_epi16(part[v][t], ones));
     }
   } else {
     for (int64_t s = 0; s < steps; s += 2)
@@ -103,7 +126,7 @@ RAMIFY_INLINE void dot(Ints (&sum)[kDotVecs][T], const W& w, const int8_t* x, in
           for (int v = 0; v < kDotVecs; ++v) {
             const __m256i c = (__m256i)code[v];
             const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(c), _mm256_sign_epi8(word, c));
-            sum[v][t] += (Ints)_mm256_madd_epi16(pairs, ones);
+            add_ints(sum[v][t], _mm256_madd_epi16(pairs, ones));
           }
         }
       }

@@ -6,8 +6,8 @@
 //          then one f32 multiply-add a group, groups in ascending order. A constant zero is taken off by the dot's first value.
 // Exact    128 inputs of a panel at a time become f32 (bf16 pairs where the level multiplies those) in L1, and go through the loop
 //          that dense layers use.
-// Tiling   16 features (32 with AVX-512) x kTokens rows. Up to kTokens rows unpack nibbles in registers; more rows share 128 inputs
-//          unpacked in L1. A panel is read from memory once.
+// Tiling   16 features (32 with AVX-512) x most_tokens rows, nibbles unpacked in registers. Several tiles share 512 inputs of the
+//          panel in L1. A panel is read from memory once.
 // Traffic  the packed bytes, once for all rows.
 // Bits     an integer sum is exact, and the f32 sum of a (row, feature) is one chain over groups whatever the tile (row_invariance).
 #include "cpu/dot.h"
@@ -16,10 +16,10 @@
 namespace ramify::RAMIFY_ISA {
 namespace {
 
-constexpr int kWide = kDotVecs * L;                 // features of a tile of Rounded
-constexpr int kSlab = kLowBitGroup * kLowBitPanel;  // codes of one panel that are unpacked at once
-constexpr int64_t kAhead = 2048;                    // bytes: how far before its use a panel is asked for
-constexpr int64_t kRowsAtOnce = 96;                 // rows whose sums and inputs stay in L1 while a panel passes
+constexpr int kWide = kDotVecs * L;  // features of a tile of Rounded
+constexpr int64_t kTogether = 512;   // inputs of a panel that stay in L1 while every tile passes
+constexpr int64_t kAhead = 2048;     // bytes: how far before its use a panel is asked for
+constexpr int64_t kRowsAtOnce = 96;  // rows whose sums and inputs stay in L1 while a panel passes
 
 LowBitLayout layout_of(const LinearArgs& a) { return {a.dtype, a.K, a.group, a.scale_dtype, a.zeros != 0}; }
 
@@ -144,7 +144,7 @@ struct Codes {
   float* scales;    // [M], or [groups][M]
 
   Codes(const LowBitLayout& w, int64_t rows, void* packed) : M(rows) {
-    const int64_t tiles = (M + kTokens - 1) / kTokens;
+    const int64_t most = most_tokens(w.small), tiles = (M + most - 1) / most;
     tile = (M + tiles - 1) / tiles;
     codes = static_cast<int8_t*>(packed);
     offsets = reinterpret_cast<Offset*>(codes + lines(M * w.K));
@@ -157,36 +157,36 @@ struct Codes {
 // The step between codes of x[0..n): its largest magnitude / 127; NaN if any value is not finite. Compared as integers, where
 // NaN and infinity stand above every number.
 float code_scale(const float* x, int64_t n) {
-  int32_t top = 0;
-  for (int64_t k = 0; k < n; ++k) {
-    int32_t bits;
-    __builtin_memcpy(&bits, x + k, 4);
-    bits &= 0x7fffffff;
-    top = bits > top ? bits : top;
+  Ints tops = ints(0);
+  for (int64_t k = 0; k < n; k += L) {
+    const Ints size = as_ints(load_part(x + k, n - k, 0.f)) & 0x7fffffff;
+    tops = size > tops ? size : tops;
   }
+  int32_t top = 0;
+  for (int i = 0; i < L; ++i) top = tops[i] > top ? tops[i] : top;
   if (top >= 0x7f800000) return __builtin_nanf("");
   float amax;
   __builtin_memcpy(&amax, &top, 4);
   return amax / 127.f;
 }
 
-// Codes of x[0..n), to nearest, ties to even: adding 1.5 * 2^23 leaves the rounded value in the low bits. Returns their sum.
+// Codes of x[0..n), to nearest, ties to even: adding 1.5 * 2^23 leaves the rounded value in the low bits. Returns their sum. Whole
+// vectors are written.
 int32_t round_codes(const float* x, int64_t n, float scale, int8_t* codes) {
   if (!(scale > 0.f)) {
     __builtin_memset(codes, 0, n);
     return 0;
   }
-  int32_t sum = 0;
-  for (int64_t k = 0; k < n; ++k) {
-    float q = x[k] / scale;
-    q = q < -127.f ? -127.f : q;
-    q = (q > 127.f ? 127.f : q) + 12582912.f;
-    int32_t bits;
-    __builtin_memcpy(&bits, &q, 4);
-    bits -= 0x4b400000;
-    codes[k] = int8_t(bits);
-    sum += bits;
+  const Vec step = Vec::set(scale), most = Vec::set(127.f), none = Vec::set(0.f);
+  Ints sums = ints(0);
+  for (int64_t k = 0; k < n; k += L) {
+    const Vec q = load_part(x + k, n - k, 0.f) / step, high = none - max(none - q, none - most), bounded = max(high, none - most);
+    const Ints code = as_ints(bounded + Vec::set(12582912.f)) - 0x4b400000;
+    store_bytes(codes + k, code);
+    sums += code;
   }
+  int32_t sum = 0;
+  for (int i = 0; i < L; ++i) sum += sums[i];
   return sum;
 }
 
@@ -202,42 +202,60 @@ struct Bytes {
 struct Nibbles : Bytes {
   RAMIFY_INLINE Ints operator()(int v, int64_t s, int i) const {
     const Ints word = load_ints(at(v, s / 2 + i / 2));
-    if (i == 0) __builtin_prefetch(at(v, s / 2) + kAhead);
+    if (i % 2 == 0 && v * L % kLowBitPanel == 0) __builtin_prefetch(at(v, s / 2 + i / 2) + kAhead);
     return (i & 1 ? shift_right(word, 4) : word) & 0x0f0f0f0f;
   }
 };
 
-// One group of T rows from `first` on: integer sums, scaled, onto `sums` [row][kWide].
+// Groups [g, stop) of T rows from `first` on: integer sums, scaled, onto `sums` [row][kWide]. `codes` is at group g.
 template <bool kSmall, int T, class W>
-RAMIFY_INLINE void add_group(const LinearArgs& a, const LowBitLayout& w, const Codes& x, const uint8_t* panel, const W& codes, int64_t g,
-                             int64_t first, float* sums) {
-  const Codes::Offset* const offset = x.offsets + g * x.M + first;
-  Ints sum[kDotVecs][T];
-  const bool constant = kSmall ? a.zeros == 0 : kSignedOffset != 0;
-  for (int t = 0; t < T; ++t) {
-    const Ints start = ints(constant ? offset[t].whole : 0);
-    for (int v = 0; v < kDotVecs; ++v) sum[v][t] = start;
-  }
-  dot<kSmall>(sum, codes, x.at(w, g, first), w.inputs(g) / 4);
-  for (int v = 0; v < kDotVecs; ++v) {
-    const uint8_t* const scales = panel + v * L / kLowBitPanel * w.panel + w.scales(g);
-    const int64_t feature = v * L % kLowBitPanel;
-    const Vec scale = load_scale(scales, a.scale_dtype, feature);
-    Vec zero;
-    if (kSmall && a.zeros) zero = load_half(reinterpret_cast<const uint16_t*>(scales + zeros_after(a.scale_dtype)) + feature);
+RAMIFY_INLINE void add_groups(const LinearArgs& a, const LowBitLayout& w, const Codes& x, const uint8_t* panel, W codes, int64_t g,
+                              int64_t stop, int64_t first, float* sums) {
+  const bool zeros = kSmall && a.zeros, constant = kSmall ? !zeros : kSignedOffset != 0, grouped = a.activations == kInt8Group;
+  const int64_t M = x.M, scale_dtype = a.scale_dtype, next = w.row_scale ? 0 : w.step, whole = w.group, last = w.groups - 1;
+  const uint8_t* scales = panel + w.scales(g);
+  const Codes::Offset* offset = x.offsets + g * M + first;
+  const float* scale_of = grouped ? x.scales + g * M + first : nullptr;
+  const int8_t* word = x.at(w, g, first);
+  sums += first * kWide;
+  Vec acc[kDotVecs][T];
+  for (int v = 0; v < kDotVecs; ++v)
+    for (int t = 0; t < T; ++t) acc[v][t] = Vec::load(sums + t * kWide + v * L);
+  for (; g < stop; ++g, codes.base += w.step, scales += next, offset += M, word += whole * M) {
+    const int64_t inputs = g < last ? whole : w.inputs(g);
+    if (g == last) word = x.at(w, g, first);
+    Ints sum[kDotVecs][T];
     for (int t = 0; t < T; ++t) {
-      Vec y = to_float(sum[v][t]);
-      if (kSmall && a.zeros) y = y - zero * Vec::set(offset[t].sum);
-      if (a.activations == kInt8Group) y = y * Vec::set(x.scales[g * x.M + first + t]);
-      float* const to = sums + (first + t) * kWide + v * L;
-      fma(y, scale, Vec::load(to)).store(to);
+      const Ints start = ints(constant ? offset[t].whole : 0);
+      for (int v = 0; v < kDotVecs; ++v) sum[v][t] = start;
     }
+    dot<kSmall>(sum, codes, word, inputs / 4);
+    for (int v = 0; v < kDotVecs; ++v) {
+      const uint8_t* const here = scales + v * L / kLowBitPanel * w.panel;
+      const int64_t feature = v * L % kLowBitPanel;
+      const Vec scale = load_scale(here, scale_dtype, feature);
+      if (zeros) {
+        const Vec zero = load_half(reinterpret_cast<const uint16_t*>(here + zeros_after(scale_dtype)) + feature);
+        for (int t = 0; t < T; ++t) {
+          Vec y = to_float(sum[v][t]) - zero * Vec::set(offset[t].sum);
+          if (grouped) y = y * Vec::set(scale_of[t]);
+          acc[v][t] = fma(y, scale, acc[v][t]);
+        }
+      } else if (grouped) {
+        for (int t = 0; t < T; ++t) acc[v][t] = fma(to_float(sum[v][t]) * Vec::set(scale_of[t]), scale, acc[v][t]);
+      } else {
+        for (int t = 0; t < T; ++t) acc[v][t] = fma(to_float(sum[v][t]), scale, acc[v][t]);
+      }
+    }
+    if (grouped) scale_of += M;
   }
+  for (int v = 0; v < kDotVecs; ++v)
+    for (int t = 0; t < T; ++t) acc[v][t].store(sums + t * kWide + v * L);
 }
 
 struct Rounded {
   static int64_t packed_bytes(const LinearArgs& a, int64_t M) { return Codes::bytes(layout_of(a), M); }
-  static int64_t work_bytes(const LinearArgs&, int64_t M) { return 2 * kSlab + M * kWide * 4; }
+  static int64_t work_bytes(const LinearArgs&, int64_t M) { return M * kWide * 4; }
 
   static void pack(const LinearArgs& a, const float* x, int64_t M, int64_t m, void* packed) {
     const LowBitLayout w = layout_of(a);
@@ -249,7 +267,7 @@ struct Rounded {
     for (int64_t g = 0; g < w.groups; ++g) {
       const int64_t k = g * w.group, n = w.inputs(g), real = a.K - k < n ? a.K - k : n;
       if (grouped) to.scales[g * M + m] = scale = code_scale(x + k, real);
-      int8_t codes[kLowBitGroup] = {};
+      int8_t codes[kLowBitGroup + L] = {};
       const int32_t sum = round_codes(x + k, real, scale, codes);
       if (a.zeros)
         to.offsets[g * M + m].sum = float(sum);
@@ -257,9 +275,14 @@ struct Rounded {
         to.offsets[g * M + m].whole = -(w.small ? 8 : kSignedOffset) * sum;
       // Words in the order in which nibbles are unpacked: one of the group's first half, one of its second, and so on.
       int8_t* const out = to.at(w, g, first) + (m - first) * 4;
-      for (int64_t i = 0; i < n / 4; ++i) {
-        const int64_t from = w.small ? i / 2 + (i & 1) * (n / 8) : i;
-        __builtin_memcpy(out + i * rows * 4, codes + from * 4, 4);
+      const int64_t words = n / 4, stride = rows * 4;
+      if (w.small) {
+        for (int64_t i = 0; i < words; i += 2) {
+          __builtin_memcpy(out + i * stride, codes + i * 2, 4);
+          __builtin_memcpy(out + (i + 1) * stride, codes + i * 2 + n / 2, 4);
+        }
+      } else {
+        for (int64_t i = 0; i < words; ++i) __builtin_memcpy(out + i * stride, codes + i * 4, 4);
       }
     }
   }
@@ -269,58 +292,31 @@ struct Rounded {
     return packed;
   }
 
-  // Groups [g, stop) of a tile.
   template <bool kSmall, class W>
-  static void add_groups(const LinearArgs& a, const LowBitLayout& w, const Codes& x, const uint8_t* panel, const W& codes, int64_t step,
-                         int64_t g, int64_t stop, int64_t first, float* sums) {
+  static void add(const LinearArgs& a, const LowBitLayout& w, const Codes& x, const uint8_t* panel, const W& codes, int64_t g, int64_t stop,
+                  int64_t first, float* sums) {
     const int rows = int(x.M - first < x.tile ? x.M - first : x.tile);
-    with_rows<kTokens>(rows, [&]<int T>() {
-      W at = codes;
-      for (int64_t i = g; i < stop; ++i, at.base += step) add_group<kSmall, T>(a, w, x, panel, at, i, first, sums);
-    });
-  }
-
-  // Groups [g, stop) of the panels of a tile, one code a byte.
-  static void unpack(const LowBitLayout& w, const uint8_t* panel, int64_t g, int64_t stop, uint8_t* slab) {
-    for (int64_t p = 0; p < kWide / kLowBitPanel; ++p, slab += kSlab) {
-      uint8_t* to = slab;
-      for (int64_t i = g; i < stop; ++i) {
-        const uint8_t* from = panel + p * w.panel + i * w.step;
-        for (int64_t line = 0; line < w.group / 8; ++line, from += 64, to += 128) {
-          __builtin_prefetch(from + kAhead);
-          for (int v = 0; v < 64; v += 4 * L) {
-            const Ints word = load_ints(from + v);
-            store_ints(to + v, word & 0x0f0f0f0f);
-            store_ints(to + 64 + v, shift_right(word, 4) & 0x0f0f0f0f);
-          }
-        }
-      }
-    }
+    with_rows<most_tokens(kSmall)>(rows, [&]<int T>() { add_groups<kSmall, T>(a, w, x, panel, codes, g, stop, first, sums); });
   }
 
   static void block(const LinearArgs& a, const void* packed, int64_t M, int64_t begin, int64_t end, void* work) {
     const LowBitLayout w = layout_of(a);
     const Codes x(w, M, const_cast<void*>(packed));
-    uint8_t* const slab = static_cast<uint8_t*>(work);
-    float* const sums = reinterpret_cast<float*>(slab + 2 * kSlab);
-    const int64_t at_once = kRowsAtOnce / x.tile * x.tile, together = kLowBitGroup / w.group;
+    float* const sums = static_cast<float*>(work);
+    const int64_t at_once = kRowsAtOnce / x.tile * x.tile, together = M <= x.tile ? w.groups : kTogether / w.group;
     for (int64_t column = begin; column < end; column += kWide) {
       const uint8_t* const panel = static_cast<const uint8_t*>(a.weight) + column / kLowBitPanel * w.panel;
       __builtin_memset(sums, 0, M * kWide * 4);
       for (int64_t top = 0; top < M; top += at_once) {
         const int64_t bottom = top + at_once < M ? top + at_once : M;
-        if (w.small && M <= x.tile) {
-          add_groups<true>(a, w, x, panel, Nibbles{{panel, w.panel}}, w.step, 0, w.groups, 0, sums);
-          continue;
-        }
         for (int64_t g = 0; g < w.groups; g += together) {
           const int64_t stop = g + together < w.groups ? g + together : w.groups;
-          if (w.small) unpack(w, panel, g, stop, slab);
+          const Bytes codes{panel + g * w.step, w.panel};
           for (int64_t first = top; first < bottom; first += x.tile) {
             if (w.small)
-              add_groups<true>(a, w, x, panel, Bytes{slab, kSlab}, w.group * kLowBitPanel, g, stop, first, sums);
+              add<true>(a, w, x, panel, Nibbles{codes}, g, stop, first, sums);
             else
-              add_groups<false>(a, w, x, panel, Bytes{panel + g * w.step, w.panel}, w.step, g, stop, first, sums);
+              add<false>(a, w, x, panel, codes, g, stop, first, sums);
           }
         }
       }

@@ -1,17 +1,30 @@
-// What the CUDA driver says about this machine, and one kernel to show that a launch works.
+// csrc/cuda/probe.cu: what the CUDA driver says about this machine, one kernel to show that a launch works, and the way in.
 // Nothing here runs at load: a machine without a GPU imports the module and gets error codes.
-#include <cuda_runtime.h>
+#include "cuda/entries.h"
+#include "cuda/rt.cuh"
 
-#include <cstdint>
-
+namespace ramify::gpu {
 namespace {
 
-__global__ void fill_kernel(uint32_t* out, int count, uint32_t value) {
-  const int i = blockIdx.x * blockDim.x + threadIdx.x;
-  if (i < count) out[i] = value + i;
+__global__ void fill_kernel(uint32_t* out, int64_t count, uint32_t value) {
+  const int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
+  if (i < count) out[i] = value + uint32_t(i);
+}
+
+template <class Args>
+int call(int (*kernel)(const Args&, void*), const void* args, void* stream) {
+  return kernel(*static_cast<const Args*>(args), stream);
 }
 
 }  // namespace
+
+int fill(const FillArgs& a, void* stream) {
+  if (a.count < 1) return cudaErrorInvalidValue;
+  RT_LAUNCH(fill_kernel, dim3(unsigned((a.count + 255) / 256)), dim3(256), 0, cudaStream_t(stream), a.out, a.count, uint32_t(a.value));
+  return cudaGetLastError();
+}
+
+}  // namespace ramify::gpu
 
 extern "C" {
 
@@ -27,11 +40,82 @@ int ramify_cuda_versions(int* driver, int* runtime) {
 // The runtime's words for a cudaError_t.
 const char* ramify_cuda_message(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
-// out[i] = value + i on `stream`; returns a cudaError_t.
-int ramify_cuda_fill(uint32_t* out, int count, uint32_t value, void* stream) {
-  if (count < 1) return cudaErrorInvalidValue;
-  fill_kernel<<<(count + 255) / 256, 256, 0, static_cast<cudaStream_t>(stream)>>>(out, count, value);
-  return cudaGetLastError();
+// Run one kernel of args_cuda.h on a stream; returns a cudaError_t.
+int ramify_cuda_run(int64_t kernel, const void* args, void* stream) {
+  using namespace ramify::gpu;
+  switch (kernel) {
+    case kFill:
+      return call(fill, args, stream);
+    case kRmsNorm:
+      return call(rms_norm, args, stream);
+    case kSiluMul:
+      return call(silu_mul, args, stream);
+    case kEmbed:
+      return call(embed, args, stream);
+    case kRope:
+      return call(rope, args, stream);
+    case kRopeAppend:
+      return call(rope_append, args, stream);
+    case kCommit:
+      return call(commit, args, stream);
+    case kRowStats:
+      return call(row_stats, args, stream);
+    case kVerifyGreedy:
+      return call(verify_greedy, args, stream);
+    case kTreeUniforms:
+      return call(tree_uniforms, args, stream);
+    case kVerifySample:
+      return call(verify_sample, args, stream);
+    case kAttention:
+      return call(attention, args, stream);
+    case kResidualSample:
+      return call(residual_sample, args, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+// Bytes of a kernel's argument struct, or -1: Python compares them with its own.
+int64_t ramify_cuda_size(int64_t kernel) {
+  using namespace ramify::gpu;
+  switch (kernel) {
+    case kFill:
+      return sizeof(FillArgs);
+    case kRmsNorm:
+      return sizeof(RmsNormArgs);
+    case kSiluMul:
+      return sizeof(SiluMulArgs);
+    case kEmbed:
+      return sizeof(EmbedArgs);
+    case kRope:
+      return sizeof(RopeArgs);
+    case kRopeAppend:
+      return sizeof(RopeAppendArgs);
+    case kCommit:
+      return sizeof(CommitArgs);
+    case kRowStats:
+      return sizeof(RowStatsArgs);
+    case kVerifyGreedy:
+      return sizeof(VerifyGreedyArgs);
+    case kTreeUniforms:
+      return sizeof(TreeUniformsArgs);
+    case kVerifySample:
+      return sizeof(VerifySampleArgs);
+    case kAttention:
+      return sizeof(AttentionArgs);
+    case kResidualSample:
+      return sizeof(ResidualSampleArgs);
+    default:
+      return -1;
+  }
+}
+
+// Bytes of scratch that row_stats needs.
+int64_t ramify_cuda_stats_scratch(int64_t rows, int64_t V, int64_t topk) { return ramify::gpu::stats_scratch(rows, V, topk); }
+
+// Bytes of scratch that attention needs.
+int64_t ramify_cuda_attention_scratch(const void* args) {
+  return ramify::gpu::attention_scratch(*static_cast<const ramify::gpu::AttentionArgs*>(args));
 }
 
 }  // extern "C"

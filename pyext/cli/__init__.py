@@ -1,4 +1,4 @@
-"""The `ramify` command: generate, env.
+"""The `ramify` command: generate, convert, env.
 
 Exit code 0: fine. 1: a check failed. 2: a usage or input error, told in one line on stderr; RAMIFY_TRACEBACK=1 shows where it arose.
 """
@@ -28,12 +28,12 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> Parser:
     """The parser of the whole command; each subcommand's `run` takes the parsed arguments and returns the exit code."""
-    from ramify.cli import env, generate
+    from ramify.cli import convert, env, generate
 
     root = Parser("ramify", description="Token-parallel decoding of language models.")
     root.add_argument("--version", action="version", version=f"ramify {ramify.__version__}")
     commands = root.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
-    for command in (generate, env):
+    for command in (generate, convert, env):
         command.add_parser(commands)
     return root
 

@@ -96,6 +96,8 @@ def kernels() -> list[dict[str, Any]]:
 
 def describe(found: dict[str, Any]) -> str:
     """The environment as a person reads it."""
+    from ramify.backends import UNPROVEN
+
     cpu, cuda = found["cpu"], found["cuda"]
     packages = "   ".join(f"{name} {version}" for name, version in found["packages"].items())
     runs = " ".join(level for level, can in cpu["levels"].items() if can)
@@ -114,8 +116,10 @@ def describe(found: dict[str, Any]) -> str:
     rows = []
     for row in found["kernels"]:
         cells = ["-" if name in row["why_not"] else (cpu["level"] or "yes") if name == "cpu" else "yes" for name in names]
-        rows.append([row["op"], *cells, row["taken"]])
+        rows.append([row["op"], *(cell + "*" * (cell == "yes" and name in UNPROVEN) for name, cell in zip(names, cells)), row["taken"]])
     lines.append(table(["op", *names, "taken here"], rows, left=6))
+    if any("yes*" in row for row in rows):
+        lines += [f"* {reason}" for reason in dict.fromkeys(UNPROVEN.values())]
     lines.append("")
     lines += [f"{name}={value}" for name, value in found["variables"].items()] or ["no variable of RAMIFY_*, OMP_*, MKL_*, CUDA_* is set"]
     lines.append('Why not another kernel: ramify.explain("tree_attention", ...) in Python.')

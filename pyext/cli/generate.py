@@ -43,6 +43,11 @@ def add_parser(commands: Any) -> None:
     add("--repetition-penalty", type=float, default=1.0, metavar="R", help="make tokens that were seen less likely; 1: off")
     add("--seed", type=int, default=0, metavar="S", help="the same seed gives the same text (default 0)")
     add("--dtype", default="bf16", choices=("bf16", "fp32"), help="the form in which weights are held (default bf16)")
+    add(
+        "--weights",
+        metavar="FORMAT",
+        help="quantise the weights while they are read: int4-g64, int8, fp8, ... (default: as they are stored)",
+    )
     add("--plugin", action="append", default=[], metavar="FILE", help="a Python file whose decorated classes become methods")
     add("--json", action="store_true", help="print one JSON object and nothing else")
     parser.set_defaults(run=run)
@@ -56,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     for file in args.plugin:
         load_plugin(file)
     methods = method_names(args.method)
-    model = ramify.load(args.model, dtype=args.dtype)
+    model = ramify.load(args.model, dtype=args.dtype, weights=args.weights)
     common = {name: getattr(args, name) for name in ("drafter", "max_new_tokens", *SAMPLING)}
 
     def decode(method: str, stream: Stream | None = None) -> Any:
@@ -134,7 +139,7 @@ def described(
 def headline(args: argparse.Namespace, told: dict[str, Any]) -> str:
     """What the table under it was measured on."""
     return (
-        f"{told['model']} {args.dtype} on {told['device']} {told['backend']}, {told['environment']['threads']} threads; "
+        f"{told['model']} {args.weights or args.dtype} on {told['device']} {told['backend']}, {told['environment']['threads']} threads; "
         f"{told['prompt_tokens']} prompt tokens, {told['new_tokens']} new, temperature {args.temperature:g}, seed {args.seed}; "
         f"medians of {args.repeat} interleaved runs"
     )

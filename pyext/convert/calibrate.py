@@ -66,7 +66,7 @@ class Stream:
 
     def __init__(self, checkpoint: Checkpoint, texts: Sequence[Sequence[int]]) -> None:
         self.config = checkpoint.config
-        embed = checkpoint.tensor("embed")
+        embed = checkpoint.stored("embed")
         self.hidden = [embed[torch.tensor(ids)].float() for ids in texts]
         longest = max(map(len, texts))
         self._rope = rope_tables(self.config.rope, self.config.head_dim, longest)
@@ -105,4 +105,5 @@ class Stream:
                 continue
             distance = self._distance[:T, :T]
             visible = (distance >= 0) & (distance < (T if window is None else window))
-            yield attend(w, c, normed, *(table[:T] for table in self._rope), visible)
+            cos, sin = (table[:T] for table in self._rope)
+            yield attend(w, c, normed, cos, sin, visible)

@@ -23,8 +23,8 @@ class NewFolder:
     Raises ValueError where `out` exists without `force`, or with it is no checkpoint folder that could be replaced.
     """
 
-    def __init__(self, out: Path, force: bool = False, shard: int = SHARD) -> None:
-        self.out, self.shard = out, shard
+    def __init__(self, out: Path, force: bool = False) -> None:
+        self.out = out
         refuse(out, force)
         self.path = out.parent / f".{out.name}.{os.getpid()}.{time.monotonic_ns():x}.part"
         self._waiting: dict[str, Tensor] = {}
@@ -44,7 +44,7 @@ class NewFolder:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Keep a tensor for the current shard, and write the shard first where it would become too large."""
-        if self._waiting and sum(t.nbytes for t in self._waiting.values()) + tensor.nbytes > self.shard:
+        if self._waiting and sum(t.nbytes for t in self._waiting.values()) + tensor.nbytes > SHARD:
             self._write()
         self._waiting[name] = tensor.contiguous()
 
@@ -76,7 +76,9 @@ class NewFolder:
     def _write(self) -> None:
         self._shards.append(list(self._waiting))
         self._bytes += sum(tensor.nbytes for tensor in self._waiting.values())
-        save_file(self._waiting, self.path / str(len(self._shards)), metadata={"format": "pt"})
+        file = self.path / str(len(self._shards))
+        save_file(self._waiting, file, metadata={"format": "pt"})
+        file.chmod(self.path.stat().st_mode & 0o666)  # the library makes files that only their owner reads
         self._waiting = {}
 
     def _put_in_place(self) -> None:

@@ -2,7 +2,8 @@
 
 Canonical names: `embed`, `final_norm`, `lm_head` (absent when tied), and per layer `layers.<i>.` + attn_norm, q, k, v, o,
 q_bias, k_bias, v_bias, o_bias, q_norm, k_norm, mlp_norm, gate, up, down, gate_bias, up_bias, down_bias. Matrices are
-[out, in], vectors [out]. Which of them a model has follows from its config alone.
+[out, in], vectors [out]. Which of them a model has follows from its config alone, but for a low-bit lm_head beside tied embeddings.
+Matrices that the config's quantization_config covers come as QuantizedWeight, whichever method wrote them.
 """
 
 import logging
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from ramify.errors import CheckpointError
 from ramify.model.config import ModelConfig, read_json
+from ramify.quant import QuantizedWeight
+from ramify.quant.sources import source_of
 
 log = logging.getLogger("ramify")
 
@@ -70,6 +73,8 @@ class Checkpoint:
         self.finite = finite
         self._table = expected(self.config)
         self._where = self._locate()
+        self._source = source_of(self.config.quantization) if self.config.quantization else None
+        self._low_bit = self._find_low_bit()
         self._check_headers()
 
     @property
@@ -85,32 +90,65 @@ class Checkpoint:
         """Shape of a tensor by canonical name."""
         return self._table[name][1]
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor by canonical name: float32 or bfloat16 as stored; float16 comes as float32, which loses nothing."""
+    def tensor(self, name: str) -> Tensor | QuantizedWeight:
+        """One tensor by canonical name: float32 or bfloat16 as stored; float16 comes as float32, which loses nothing.
+
+        A QuantizedWeight where the checkpoint is low-bit.
+        """
+        if name in self._low_bit:
+            assert self._source is not None
+            N, K = self.shape(name)
+            return self._source.read(self._raw, self._low_bit[name], (N, K), self._file)
         tensor = self.stored(name)
         return tensor.float() if tensor.dtype == torch.float16 else tensor
 
     def stored(self, name: str) -> Tensor:
-        """One tensor by canonical name, in the dtype of the file."""
+        """One dense tensor by canonical name, in the dtype of the file."""
         if name not in self._table:
             raise KeyError(f"Checkpoint.tensor: {name} is no tensor of {self.config.architecture} under this config.")
-        theirs, _ = self._table[name]
-        file = self._where[theirs]
-        with _opened(file) as shard:
-            tensor: Tensor = shard.get_tensor(theirs)
-        if self.finite and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f'load: {file.name}, tensor "{theirs}" holds NaN or infinity; takes finite weights. Fetch it again.')
+        tensor = self._raw(self.source_name(name))
+        assert tensor is not None  # the headers were checked
         return tensor
 
-    def layer(self, index: int) -> dict[str, Tensor]:
+    def layer(self, index: int) -> dict[str, Tensor | QuantizedWeight]:
         """The tensors of one layer by short name ("q", "down", ...)."""
         prefix = f"layers.{index}."
         return {name.removeprefix(prefix): self.tensor(name) for name in self._table if name.startswith(prefix)}
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
         """All tensors by canonical name, in order of use, each read when it is reached."""
         for name in self._table:
             yield name, self.tensor(name)
+
+    def _raw(self, theirs: str) -> Tensor | None:
+        """A tensor by its name in the files, as it is stored."""
+        file = self._where.get(theirs)
+        if file is None:
+            return None
+        with _opened(file) as shard:
+            tensor: Tensor = shard.get_tensor(theirs)
+        if self.finite and tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+            raise CheckpointError(f'load: {file.name}, tensor "{theirs}" holds NaN or infinity; takes finite weights. Fetch it again.')
+        return tensor
+
+    def _file(self, theirs: str) -> str:
+        return self._where[theirs].name if theirs in self._where else self.folder.name
+
+    def _find_low_bit(self) -> dict[str, str]:
+        """Canonical name -> prefix of the low-bit matrices. The config names them; one that lies in the files dense stays dense."""
+        if self._source is None:
+            return {}
+        head = self._source.tensors("lm_head").needed if self._source.covers("lm_head") else ()
+        if "lm_head" not in self._table and any(name in self._where for name in head if name != "lm_head.weight"):
+            self._table["lm_head"] = ("lm_head.weight", (self.config.vocab_size, self.config.hidden_size))
+        found = {}
+        for name, (theirs, shape) in self._table.items():
+            prefix = theirs.removesuffix(".weight")
+            if len(shape) == 2 and name != "embed" and self._source.covers(prefix):
+                codes = self._source.tensors(prefix).needed[0]
+                if codes == theirs or codes in self._where or theirs not in self._where:
+                    found[name] = prefix
+        return found
 
     def _locate(self) -> dict[str, Path]:
         """Hugging Face name -> file, from the single file or from the index of the shards."""
@@ -133,25 +171,36 @@ class Checkpoint:
 
     def _check_headers(self) -> None:
         """Every tensor of the table is there, with its shape and a dtype that is read; the others are logged once."""
-        shards: dict[Path, list[tuple[str, tuple[int, ...]]]] = {}
-        for theirs, shape in self._table.values():
+        wanted_of: dict[str, tuple[int, ...] | None] = {}
+        for name, (theirs, shape) in self._table.items():
+            if name in self._low_bit:
+                assert self._source is not None
+                names = self._source.tensors(self._low_bit[name])
+                wanted_of |= dict.fromkeys(names.needed)  # shapes and dtypes are the source's business
+                wanted_of |= dict.fromkeys(name for name in names.optional if name in self._where)
+            else:
+                wanted_of[theirs] = shape
+        shards: dict[Path, list[tuple[str, tuple[int, ...] | None]]] = {}
+        for theirs, wanted_shape in wanted_of.items():
             if theirs not in self._where:
                 raise CheckpointError(f'load: {self.folder.name}, tensor "{theirs}" is missing; config.json asks for it. Fetch it again.')
-            shards.setdefault(self._where[theirs], []).append((theirs, shape))
+            shards.setdefault(self._where[theirs], []).append((theirs, wanted_shape))
         for file, wanted in shards.items():
             with _opened(file) as shard:
                 present = set(shard.keys())
-                for theirs, shape in wanted:
-                    _check_header(file, shard, present, theirs, shape)
-        extra = sorted(set(self._where) - {theirs for theirs, _ in self._table.values()})
+                for theirs, wanted_shape in wanted:
+                    _check_header(file, shard, present, theirs, wanted_shape)
+        extra = sorted(set(self._where) - set(wanted_of))
         extra = [name for name in extra if not IGNORED.search(name) and not (name == "lm_head.weight" and self.config.tied_embeddings)]
         if extra:
             log.warning("load: %s has %d tensors that its config does not use, %s first", self.folder, len(extra), extra[0])
 
 
-def _check_header(file: Path, shard: safe_open, present: set[str], name: str, shape: tuple[int, ...]) -> None:
+def _check_header(file: Path, shard: safe_open, present: set[str], name: str, shape: tuple[int, ...] | None) -> None:
     if name not in present:
         raise CheckpointError(f'load: {file.name}, tensor "{name}" is missing; {INDEX} says it is there. Fetch the file again.')
+    if shape is None:
+        return
     header = shard.get_slice(name)
     stored = tuple(header.get_shape())
     if stored != shape:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ramify.backends import HEAD_SIZES
 from ramify.errors import CheckpointError, UnsupportedModelError
+from ramify.quant.sources import source_of
 
 ROPE_TYPES = ("default", "linear", "llama3")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -31,7 +32,10 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape and arithmetic of one decoder. `sliding_windows[i]` counts the positions that layer i sees, its own included; None is all."""
+    """Shape and arithmetic of one decoder. `sliding_windows[i]` counts the positions that layer i sees, its own included; None is all.
+
+    quantization: the checkpoint's quantization_config as it came, of a method that `quant.sources` reads; None for dense weights.
+    """
 
     name: str
     architecture: str
@@ -54,6 +58,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     dtype: str
+    quantization: Mapping[str, Any] | None = None
 
     @classmethod
     def from_folder(cls, folder: str | Path, name: str | None = None) -> "ModelConfig":
@@ -112,6 +117,7 @@ class ModelConfig:
             eos_token_ids=_token_ids(read.values.get("eos_token_id")),
             bos_token_id=next(iter(_token_ids(read.values.get("bos_token_id"))), None),
             dtype=_dtype(read.values),
+            quantization=_quantization(read.values),
         )
 
 
@@ -212,13 +218,6 @@ def _family(values: Mapping[str, Any]) -> tuple[str, Family]:
 
 
 def _refuse_features(values: Mapping[str, Any]) -> None:
-    quantization = values.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unnamed") if isinstance(quantization, Mapping) else quantization
-        raise UnsupportedModelError(
-            f"load: config.json has a quantization_config ({method}); takes float32, bfloat16 and float16 weights. "
-            "Fetch the unquantised checkpoint."
-        )
     activation = values.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise UnsupportedModelError(f"load: config.json has hidden_act {activation}; takes silu.")
@@ -265,6 +264,13 @@ def _rope(values: Mapping[str, Any], positions: int) -> RopeConfig:
         return RopeConfig(theta, kind, number("factor"))
     original = int(given.get("original_max_position_embeddings") or positions)
     return RopeConfig(theta, kind, number("factor"), number("low_freq_factor"), number("high_freq_factor"), original)
+
+
+def _quantization(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    given = values.get("quantization_config") or values.get("compression_config")  # the second is compressed-tensors' older name
+    if given:
+        source_of(given)  # raises for what is not read
+    return given or None
 
 
 def _window(values: Mapping[str, Any]) -> int | None:

@@ -4,31 +4,52 @@ from pathlib import Path
 
 import torch
 
+from ramify.checks import one_of
 from ramify.model.checkpoint import Checkpoint
 from ramify.model.model import Model
 from ramify.model.tokenizer import Tokenizer
-from ramify.model.weights import Weights
+from ramify.model.weights import Settings, Weights
+from ramify.ops.linear import ROUNDED
+from ramify.quant import Format
 
 DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
 ZOO = {"zoo": "target", "zoo-drafter": "drafter"}
 
 
-def load(model: str | Path, dtype: str = "bf16", weights: str | None = None, device: str = "cpu") -> Model:
+def load(
+    model: str | Path,
+    dtype: str = "bf16",
+    weights: str | None = None,
+    device: str = "cpu",
+    head: str | None = None,
+    activations: str = "int8",
+) -> Model:
     """Load a checkpoint folder (config.json + safetensors, sharded too), or "zoo" / "zoo-drafter", the models that ship with ramify.
 
-    dtype: "bf16" or "fp32", for weights and cache; activations are always f32. weights: None; low-bit formats are not built yet.
+    dtype: "bf16" or "fp32", of dense weights and of the cache; activations between layers are always f32. weights: a low-bit format
+    ("int8", "int4-g64", "fp8", ...) into which dense layers are quantised while they are read; None takes them as they are stored,
+    low-bit ones of `ramify convert`, GPTQ, AWQ, compressed-tensors and torchao included. head: the format of a dense lm_head (a tied one
+    leaves the embedding table as it is); None is what the checkpoint says, else "int8" beside low-bit `weights`, else dtype; "dense" is
+    dtype. activations: how low-bit layers take their input: "int8", "int8-group" or "exact" (see ops.linear).
+
     Raises UnsupportedModelError for another architecture, CheckpointError for a broken file, ValueError for the rest.
     """
     if str(dtype).removeprefix("torch.") not in DTYPES:
         raise ValueError(f'load: dtype is "{dtype}"; takes bf16 or fp32.')
-    if weights is not None:
-        raise ValueError(f'load: weights is "{weights}"; takes None: low-bit weights are not built yet. Use dtype="bf16".')
     if str(device) != "cpu":
         raise ValueError(f'load: device is "{device}"; takes "cpu": the GPU backends are not built yet.')
+    one_of("activations", activations, ROUNDED, "load")
+    layers = None if weights is None else Format.parse(weights)
     folder = folder_of(model)
     checkpoint = Checkpoint(folder, name=str(model) if str(model) in ZOO else None)
-    loaded = Weights.load(checkpoint, DTYPES[str(dtype).removeprefix("torch.")])
-    return Model(checkpoint.config, loaded, Tokenizer.from_folder(folder))
+    stored = checkpoint.config.quantization
+    if stored and layers:
+        raise ValueError(f"load: weights is {layers.name} and {folder.name} is quantised already; takes None: it is read as it is stored.")
+    if head is None:
+        head = stored.get("head") if stored else "int8" if layers else None
+    head_format = None if head in (None, "dense") else Format.parse(str(head))
+    settings = Settings(DTYPES[str(dtype).removeprefix("torch.")], layers, head_format, activations)
+    return Model(checkpoint.config, Weights.load(checkpoint, settings), Tokenizer.from_folder(folder))
 
 
 def folder_of(model: str | Path) -> Path:

@@ -62,6 +62,11 @@ class Model:
         return f"Model({c.name}: {c.architecture}, {c.num_layers} layers, hidden {c.hidden_size}, {self.dtype})"
 
     @property
+    def fingerprint(self) -> str:
+        """Tells models of other shapes or other kernels apart; what is measured about one holds for every model that has the same."""
+        return f"{self.config!r} {self.weights.settings!r}"
+
+    @property
     def dtype(self) -> str:
         """Precision of the weights and the cache: "fp32" or "bf16"."""
         return "bf16" if self.weights.dtype == torch.bfloat16 else "fp32"

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,7 +33,8 @@ def perplexity(model: "Model", texts: str | Sequence[str] | Sequence[int] | Sequ
     limit = model.config.max_positions - 1
     if whole("window", window, 1, "perplexity") > limit:
         raise ValueError(f"perplexity: window is {window}; takes 1 to {limit}, one less than the positions of {model.config.name}.")
-    listed = [texts] if isinstance(texts, str) or (len(texts) > 0 and isinstance(texts[0], (int, np.integer))) else list(texts)
+    single = isinstance(texts, str) or (len(texts) > 0 and isinstance(texts[0], (int, np.integer)))
+    listed: list[Any] = [texts] if single else list(texts)
     nats, tokens, size = 0.0, 0, 0
     for text in listed:
         ids = _encode(model, text) if isinstance(text, str) else list(text)
@@ -56,16 +57,19 @@ def _encode(model: "Model", text: str) -> list[int]:
 
 def _loss(model: "Model", ids: Sequence[int]) -> float:
     """Sum of the losses of all ids but the first."""
-    wanted, losses = np.asarray(ids[1:], np.int64), []
+    wanted, losses = np.asarray(ids[1:], np.int64), np.zeros(len(ids) - 1)
+    done = 0
 
     def note(slot: int, tokens: Sequence[int], out: "StepOut") -> None:
-        at = sum(map(len, losses))
-        rows = np.arange(len(tokens))
-        losses.append(out.lse.astype(np.float64) - out.logits[rows, wanted[at : at + len(tokens)]])
+        nonlocal done
+        assert out.lse is not None and out.logits is not None  # prefill computes both for rows_out
+        here = slice(done, done + len(tokens))
+        losses[here] = out.lse.astype(np.float64) - out.logits[np.arange(len(tokens)), wanted[here]]
+        done += len(tokens)
 
     cache = model.new_cache([len(wanted)])
     try:
         model.prefill([ids[:-1]], cache, rows_out=note)
     finally:
         cache.free([0])
-    return float(np.concatenate(losses).sum())
+    return float(losses.sum())

@@ -13,7 +13,7 @@ import torch
 from ramify import native
 from ramify.cache.arena import Arena
 from ramify.model.config import ModelConfig
-from ramify.model.weights import Linear, Weights
+from ramify.model.weights import Linears, Weights
 
 Rope = tuple[torch.Tensor, torch.Tensor]  # cosine and sine, f32 [positions, D / 2]
 WORDS = 8  # ancestor words of a row in the step's own buffers: a prefill chunk of 512 rows is the widest tree
@@ -122,26 +122,21 @@ class _Capture:
             )
         )
 
-    def linear(self, x: torch.Tensor, layer: Linear, out: torch.Tensor, *, prologue=native.COPY, norm=None, residual=None, **stats) -> None:
-        self._call(
-            native.LinearArgs(
-                x=x.data_ptr(),
-                x_stride=x.stride(0),
-                K=layer.K,
-                N=layer.N,
-                weight=layer.packed.data_ptr(),
-                dtype=native.DTYPES[layer.packed.dtype],
-                prologue=prologue,
-                norm_weight=native.pointer(norm),
-                eps=self.config.norm_eps,
-                bias=native.pointer(layer.bias),
-                residual=native.pointer(residual),
-                residual_stride=0 if residual is None else residual.stride(0),
-                out=out.data_ptr(),
-                out_stride=out.stride(0),
-                **stats,
-            )
-        )
+    def linear(
+        self, x: torch.Tensor, parts: Linears, out: torch.Tensor, *, prologue=native.COPY, norm=None, residual=None, **stats
+    ) -> None:
+        column = 0
+        for part in parts:
+            args = part.arguments()
+            args.x, args.x_stride = x.data_ptr(), x.stride(0)
+            args.prologue, args.norm_weight, args.eps = prologue, native.pointer(norm), self.config.norm_eps
+            if residual is not None:
+                args.residual, args.residual_stride = residual[:, column:].data_ptr(), residual.stride(0)
+            args.out, args.out_stride = out[:, column:].data_ptr(), out.stride(0)
+            for name, value in stats.items():
+                setattr(args, name, value)
+            self._call(args)
+            column += part.N
 
     def rope_append(self, i: int) -> None:
         c, arena, layer, size = self.config, self.arena, self.weights.layers[i], self.arena.draft_k.element_size()
@@ -210,13 +205,13 @@ class _Capture:
         )
 
     def head(self) -> None:
-        rows, k, layer = self.plan.rows, self.plan.topk, self.weights.lm_head
-        logits, top, lse = self._buffer(rows, layer.N), self._buffer(rows), self._buffer(rows)
+        rows, k, parts = self.plan.rows, self.plan.topk, self.weights.lm_head
+        logits, top, lse = self._buffer(rows, self.config.vocab_size), self._buffer(rows), self._buffer(rows)
         argmax = torch.zeros(rows, dtype=torch.int32)
         ids, values = torch.zeros(rows, k, dtype=torch.int32), self._buffer(rows, k)
         self.linear(
             self.x,
-            layer,
+            parts,
             logits,
             prologue=native.RMS_NORM,
             norm=self.weights.final_norm,

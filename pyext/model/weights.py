@@ -1,5 +1,6 @@
 """A checkpoint's tensors, fused and packed as the kernels take them."""
 
+from ctypes import Structure
 from dataclasses import dataclass, field
 
 import torch
@@ -8,30 +9,88 @@ from torch import Tensor
 from ramify import native
 from ramify.model.checkpoint import Checkpoint
 from ramify.model.config import ModelConfig
+from ramify.quant import Format, QuantizedWeight, quantize
+from ramify.quant.packing import packed
 
 
 @dataclass
 class Linear:
-    """A packed weight [N, K] (csrc/common/layouts.h) and its bias f32 [N], if it has one."""
+    """A weight [N, K] as the kernels take it (csrc/common/layouts.h) and its bias f32 [N], if it has one.
 
-    packed: Tensor
+    low_bit: what the format of a low-bit weight says to the kernel, as fields of LinearArgs; empty for a dense one. perm: int32 [K]
+    or None, the order of its inputs.
+    """
+
+    panels: Tensor
     N: int
     K: int
     bias: Tensor | None = None
+    low_bit: dict[str, int] = field(default_factory=dict)
+    perm: Tensor | None = None
 
     @classmethod
-    def of(cls, parts: list[Tensor], biases: list[Tensor | None], dtype: torch.dtype) -> "Linear":
-        """Stack matrices that share their input (q, k, v; gate, up) into one layer."""
-        weight = torch.cat([part.to(dtype) for part in parts]).contiguous()
-        bias = None
-        if any(b is not None for b in biases):
-            bias = torch.cat([torch.zeros(len(p)) if b is None else b.float() for p, b in zip(parts, biases, strict=True)])
-        return cls(native.pack_weight(weight), *weight.shape, bias)
+    def dense(cls, weight: Tensor, bias: Tensor | None = None) -> "Linear":
+        """Pack a float32 or bfloat16 weight."""
+        return cls(native.pack_weight(weight.contiguous()), *weight.shape, bias)
+
+    @classmethod
+    def quantized(cls, weight: QuantizedWeight, bias: Tensor | None, activations: str) -> "Linear":
+        """Pack a low-bit weight. activations: how its kernel takes the input; fp8 takes it as it is."""
+        how = native.ACTIVATIONS["exact" if weight.format.kind == "fp8" else activations]
+        numbers = {"dtype": native.LOW_BIT[weight.format.kind], "group": weight.format.group, "activations": how}
+        numbers |= {"scale_dtype": native.DTYPES[weight.scale.dtype], "zeros": int(weight.zero is not None)}
+        return cls(packed(weight), *weight.shape, bias, numbers, weight.perm)
 
     @property
     def nbytes(self) -> int:
         """Bytes that one step reads."""
-        return self.packed.nbytes + (0 if self.bias is None else self.bias.nbytes)
+        return sum(t.nbytes for t in (self.panels, self.bias, self.perm) if t is not None)
+
+    def arguments(self) -> Structure:
+        """The kernel's arguments, as far as they are the weight's."""
+        kernel = native.LinearLowBitArgs if self.low_bit else native.LinearArgs
+        args = kernel(N=self.N, K=self.K, weight=self.panels.data_ptr(), bias=native.pointer(self.bias))
+        for name, value in (self.low_bit or {"dtype": native.DTYPES[self.panels.dtype]}).items():
+            setattr(args, name, value)
+        args.perm = native.pointer(self.perm)
+        return args
+
+
+Linears = tuple[Linear, ...]
+"""Matrices that share their input and whose outputs lie side by side: one, unless their formats or orders of inputs differ."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How weights are held: dtype of dense ones (and of the cache), and for low-bit ones how their kernels take the input.
+
+    layers, head: formats in which dense layers and a dense lm_head are rounded while they are read; None leaves them as they are.
+    """
+
+    dtype: torch.dtype
+    layers: Format | None = None
+    head: Format | None = None
+    activations: str = "int8"
+
+    def fuse(self, parts: list[Tensor | QuantizedWeight], biases: list[Tensor | None], format: Format | None) -> Linears:
+        """Pack matrices that share their input (q, k, v; gate, up), as one where they can be."""
+        if format is not None:
+            parts = [quantize(part, format) if isinstance(part, Tensor) else part for part in parts]
+        rows = [part.shape[0] for part in parts]
+        bias = None
+        if any(b is not None for b in biases):
+            bias = torch.cat([torch.zeros(n) if b is None else b.float() for n, b in zip(rows, biases, strict=True)])
+        dense = [part for part in parts if isinstance(part, Tensor)]
+        if len(dense) == len(parts):
+            return (Linear.dense(torch.cat([part.to(self.dtype) for part in dense]), bias),)
+        stacked = None if dense else QuantizedWeight.stack([part for part in parts if isinstance(part, QuantizedWeight)])
+        if stacked is not None:
+            return (Linear.quantized(stacked, bias, self.activations),)
+        each = [None] * len(parts) if bias is None else bias.split(rows)
+        return tuple(
+            Linear.dense(part.to(self.dtype), b) if isinstance(part, Tensor) else Linear.quantized(part, b, self.activations)
+            for part, b in zip(parts, each, strict=True)
+        )
 
 
 @dataclass
@@ -39,46 +98,55 @@ class Layer:
     """One decoder layer."""
 
     attn_norm: Tensor
-    qkv: Linear
+    qkv: Linears
     q_norm: Tensor | None
     k_norm: Tensor | None
-    o: Linear
+    o: Linears
     mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: Linears
+    down: Linears
 
     @property
     def nbytes(self) -> int:
         """Bytes of the four matrices."""
-        return self.qkv.nbytes + self.o.nbytes + self.gate_up.nbytes + self.down.nbytes
+        return sum(part.nbytes for part in (*self.qkv, *self.o, *self.gate_up, *self.down))
 
 
 @dataclass
 class Weights:
-    """All weights of a model in one dtype, norms and biases in f32."""
+    """All weights of a model: matrices as `settings` says, the embedding table in its dtype, norms and biases in f32."""
 
-    dtype: torch.dtype
+    settings: Settings
     embed: Tensor
     layers: list[Layer] = field(default_factory=list)
     final_norm: Tensor | None = None
-    lm_head: Linear | None = None
+    lm_head: Linears = ()
 
     @property
     def step_bytes(self) -> int:
         """Weight bytes that a step of any width reads once: everything but the embedding table's unused rows."""
-        return sum(layer.nbytes for layer in self.layers) + self.lm_head.nbytes
+        return sum(layer.nbytes for layer in self.layers) + sum(part.nbytes for part in self.lm_head)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of dense matrices, the embedding table and the cache."""
+        return self.settings.dtype
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype) -> "Weights":
+    def load(cls, checkpoint: Checkpoint, settings: Settings) -> "Weights":
         """Read, fuse and pack layer by layer, so that a large checkpoint is never in memory twice."""
         config: ModelConfig = checkpoint.config
-        embed = checkpoint.tensor("embed")
-        weights = cls(dtype, embed.to(dtype).contiguous())
+        embed = checkpoint.stored("embed")
+        weights = cls(settings, embed.to(settings.dtype).contiguous())
         for i in range(config.num_layers):
             t = checkpoint.layer(i)
 
-            def fuse(*names: str, t=t) -> Linear:
-                return Linear.of([t[name] for name in names], [t.get(f"{name}_bias") for name in names], dtype)
+            def fuse(*names: str, t=t, i=i) -> Linears:
+                try:
+                    return settings.fuse([t[name] for name in names], [t.get(f"{name}_bias") for name in names], settings.layers)
+                except ValueError as problem:
+                    which = ", ".join(checkpoint.source_name(f"layers.{i}.{name}") for name in names)
+                    raise ValueError(f"load: {which}: {problem}") from None
 
             def gain(name: str, t=t) -> Tensor | None:
                 return t[name].float().contiguous() if name in t else None
@@ -95,7 +163,7 @@ class Weights:
                     down=fuse("down"),
                 )
             )
-        weights.final_norm = checkpoint.tensor("final_norm").float().contiguous()
-        head = embed if config.tied_embeddings else checkpoint.tensor("lm_head")
-        weights.lm_head = Linear.of([head], [None], dtype)
+        weights.final_norm = checkpoint.stored("final_norm").float().contiguous()
+        head = checkpoint.tensor("lm_head") if "lm_head" in checkpoint.names else embed
+        weights.lm_head = settings.fuse([head], [None], settings.head)
         return weights

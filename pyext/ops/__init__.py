@@ -4,20 +4,25 @@ They take the user's own tensors, whose outer strides are free (the last axis mu
 kernel that `ramify.explain` names.
 """
 
-from ramify.ops.attention import merge_states, tree_attention
+from ramify.ops.attention import interval_attention, merge_states, tree_attention
 from ramify.ops.glue import embed, rms_norm, rope, silu_mul
 from ramify.ops.kv import kv_append, kv_commit
 from ramify.ops.linear import PackedWeight, linear
+from ramify.ops.quantize import quantize_weight
+from ramify.ops.sample import residual_sample, verify_sample
 from ramify.ops.verify import RowStats, row_stats, topk_logits, verify_greedy
 
 __all__ = [
     "PackedWeight",
     "RowStats",
     "embed",
+    "interval_attention",
     "kv_append",
     "kv_commit",
     "linear",
     "merge_states",
+    "quantize_weight",
+    "residual_sample",
     "rms_norm",
     "rope",
     "row_stats",
@@ -25,4 +30,5 @@ __all__ = [
     "topk_logits",
     "tree_attention",
     "verify_greedy",
+    "verify_sample",
 ]

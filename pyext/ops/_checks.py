@@ -4,6 +4,7 @@ Every message: function, argument, what came; what is taken. What to do.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -14,53 +15,57 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INT32, INT64 = (torch.int32,), (torch.int64,)
 INDICES = (torch.int32, torch.int64)
 
+Results = Sequence[tuple[Sequence[int], torch.dtype]]
+"""Shape and dtype of every output of an op."""
+
+_FILLED = {"D", "H", "Hkv", "K", "V", "page"}  # axes that are summed over, divided by or looked up in: never empty
 _CASTS = {torch.int32: "int()", torch.int64: "long()", torch.float32: "float()"}
 
 
 class Shapes:
-    """Checks the tensors of one call. Axes are letters; a letter means the same size in every tensor of the call.
+    """Checks the tensors of one call. Axes are letters; a letter means the same size in every tensor of the call. All are on one
+    device: that of `like`, where it is given, else of the first.
 
     `check = Shapes("linear"); check("x", x, "... K", FLOATS); check("weight", weight, "N K", FLOATS)`
     """
 
-    def __init__(self, op: str) -> None:
+    __slots__ = ("device", "first", "op", "sizes")
+
+    def __init__(self, op: str, like: Tensor | None = None) -> None:
         self.op = op
-        self.sizes: dict[str, int] = {}
-        self.source: dict[str, str] = {}
-        self.device: torch.device | None = None
+        self.sizes: dict[str, tuple[int, str]] = {}  # letter -> its size, and the tensor that said so
+        self.device: torch.device | None = None if like is None else like.device
+        self.first = "the first input"
 
     def __call__(self, name: str, x: Tensor, axes: str, dtypes: Sequence[torch.dtype], dense: bool = True) -> None:
         """x has these axes ("..." at the front stands for any) and one of these dtypes, on the device of the first tensor."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{self.op}: {name} is {show(x)}; takes a tensor [{_spell(axes)}].")
         if x.dtype not in dtypes:
-            raise TypeError(f"{self.op}: {name} is {_short(x.dtype)}; takes {_dtypes(dtypes)} [{_spell(axes)}].{_cast(name, dtypes)}")
-        self.sized(name, x.shape, axes, x.device)
-        if dense and x.ndim and x.shape[-1] > 1 and x.stride(-1) != 1:
-            raise ValueError(f"{self.op}: the last axis of {name} has stride {x.stride(-1)}; takes 1. Use {name}.contiguous().")
-
-    def sized(self, name: str, shape: Sequence[int], axes: str, device: torch.device) -> None:
-        """The same of something that is not one tensor: its axes and its device."""
+            self.dtype(name, x.dtype, dtypes, f" [{_spell(axes)}].{_cast(name, dtypes)}")
+        device = x.device
         if self.device is None:
-            self.device, self.source["device"] = device, name
+            self.device, self.first = device, name
         elif device != self.device:
             raise ValueError(
-                f"{self.op}: {name} is on {device} and {self.source['device']} on {self.device}; takes one device. "
-                f'Use {name}.to("{self.device}").'
+                f'{self.op}: {name} is on {device} and {self.first} on {self.device}; takes one device. Use {name}.to("{self.device}").'
             )
-        letters = axes.split()
-        free = letters[0] == "..."
-        named = letters[1:] if free else letters
-        if len(shape) < len(named) or (not free and len(shape) != len(named)):
-            raise ValueError(f"{self.op}: {name} is {list(shape)}; takes {len(named)} axes{' or more' if free else ''} [{_spell(axes)}].")
-        for letter, size in zip(named, shape[len(shape) - len(named) :]):
-            known = self.sizes.get(letter)
-            if known is None:
-                self.sizes[letter], self.source[letter] = size, name
-            elif known != size:
-                raise ValueError(
-                    f"{self.op}: {name} is {list(shape)}; takes [{_spell(axes)}] with {letter} = {known}, as in {self.source[letter]}."
-                )
+        free, letters = _letters(axes)
+        shape = x.shape
+        more = len(shape) - len(letters)
+        if more < 0 or (more and not free):
+            raise ValueError(f"{self.op}: {name} is {list(shape)}; takes {len(letters)} axes{' or more' if free else ''} [{_spell(axes)}].")
+        for letter, size in zip(letters, shape[more:] if more else shape):
+            known, source = self.sizes.setdefault(letter, (size, name))
+            if known != size:
+                raise ValueError(f"{self.op}: {name} is {list(shape)}; takes [{_spell(axes)}] with {letter} = {known}, as in {source}.")
+            if size == 0 and letter in _FILLED:
+                raise ValueError(f"{self.op}: {name} is {list(shape)}; takes [{_spell(axes)}] with {letter} of 1 or more.")
+        if dense and shape and x.stride(-1) != 1 and shape[-1] > 1:
+            raise ValueError(f"{self.op}: the last axis of {name} has stride {x.stride(-1)}; takes 1. Use {name}.contiguous().")
+
+    def dtype(self, name: str, dtype: torch.dtype, dtypes: Sequence[torch.dtype], more: str = ".") -> None:
+        """dtype is one of these."""
+        if dtype not in dtypes:
+            raise TypeError(f"{self.op}: {name} is {_short(dtype)}; takes {_dtypes(dtypes)}{more}")
 
     def same_shape(self, name: str, x: Tensor, other: str, like: Sequence[int]) -> None:
         """x has exactly this shape, which is `other`'s."""
@@ -75,7 +80,7 @@ class Shapes:
     def out(self, name: str, x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
         """An output tensor: the right shape and dtype, its last axis dense."""
         self(name, x, "...", (dtype,))
-        if tuple(x.shape) != tuple(shape):
+        if x.shape != shape:
             raise ValueError(f"{self.op}: {name} is {list(x.shape)}; takes {list(shape)}, the shape of the result.")
 
     def fail(self, what: str, takes: str, do: str = "") -> ValueError:
@@ -83,32 +88,48 @@ class Shapes:
         return ValueError(f"{self.op}: {what}; takes {takes}.{' ' + do if do else ''}")
 
 
-def check_cache(check: Shapes, k_name: str, k: Tensor, v_name: str, v: Tensor, page_table: Tensor | None) -> None:
-    """k and v of a cache: [B, S, Hkv, D], or [pages, page, Hkv, D] with a page table [B, P]."""
-    axes = "B S Hkv D" if page_table is None else "pages page Hkv D"
+def check_cache(check: Shapes, k_name: str, k: Tensor, v_name: str, v: Tensor, page_table: Tensor | None, layers: str = "") -> None:
+    """k and v of a cache: [B, S, Hkv, D], or [pages, page, Hkv, D] with a page table [B, P]; `layers`: axes that stand before."""
+    axes = layers + ("B S Hkv D" if page_table is None else "pages page Hkv D")
     check(k_name, k, axes, FLOATS)
     check(v_name, v, axes, (k.dtype,))
     if page_table is not None:
         check("page_table", page_table, "B P", INT32)
 
 
-def outputs(op: str, out: object, count: int) -> tuple[Tensor, ...] | None:
-    """`out` as a tuple of `count` tensors, or None."""
-    if out is None:
-        return None
-    got = (out,) if isinstance(out, Tensor) else out
-    if not isinstance(got, tuple) or len(got) != count:
+def tensor(op: str, name: str, x: object) -> Tensor:
+    """x, which is a tensor of the ordinary, strided kind."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} is {show(x)}; takes a tensor.")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} is a {_short(x.layout)} tensor; takes a strided one. Use {name}.to_dense().")
+    return x
+
+
+def outputs(op: str, out: object, count: int) -> tuple[Tensor, ...]:
+    """`out` as a tuple of `count` tensors."""
+    got = out if isinstance(out, tuple) else (out,)
+    if len(got) != count or any(not isinstance(x, Tensor) for x in got):
         takes = "a tensor" if count == 1 else f"a tuple of {count} tensors, in the order they are returned"
-        raise TypeError(f"{op}: out is {type(out).__name__}{'' if not isinstance(got, tuple) else f' of {len(got)}'}; takes {takes}.")
+        came = f"tuple of {len(out)}" if isinstance(out, tuple) else type(out).__name__
+        raise TypeError(f"{op}: out is {came}; takes {takes}.")
     return got
+
+
+@lru_cache
+def _letters(axes: str) -> tuple[bool, tuple[str, ...]]:
+    """Whether more axes may stand in front, and the letters of the others."""
+    letters = axes.split()
+    free = letters[0] == "..."
+    return free, tuple(letters[free:])
 
 
 def _spell(axes: str) -> str:
     return ", ".join(axes.split())
 
 
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _short(kind: torch.dtype | torch.layout) -> str:
+    return str(kind).removeprefix("torch.")
 
 
 def _dtypes(dtypes: Sequence[torch.dtype]) -> str:

@@ -4,13 +4,16 @@ The classic `torch.library.Library` is used because it costs a third of `custom_
 No autograd is registered: ops are for inference.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ramify import backends
+from ramify.ops._checks import Results, Shapes, outputs, tensor
+from ramify.ops._memory import crosses, folded, overlap
 
 _library = torch.library.Library("ramify", "DEF")  # alive as long as this module: an op dies with its Library
 _tags = (torch.Tag.pt2_compliant_tag,)
@@ -21,10 +24,13 @@ Outputs = tuple[Tensor, ...]
 class Op:
     """torch.ops.ramify.<name> and its out form.
 
-    name: "rms_norm", or "rms_norm.residual" for an overload. arguments: the schema of the inputs.
-    outputs: names of the output tensors. allocate(*inputs) makes them, empty; it is also the fake implementation.
+    name: "rms_norm", or "rms_norm.residual" for an overload. arguments: the schema of the inputs, of which the first is a tensor.
+    outputs: names of the output tensors. check(*inputs) raises for what the op does not take and returns shape and dtype of each
+    output; every way into the op goes through it once: the public function, both torch forms and the fake. It sees shapes, dtypes
+    and numbers, not the values in a tensor: reference and cpu check those.
     sizes(*inputs): what the backend table has to know, dtype= at least. reference(*inputs) returns the outputs;
-    cpu(outputs, *inputs) fills them.
+    cpu(outputs, *inputs) and cuda(outputs, *inputs) fill them, and share no memory between the two; so does the function of that name
+    in ops._triton, where `triton` names one.
     """
 
     def __init__(
@@ -32,58 +38,114 @@ class Op:
         name: str,
         arguments: str,
         outputs: Iterable[str],
-        allocate: Callable[..., Outputs],
+        check: Callable[..., Results],
         sizes: Callable[..., dict[str, Any]],
         reference: Callable[..., Any],
         cpu: Callable[..., None] | None = None,
+        cuda: Callable[..., None] | None = None,
+        triton: str = "",
     ) -> None:
         self.name, _, overload = name.partition(".")
-        self.outputs = tuple(outputs)
-        self._allocate, self._sizes, self._reference, self._cpu = allocate, sizes, reference, cpu
+        self.outputs, self.tensors = tuple(outputs), _tensors(arguments)
+        self._check, self._sizes, self._reference = check, sizes, reference
+        self._kernels = {"cpu": cpu, "cuda": cuda, "triton": launcher(triton, lambda args: args[0][0]) if triton else None}
         returns = ", ".join("Tensor" for _ in self.outputs)
         written = ", ".join(f"Tensor({letter}!) {out}" for letter, out in zip("abc", self.outputs))
         into = f"{self.name}.{overload}_out" if overload else f"{self.name}.out"
-        _register(name, f"({arguments}) -> ({returns})", self._functional, lambda *args: _one_or_all(allocate(*args)))
-        _register(into, f"({arguments}, *, {written}) -> ()", self._into, lambda *args, **outs: None)
+        _register(name, f"({arguments}) -> ({returns})", self._functional, lambda *inputs: _one_or_all(self._allocate(inputs)))
+        _register(into, f"({arguments}, *, {written}) -> ()", self._into, self._fake_into)
         packet = getattr(torch.ops.ramify, self.name)
         self._call, self._call_into = getattr(packet, overload or "default"), getattr(packet, into.partition(".")[2])
 
-    def __call__(self, *inputs: Any, out: Outputs | None = None) -> Any:
-        """Run on checked inputs; `out` holds one tensor per output."""
+    def __call__(self, *inputs: Any, out: Any = None) -> Any:
+        """Run on what the user gave; `out` holds one tensor per output. Numbers among the inputs are already of the schema's kind."""
+        _check_kinds(self.name, self.tensors, inputs)
         if out is None:
             return self._call(*inputs)
-        self._call_into(*inputs, **dict(zip(self.outputs, out)))
-        return _one_or_all(out)
+        outs = outputs(self.name, out, len(self.outputs))
+        self._call_into(*inputs, **dict(zip(self.outputs, outs)))
+        return _one_or_all(outs)
 
     def _functional(self, *inputs: Any) -> Any:
-        outs = self._allocate(*inputs)
+        outs = self._allocate(inputs)
         self._run(outs, inputs)
         return _one_or_all(outs)
 
-    def _into(self, *inputs: Any, **outs: Tensor) -> None:
-        self._run(tuple(outs[name] for name in self.outputs), inputs)
+    def _into(self, *inputs: Any, **named: Tensor) -> None:
+        outs = self._check_outs(inputs, named)
+        _check_written(self.name, ["out"] if len(outs) == 1 else [f"out[{i}]" for i in range(len(outs))], outs)
+        if any(crosses(out, x) for out in outs for x in inputs if isinstance(x, Tensor)):
+            aside = self._functional(*inputs)  # an output that is an input, whole or in part, is written when all is read
+            for out, value in zip(outs, aside if isinstance(aside, tuple) else (aside,)):
+                out.copy_(value)
+        else:
+            self._run(outs, inputs)
+
+    def _fake_into(self, *inputs: Any, **named: Tensor) -> None:
+        self._check_outs(inputs, named)
+
+    def _allocate(self, inputs: tuple) -> Outputs:
+        return tuple([inputs[0].new_empty(shape, dtype=dtype) for shape, dtype in self._check(*inputs)])
+
+    def _check_outs(self, inputs: tuple, named: dict[str, Tensor]) -> Outputs:
+        outs = tuple([named[name] for name in self.outputs])
+        check = Shapes(self.name, inputs[0])
+        for i, (out, (shape, dtype)) in enumerate(zip(outs, self._check(*inputs))):
+            check.out("out" if len(outs) == 1 else f"out[{i}]", out, shape, dtype)
+        return outs
 
     def _run(self, outs: Outputs, inputs: tuple) -> None:
         if outs[0].numel() == 0:
             return
         backend = backends.choose(self.name, outs[0].device.type, **self._sizes(*inputs))
-        if backend == "cpu" and self._cpu is not None:
-            self._cpu(outs, *inputs)
+        kernel = self._kernels.get(backend)
+        if kernel is not None:
+            kernel(outs, *inputs)
             return
         for out, value in zip(outs, self._reference(*inputs)):
             out.copy_(value)
 
 
-def define_in_place(name: str, schema: str, reference: Callable[..., None], sizes: Callable[..., dict[str, Any]]) -> Callable[..., None]:
-    """An op that changes its arguments and returns nothing. Returns the torch op."""
+class InPlaceOp:
+    """An op that changes some of its arguments, those with a `!` in the schema, and returns nothing. `check` as for Op."""
 
-    def run(*args: Any) -> None:
-        dtype_and_sizes = sizes(*args)
-        backends.choose(name, args[0].device.type, **dtype_and_sizes)
-        reference(*args)
+    def __init__(
+        self,
+        name: str,
+        arguments: str,
+        check: Callable[..., None],
+        sizes: Callable[..., dict[str, Any]],
+        reference: Callable[..., None],
+        cuda: Callable[..., None] | None = None,
+        triton: str = "",
+    ) -> None:
+        self.name, self.tensors = name, _tensors(arguments)
+        self._kernels = {"cuda": cuda, "triton": launcher(triton, lambda args: args[0]) if triton else None}
+        self._written = [(i, argument) for i, argument, _ in self.tensors if "!" in arguments.split(", ")[i]]
+        self._check, self._sizes, self._reference = check, sizes, reference
+        _register(name, f"({arguments}) -> ()", self._run, check)
+        self._call = getattr(torch.ops.ramify, name).default
 
-    _register(name, f"({schema}) -> ()", run, lambda *args: None)
-    return getattr(torch.ops.ramify, name).default
+    def __call__(self, *inputs: Any) -> None:
+        """Run on what the user gave."""
+        _check_kinds(self.name, self.tensors, inputs)
+        self._call(*inputs)
+
+    def _run(self, *inputs: Any) -> None:
+        self._check(*inputs)
+        _check_written(self.name, [name for _, name in self._written], [inputs[i] for i, _ in self._written])
+        kernel = self._kernels.get(backends.choose(self.name, inputs[0].device.type, **self._sizes(*inputs)))
+        (kernel or self._reference)(*inputs)
+
+
+def launcher(name: str, on: Callable[[tuple], Tensor]) -> Callable[..., None]:
+    """ops._triton's function `name`, on the device of the tensor `on` finds among its arguments. Triton is imported by the first call."""
+
+    def launch(*args: Any) -> None:
+        with torch.cuda.device_of(on(args)):
+            getattr(import_module("ramify.ops._triton"), name)(*args)
+
+    return launch
 
 
 def _register(name: str, schema: str, run: Callable, fake: Callable) -> None:
@@ -91,6 +153,32 @@ def _register(name: str, schema: str, run: Callable, fake: Callable) -> None:
     for key in ("CPU", "CUDA"):
         _library.impl(name, run, key)
     torch.library.register_fake(f"ramify::{name}", fake, lib=_library)
+
+
+def _tensors(arguments: str) -> tuple[tuple[int, str, bool], ...]:
+    """Place, name and whether None is taken, of every tensor among the arguments of a schema."""
+    parts = [part.split() for part in arguments.split(", ")]
+    return tuple((i, name, kind.endswith("?")) for i, (kind, name) in enumerate(parts) if kind.startswith("Tensor"))
+
+
+def _check_kinds(op: str, tensors: tuple[tuple[int, str, bool], ...], inputs: tuple) -> None:
+    """Tensors are where the schema has them: torch would say it in several lines."""
+    for i, name, optional in tensors:
+        x = inputs[i]
+        if (type(x) is not Tensor or x.layout is not torch.strided) and (x is not None or not optional):
+            tensor(op, name, x)
+
+
+def _check_written(op: str, names: Sequence[str], written: Sequence[Tensor]) -> None:
+    """No address is written twice."""
+    for i, (name, x) in enumerate(zip(names, written)):
+        if folded(x):
+            raise ValueError(
+                f"{op}: {name} is {list(x.shape)} with strides {list(x.stride())}; takes elements at addresses of their own. Give another."
+            )
+        for other, y in zip(names[:i], written):
+            if overlap(x, y):
+                raise ValueError(f"{op}: {name} shares memory with {other}; takes tensors apart from each other. Give another.")
 
 
 def _one_or_all(outs: Outputs) -> Any:

@@ -48,7 +48,10 @@ def linear_low_bit(
     n, f = native(), Format.parse(form)
     if panels is None:
         panels = pack_panels(f, codes, scale, zero)
-    perm = None if perm is None else perm.contiguous()
+    if perm is not None:
+        perm = perm.contiguous()
+        if int(perm.min()) < 0 or int(perm.max()) >= x.shape[-1]:  # the kernel reads x at these places
+            raise ValueError(f"linear: perm holds {int(perm.min())} to {int(perm.max())}; takes 0 to {x.shape[-1] - 1}.")
     args = n.LinearLowBitArgs(N=codes.shape[0], weight=panels.data_ptr(), dtype=n.LOW_BIT[f.kind], group=f.group)
     args.scale_dtype, args.zeros, args.perm = n.DTYPES[scale.dtype], zero is not None, n.pointer(perm)
     args.activations = n.ACTIVATIONS[activations]

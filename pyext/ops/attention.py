@@ -1,15 +1,17 @@
-"""tree_attention over the user's own tensors, and merge_states for whoever splits the keys."""
+"""Attention over the user's own tensors: tree_attention, interval_attention, and merge_states for whoever splits the keys."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ramify import reference
 from ramify.backends import native
-from ramify.checks import number, whole
+from ramify.checks import INT64_MAX, number, whole
+from ramify.ops import _cuda as _kernels
 from ramify.ops import _native
-from ramify.ops._checks import FLOATS, INT32, INT64, Shapes, check_cache, outputs
+from ramify.ops._checks import FLOATS, INT32, INT64, Results, Shapes, check_cache, outputs, tensor
 from ramify.ops._library import Op
 from ramify.tree import MAX_ROWS
 
@@ -44,6 +46,81 @@ def tree_attention(
     may hold anything. Raises ValueError for shapes and values, lengths and bits included where the tensors are on the CPU;
     TypeError for dtypes. Source: arXiv 2305.09781; the softmax is the integer-reference one that makes rows independent.
     """
+    tensor("tree_attention", "q", q)
+    D = math.prod(q.shape[-1:]) or 1  # no D, or one of 0, is for the check to refuse
+    scale = 1 / math.sqrt(D) if scale is None else float(number("scale", scale, "tree_attention"))
+    window = 0 if window is None else whole("window", window, 1, "tree_attention", INT64_MAX)
+    sink = 0 if sink is None else whole("sink", sink, 0, "tree_attention", INT64_MAX)
+    if out is not None and not return_lse:
+        out = (outputs("tree_attention", out, 1)[0], q.new_empty(q.shape[:3], dtype=torch.float32))
+    result = _tree_attention(q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows, out=out)
+    return result if return_lse else result[0]
+
+
+def interval_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    end: Tensor,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    out: Tensor | tuple[Tensor, Tensor] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention in which row t of sequence b sees the slots from start[b, t] up to and without end[b, t].
+
+    One start and one end a row say causal, prefix, window, block-causal, block-diagonal, full and rectangular attention, without a mask.
+    q [B, T, Hq, D] float; k, v [B, S, Hkv, D] of one float dtype; start, end int32 [B, T], 0 to S; an end at or below its start sees
+    nothing and gives 0 and -inf. scale: 1 / sqrt(D) by default. Slots that no row sees may hold anything.
+
+    Returns o [B, T, Hq, D] in q's dtype (, lse float32 [B, T, Hq], natural logarithm, with return_lse). Raises ValueError for shapes, and
+    on the CPU for an interval outside the slots; TypeError for dtypes.
+    """
+    tensor("interval_attention", "q", q)
+    D = math.prod(q.shape[-1:]) or 1  # no D, or one of 0, is for the check to refuse
+    scale = 1 / math.sqrt(D) if scale is None else float(number("scale", scale, "interval_attention"))
+    if out is not None and not return_lse:
+        out = (outputs("interval_attention", out, 1)[0], q.new_empty(q.shape[:3], dtype=torch.float32))
+    result = _interval_attention(q, k, v, start, end, scale, out=out)
+    return result if return_lse else result[0]
+
+
+def _check_interval(q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float) -> Results:
+    check = Shapes("interval_attention")
+    check("q", q, "B T Hq D", FLOATS)
+    check("k", k, "B S Hkv D", FLOATS)
+    check("v", v, "B S Hkv D", (k.dtype,))
+    check("start", start, "B T", INT32)
+    check("end", end, "B T", INT32)
+    _check_heads("interval_attention", q.shape[2], k.shape[2])
+    return (q.shape, q.dtype), (q.shape[:3], torch.float32)
+
+
+def merge_states(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, *, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """One attention over two disjoint sets of keys, from the attention over each.
+
+    o1, o2 [..., D] of one float dtype; lse1, lse2 [...] float32, natural logarithm. A side that saw no key has a lse of -inf, and its
+    o may be anything. Returns o [..., D] in o1's dtype and lse float32 [...]; `out` takes the same pair. Raises ValueError for
+    shapes, TypeError for dtypes. Source: arXiv 1805.02867.
+    """
+    return _merge_states(o1, lse1, o2, lse2, out=out)
+
+
+def _check_tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tail_k: Tensor,
+    tail_v: Tensor,
+    ancestors: Tensor,
+    prefix_len: Tensor,
+    page_table: Tensor | None,
+    scale: float,
+    window: int,
+    sink: int,
+    tail_rows: Tensor | None,
+) -> Results:
     check = Shapes("tree_attention")
     check("q", q, "B T Hq D", FLOATS)
     check("tail_k", tail_k, "B T Hkv D", FLOATS)
@@ -54,9 +131,9 @@ def tree_attention(
     check("prefix_len", prefix_len, "B", INT32)
     if tail_rows is not None:
         check("tail_rows", tail_rows, "B", INT32)
-    _, T, Hq, D = q.shape
+    _, T, Hq, _ = q.shape
     Hkv = tail_k.shape[2]
-    if Hkv == 0 or Hq % Hkv:
+    if Hq % Hkv:
         raise ValueError(
             f"tree_attention: q has {Hq} heads and k has {Hkv}; q heads must be a multiple of k heads. "
             "Axes are q [B, T, Hq, D], k [B, S, Hkv, D]."
@@ -65,27 +142,15 @@ def tree_attention(
         raise check.fail(f"q has {T} rows a sequence", f"1 to {MAX_ROWS}", "Lower the rows of the tree, or feed them in chunks.")
     if 64 * ancestors.shape[2] < T:
         raise check.fail(f"ancestors has {ancestors.shape[2]} words a row", f"{-(-T // 64)} for {T} rows")
-    scale = 1 / math.sqrt(D) if scale is None else float(number("scale", scale, "tree_attention"))
-    window = 0 if window is None else whole("window", window, 1, "tree_attention")
-    sink = 0 if sink is None else whole("sink", sink, 0, "tree_attention")
-    outs = outputs("tree_attention", out, 2 if return_lse else 1)
-    if outs is not None:
-        check.out("out", outs[0], q.shape, q.dtype)
-        if return_lse:
-            check.out("out[1]", outs[1], q.shape[:3], torch.float32)
-        else:
-            outs = (outs[0], q.new_empty(q.shape[:3], dtype=torch.float32))
-    result = _tree_attention(q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows, out=outs)
-    return result if return_lse else result[0]
+    if not math.isfinite(scale):
+        raise check.fail(f"scale is {scale}", "a finite number")
+    for name, value in (("window", window), ("sink", sink)):
+        if value < 0:
+            raise check.fail(f"{name} is {value}", "0 or more")
+    return ((q.shape, q.dtype), (q.shape[:3], torch.float32))
 
 
-def merge_states(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, *, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """One attention over two disjoint sets of keys, from the attention over each.
-
-    o1, o2 [..., D] of one float dtype; lse1, lse2 [...] float32, natural logarithm. A side that saw no key has a lse of -inf, and its
-    o may be anything. Returns o [..., D] in o1's dtype and lse float32 [...]; `out` takes the same pair. Raises ValueError for
-    shapes, TypeError for dtypes. Source: arXiv 1805.02867.
-    """
+def _check_merge_states(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> Results:
     check = Shapes("merge_states")
     check("o1", o1, "... D", FLOATS)
     check("o2", o2, "... D", (o1.dtype,))
@@ -93,11 +158,14 @@ def merge_states(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, *, out: tup
     for name, lse in (("lse1", lse1), ("lse2", lse2)):
         check(name, lse, "...", (torch.float32,), dense=False)
         check.same_shape(name, lse, "o1 without its last axis", o1.shape[:-1])
-    outs = outputs("merge_states", out, 2)
-    if outs is not None:
-        check.out("out[0]", outs[0], o1.shape, o1.dtype)
-        check.out("out[1]", outs[1], o1.shape[:-1], torch.float32)
-    return _merge_states(o1, lse1, o2, lse2, out=outs)
+    return ((o1.shape, o1.dtype), (lse1.shape, torch.float32))
+
+
+def _check_heads(op: str, Hq: int, Hkv: int) -> None:
+    if Hkv == 0 or Hq % Hkv:
+        raise ValueError(
+            f"{op}: q has {Hq} heads and k has {Hkv}; q heads must be a multiple of k heads. Axes are q [B, T, Hq, D], k [B, S, Hkv, D]."
+        )
 
 
 def _check_values(q: Tensor, k: Tensor, ancestors: Tensor, prefix_len: Tensor, page_table: Tensor | None, tail_rows: Tensor | None) -> None:
@@ -140,21 +208,49 @@ def _cpu(outs, q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale
     _native.tree_attention(outs, q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows)
 
 
+def _cuda(outs, q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows):
+    _check_values(q, k, ancestors, prefix_len, page_table, tail_rows)
+    _kernels.tree_attention(outs, q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows)
+
+
 _tree_attention = Op(
     "tree_attention",
     "Tensor q, Tensor k, Tensor v, Tensor tail_k, Tensor tail_v, Tensor ancestors, Tensor prefix_len, "
     "Tensor? page_table, float scale, int window, int sink, Tensor? tail_rows",
     ["out", "lse_out"],
-    allocate=lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)),
+    check=_check_tree_attention,
     sizes=lambda q, k, *_: {"dtype": q.dtype, "D": q.shape[3], "kv": k.dtype},
     reference=_reference,
     cpu=_cpu,
+    cuda=_cuda,
+    triton="tree_attention",
+)
+
+
+def _interval_reference(q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float) -> Any:
+    if q.device.type == "cpu" and start.numel():
+        for name, bound in (("start", start), ("end", end)):
+            low, high = (int(x) for x in bound.aminmax())
+            if low < 0 or high > k.shape[1]:
+                raise ValueError(f"interval_attention: {name} holds {low if low < 0 else high}; takes 0 to {k.shape[1]}, the slots of k.")
+    return reference.interval_attention(q, k, v, start, end, scale=scale, return_lse=True)
+
+
+_interval_attention = Op(
+    "interval_attention",
+    "Tensor q, Tensor k, Tensor v, Tensor start, Tensor end, float scale",
+    ["out", "lse_out"],
+    check=_check_interval,
+    sizes=lambda q, k, *_: {"dtype": q.dtype, "D": q.shape[3], "kv": k.dtype},
+    reference=_interval_reference,
+    triton="interval_attention",
 )
 _merge_states = Op(
     "merge_states",
     "Tensor o1, Tensor lse1, Tensor o2, Tensor lse2",
     ["out", "lse_out"],
-    allocate=lambda o1, lse1, o2, lse2: (o1.new_empty(o1.shape), lse1.new_empty(lse1.shape)),
+    check=_check_merge_states,
     sizes=lambda o1, *_: {"dtype": o1.dtype},
     reference=reference.merge_states,
+    triton="merge_states",
 )

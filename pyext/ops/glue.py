@@ -1,11 +1,14 @@
 """rms_norm, rope, silu_mul and embed: what a layer does between its matrix products and attention."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from ramify import reference
-from ramify.ops import _native
-from ramify.ops._checks import FLOATS, INDICES, Shapes, outputs
+from ramify.checks import number, show
+from ramify.ops import _cuda, _native
+from ramify.ops._checks import FLOATS, INDICES, Results, Shapes, tensor
 from ramify.ops._library import Op
 
 _F32 = (torch.float32,)
@@ -25,21 +28,11 @@ def rms_norm(
     pair (normed, x + residual), the sum rounded to x's dtype before it is normed. `out` takes the same, a pair for a pair.
     Raises ValueError for shapes, TypeError for dtypes. Source: arXiv 1910.07467.
     """
-    check = Shapes("rms_norm")
-    check("x", x, "... H", FLOATS)
-    check("weight", weight, "H", FLOATS)
+    if type(eps) is not float:
+        eps = float(number("eps", eps, "rms_norm"))
     if residual is None:
-        outs = outputs("rms_norm", out, 1)
-    else:
-        check("residual", residual, "... H", FLOATS)
-        check.same_shape("residual", residual, "x", x.shape)
-        check.same_dtype("residual", residual, "x", x.dtype)
-        outs = outputs("rms_norm", out, 2)
-    for o in outs or ():
-        check.out("out", o, x.shape, x.dtype)
-    if residual is None:
-        return _rms_norm(x, weight, eps, out=outs)
-    return _rms_norm_residual(x, weight, residual, eps, out=outs)
+        return _rms_norm(x, weight, eps, out=out)
+    return _rms_norm_residual(x, weight, residual, eps, out=out)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -49,18 +42,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, out: Tensor 
     Features from R on pass unchanged. Returns [..., H, D] in x's dtype. Raises ValueError for shapes and for a position
     outside the tables, TypeError for dtypes. Source: arXiv 2104.09864, half-rotation form.
     """
-    check = Shapes("rope")
-    check("x", x, "... H D", FLOATS)
-    check("cos", cos, "P R/2", _F32)
-    check("sin", sin, "P R/2", _F32)
-    check("positions", positions, "...", INDICES, dense=False)
-    check.same_shape("positions", positions, "x without its last two axes", x.shape[:-2])
-    if 2 * cos.shape[1] > x.shape[-1]:
-        raise check.fail(f"cos has {cos.shape[1]} columns", f"at most D/2 = {x.shape[-1] // 2}")
-    outs = outputs("rope", out, 1)
-    for o in outs or ():
-        check.out("out", o, x.shape, x.dtype)
-    return _rope(x, cos, sin, positions, out=outs)
+    return _rope(x, cos, sin, positions, out=out)
 
 
 def silu_mul(x: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -69,14 +51,7 @@ def silu_mul(x: Tensor, *, out: Tensor | None = None) -> Tensor:
     x [..., 2F] float, as one fused gate-and-up product leaves it. Returns [..., F] in x's dtype. Raises ValueError for an
     odd last axis, TypeError for dtypes. Source: arXiv 2002.05202.
     """
-    check = Shapes("silu_mul")
-    check("x", x, "... 2F", FLOATS)
-    if x.shape[-1] % 2:
-        raise check.fail(f"x is {list(x.shape)}", "an even last axis, gate and up side by side", "Use torch.cat([gate, up], -1).")
-    outs = outputs("silu_mul", out, 1)
-    for o in outs or ():
-        check.out("out", o, (*x.shape[:-1], x.shape[-1] // 2), x.dtype)
-    return _silu_mul(x, out=outs)
+    return _silu_mul(x, out=out)
 
 
 def embed(ids: Tensor, table: Tensor, *, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
@@ -85,14 +60,52 @@ def embed(ids: Tensor, table: Tensor, *, dtype: torch.dtype | None = None, out: 
     ids [...] int32 or int64, each in 0 .. V-1; table [V, H] float. Returns [..., H] in `dtype`, the table's own by default.
     Raises ValueError for shapes and, on the CPU, for an id outside the table; TypeError for dtypes.
     """
+    wanted = tensor("embed", "table", table).dtype if dtype is None else dtype
+    if not isinstance(wanted, torch.dtype):
+        raise TypeError(f"embed: dtype is {show(wanted)}; takes a torch.dtype.")
+    return _embed(ids, table, wanted, out=out)
+
+
+def _check_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Results:
+    check = Shapes("rms_norm")
+    check("x", x, "... H", FLOATS)
+    check("weight", weight, "H", FLOATS)
+    if not 0 <= eps < math.inf:
+        raise check.fail(f"eps is {eps}", "a finite number of 0 or more")
+    if residual is None:
+        return ((x.shape, x.dtype),)
+    check("residual", residual, "... H", FLOATS)
+    check.same_shape("residual", residual, "x", x.shape)
+    check.same_dtype("residual", residual, "x", x.dtype)
+    return ((x.shape, x.dtype), (x.shape, x.dtype))
+
+
+def _check_rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Results:
+    check = Shapes("rope")
+    check("x", x, "... H D", FLOATS)
+    check("cos", cos, "P R/2", _F32)
+    check("sin", sin, "P R/2", _F32)
+    check("positions", positions, "...", INDICES, dense=False)
+    check.same_shape("positions", positions, "x without its last two axes", x.shape[:-2])
+    if 2 * cos.shape[1] > x.shape[-1]:
+        raise check.fail(f"cos has {cos.shape[1]} columns", f"at most D/2 = {x.shape[-1] // 2}")
+    return ((x.shape, x.dtype),)
+
+
+def _check_silu_mul(x: Tensor) -> Results:
+    check = Shapes("silu_mul")
+    check("x", x, "... 2F", FLOATS)
+    if x.shape[-1] % 2:
+        raise check.fail(f"x is {list(x.shape)}", "an even last axis, gate and up side by side", "Use torch.cat([gate, up], -1).")
+    return (((*x.shape[:-1], x.shape[-1] // 2), x.dtype),)
+
+
+def _check_embed(ids: Tensor, table: Tensor, dtype: torch.dtype) -> Results:
     check = Shapes("embed")
     check("ids", ids, "...", INDICES, dense=False)
     check("table", table, "V H", FLOATS)
-    wanted = table.dtype if dtype is None else dtype
-    outs = outputs("embed", out, 1)
-    for o in outs or ():
-        check.out("out", o, (*ids.shape, table.shape[1]), wanted)
-    return _embed(ids, table, wanted, out=outs)
+    check.dtype("dtype", dtype, FLOATS)
+    return (((*ids.shape, table.shape[1]), dtype),)
 
 
 def _in_range(op: str, name: str, index: Tensor, stop: int, of: str) -> None:
@@ -114,6 +127,11 @@ def _rope_cpu(outs: tuple[Tensor, ...], x: Tensor, cos: Tensor, sin: Tensor, pos
     _native.rope(outs, x, cos, sin, positions)
 
 
+def _rope_cuda(outs: tuple[Tensor, ...], x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
+    _in_range("rope", "positions", positions, cos.shape[0], "cos")
+    _cuda.rope(outs, x, cos, sin, positions)
+
+
 def _embed_reference(ids: Tensor, table: Tensor, dtype: torch.dtype) -> tuple[Tensor]:
     _in_range("embed", "ids", ids, table.shape[0], "table")
     return (reference.embed(ids, table, dtype=dtype),)
@@ -124,48 +142,63 @@ def _embed_cpu(outs: tuple[Tensor, ...], ids: Tensor, table: Tensor, dtype: torc
     _native.embed(outs, ids, table)
 
 
+def _embed_cuda(outs: tuple[Tensor, ...], ids: Tensor, table: Tensor, dtype: torch.dtype) -> None:
+    _in_range("embed", "ids", ids, table.shape[0], "table")
+    _cuda.embed(outs, ids, table)
+
+
 _rms_norm = Op(
     "rms_norm",
     "Tensor x, Tensor weight, float eps",
     ["out"],
-    allocate=lambda x, weight, eps: (x.new_empty(x.shape),),
-    sizes=lambda x, weight, eps: {"dtype": x.dtype},
+    check=_check_rms_norm,
+    sizes=lambda x, weight, eps: {"dtype": x.dtype, "weight": weight.dtype, "H": x.shape[-1]},
     reference=lambda x, weight, eps: (reference.rms_norm(x, weight, eps=eps),),
     cpu=lambda outs, x, weight, eps: _native.rms_norm(outs, x, weight, None, eps),
+    cuda=lambda outs, x, weight, eps: _cuda.rms_norm(outs, x, weight, None, eps),
+    triton="rms_norm",
 )
 _rms_norm_residual = Op(
     "rms_norm.residual",
     "Tensor x, Tensor weight, Tensor residual, float eps",
     ["out", "residual_out"],
-    allocate=lambda x, weight, residual, eps: (x.new_empty(x.shape), x.new_empty(x.shape)),
-    sizes=lambda x, weight, residual, eps: {"dtype": x.dtype},
+    check=lambda x, weight, residual, eps: _check_rms_norm(x, weight, eps, residual),
+    sizes=lambda x, weight, residual, eps: {"dtype": x.dtype, "weight": weight.dtype, "H": x.shape[-1]},
     reference=lambda x, weight, residual, eps: reference.rms_norm(x, weight, residual, eps=eps),
     cpu=_native.rms_norm,
+    cuda=_cuda.rms_norm,
+    triton="rms_norm_residual",
 )
 _rope = Op(
     "rope",
     "Tensor x, Tensor cos, Tensor sin, Tensor positions",
     ["out"],
-    allocate=lambda x, cos, sin, positions: (x.new_empty(x.shape),),
+    check=_check_rope,
     sizes=lambda x, cos, sin, positions: {"dtype": x.dtype, "rotary": "whole head" if 2 * cos.shape[1] == x.shape[-1] else "part of it"},
     reference=_rope_reference,
     cpu=_rope_cpu,
+    cuda=_rope_cuda,
+    triton="rope",
 )
 _silu_mul = Op(
     "silu_mul",
     "Tensor x",
     ["out"],
-    allocate=lambda x: (x.new_empty((*x.shape[:-1], x.shape[-1] // 2)),),
+    check=_check_silu_mul,
     sizes=lambda x: {"dtype": x.dtype},
     reference=lambda x: (reference.silu_mul(x),),
     cpu=_native.silu_mul,
+    cuda=_cuda.silu_mul,
+    triton="silu_mul",
 )
 _embed = Op(
     "embed",
     "Tensor ids, Tensor table, ScalarType dtype",
     ["out"],
-    allocate=lambda ids, table, dtype: (table.new_empty((*ids.shape, table.shape[1]), dtype=dtype),),
+    check=_check_embed,
     sizes=lambda ids, table, dtype: {"dtype": table.dtype, "out": dtype},
     reference=_embed_reference,
     cpu=_embed_cpu,
+    cuda=_embed_cuda,
+    triton="embed",
 )

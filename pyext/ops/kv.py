@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ramify import reference
+from ramify.ops import _cuda
 from ramify.ops._checks import FLOATS, INDICES, INT32, Shapes, check_cache
-from ramify.ops._library import define_in_place
+from ramify.ops._library import InPlaceOp
 
 
 def kv_append(
@@ -26,13 +27,6 @@ def kv_append(
     n_rows int32 [B]. The caches change in place, rounded to their dtype; `length` does not change. Raises ValueError for shapes
     and for slots beyond the cache, TypeError for dtypes.
     """
-    check = Shapes("kv_append")
-    check("k", k, "B T Hkv D", FLOATS)
-    check("v", v, "B T Hkv D", FLOATS)
-    check_cache(check, "k_cache", k_cache, "v_cache", v_cache, page_table)
-    check("length", length, "B", INT32)
-    if n_rows is not None:
-        check("n_rows", n_rows, "B", INT32)
     _kv_append(k, v, k_cache, v_cache, length, n_rows, page_table)
 
 
@@ -50,33 +44,67 @@ def kv_commit(
     """Append the accepted rows of a tree: tail row path[b, i] goes to slot length[b] + i, for i < count[b].
 
     tail_k, tail_v [B, T, Hkv, D] float; caches as for kv_append; path int32 or int64 [B, A] and count int32 [B] as verify_greedy
-    returns them; length int32 [B]. Entries of path from count[b] on are not read. The caches change in place; rejected rows leave
-    no trace. Raises ValueError for shapes, for rows outside the tail and slots beyond the cache; TypeError for dtypes.
+    returns them; length int32 [B]. Entries of path from count[b] on are not read. With one more axis L in front of tails and caches,
+    all layers of a model at once, on a GPU in one launch. The caches change in place; rejected rows leave no trace. Raises ValueError
+    for shapes, for rows outside the tail and slots beyond the cache; TypeError for dtypes.
     """
-    check = Shapes("kv_commit")
-    check("tail_k", tail_k, "B T Hkv D", FLOATS)
-    check("tail_v", tail_v, "B T Hkv D", FLOATS)
-    check_cache(check, "k_cache", k_cache, "v_cache", v_cache, page_table)
-    check("path", path, "B A", INDICES)
-    check("count", count, "B", INT32)
-    check("length", length, "B", INT32)
     _kv_commit(tail_k, tail_v, k_cache, v_cache, path, count, length, page_table)
 
 
+def _check_append(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor, n_rows: Tensor | None, page_table: Tensor | None
+) -> None:
+    check = Shapes("kv_append")
+    check("k", k, "B T Hkv D", FLOATS)
+    check("v", v, "B T Hkv D", FLOATS)
+    check_cache(check, "k_cache", k_cache, "v_cache", v_cache, page_table)
+    check("length", length, "B", INT32)
+    if n_rows is not None:
+        check("n_rows", n_rows, "B", INT32)
+
+
+def _check_commit(
+    tail_k: Tensor, tail_v: Tensor, k_cache: Tensor, v_cache: Tensor, path: Tensor, count: Tensor, length: Tensor, page_table: Tensor | None
+) -> None:
+    check, layers = Shapes("kv_commit"), "L " if tail_k.ndim == 5 else ""
+    check("tail_k", tail_k, f"{layers}B T Hkv D", FLOATS)
+    check("tail_v", tail_v, f"{layers}B T Hkv D", FLOATS)
+    check_cache(check, "k_cache", k_cache, "v_cache", v_cache, page_table, layers)
+    check("path", path, "B A", INDICES)
+    check("count", count, "B", INT32)
+    check("length", length, "B", INT32)
+
+
 def _check_slots(op: str, name: str, counts: Tensor, most: int, length: Tensor, k_cache: Tensor, page_table: Tensor | None) -> None:
-    """Everything fits. On the CPU only: elsewhere the answer would cost a synchronisation."""
+    """Everything fits, and no page is written twice. On the CPU only: elsewhere the answer would cost a synchronisation."""
     if length.device.type != "cpu":
         return
-    slots = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
+    size, pages = k_cache.shape[-3], k_cache.shape[-4]
+    slots = size * (1 if page_table is None else page_table.shape[1])
+    written: set[int] = set()
     for b, (n, first) in enumerate(zip(counts.tolist(), length.tolist())):
         if not 0 <= n <= most:
             raise ValueError(f"{op}: {name}[{b}] is {n}; takes 0 to {most}.")
         if not 0 <= first <= slots - n:
             raise ValueError(f"{op}: length[{b}] is {first} and {n} rows follow; takes {slots} slots in all. Give the cache more slots.")
         if page_table is not None and n:
-            pages = page_table[b, first // k_cache.shape[1] : (first + n - 1) // k_cache.shape[1] + 1]
-            if int(pages.min()) < 0 or int(pages.max()) >= k_cache.shape[0]:
-                raise ValueError(f"{op}: page_table[{b}] names a page outside the cache; takes 0 to {k_cache.shape[0] - 1}.")
+            for page in page_table[b, first // size : (first + n - 1) // size + 1].tolist():
+                if not 0 <= page < pages:
+                    raise ValueError(f"{op}: page_table[{b}] names page {page}, outside the cache; takes 0 to {pages - 1}.")
+                if page in written:
+                    raise ValueError(f"{op}: page_table[{b}] writes page {page}, as another entry does; takes pages of its own. Copy it.")
+                written.add(page)
+
+
+def _check_path(path: Tensor, count: Tensor, T: int) -> None:
+    """Accepted rows are rows of the tail. On the CPU only."""
+    if path.device.type != "cpu":
+        return
+    used = torch.arange(path.shape[1]) < count[:, None]
+    wrong = used & ((path < 0) | (path >= T))
+    if wrong.any():
+        b, i = wrong.nonzero()[0].tolist()
+        raise ValueError(f"kv_commit: path[{b}, {i}] is {path[b, i]}; takes 0 to {T - 1}, the rows of tail_k.")
 
 
 def _append(
@@ -90,30 +118,44 @@ def _append(
 def _commit(
     tail_k: Tensor, tail_v: Tensor, k_cache: Tensor, v_cache: Tensor, path: Tensor, count: Tensor, length: Tensor, page_table: Tensor | None
 ) -> None:
-    T, A = tail_k.shape[1], path.shape[1]
-    _check_slots("kv_commit", "count", count, A, length, k_cache, page_table)
-    if path.device.type == "cpu":
-        used = torch.arange(A) < count[:, None]
-        wrong = used & ((path < 0) | (path >= T))
-        if wrong.any():
-            b, i = wrong.nonzero()[0].tolist()
-            raise ValueError(f"kv_commit: path[{b}, {i}] is {path[b, i]}; takes 0 to {T - 1}, the rows of tail_k.")
+    _check_slots("kv_commit", "count", count, path.shape[1], length, k_cache, page_table)
+    _check_path(path, count, tail_k.shape[-3])
     reference.kv_commit(tail_k, tail_v, k_cache, v_cache, path, count, length, page_table=page_table)
 
 
-def _sizes(k: Tensor, *_: Any) -> dict[str, Any]:
-    return {"dtype": k.dtype}
+def _append_cuda(k: Tensor, v: Tensor, k_cache: Tensor, *rest: Any) -> None:
+    length, n_rows, page_table = rest[1:]
+    T = k.shape[1]
+    _check_slots("kv_append", "n_rows", torch.full_like(length, T) if n_rows is None else n_rows, T, length, k_cache, page_table)
+    _cuda.kv_append(k, v, k_cache, *rest)
 
 
-_kv_append = define_in_place(
+def _commit_cuda(tail_k: Tensor, tail_v: Tensor, k_cache: Tensor, v_cache: Tensor, path: Tensor, *rest: Any) -> None:
+    count, length, page_table = rest
+    _check_slots("kv_commit", "count", count, path.shape[1], length, k_cache, page_table)
+    _check_path(path, count, tail_k.shape[-3])
+    _cuda.kv_commit(tail_k, tail_v, k_cache, v_cache, path, *rest)
+
+
+def _sizes(k: Tensor, v: Tensor, k_cache: Tensor, *_: Any) -> dict[str, Any]:
+    return {"dtype": k.dtype, "cache": k_cache.dtype}
+
+
+_kv_append = InPlaceOp(
     "kv_append",
     "Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor length, Tensor? n_rows, Tensor? page_table",
-    _append,
+    _check_append,
     _sizes,
+    _append,
+    cuda=_append_cuda,
+    triton="kv_append",
 )
-_kv_commit = define_in_place(
+_kv_commit = InPlaceOp(
     "kv_commit",
     "Tensor tail_k, Tensor tail_v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor path, Tensor count, Tensor length, Tensor? page_table",
-    _commit,
+    _check_commit,
     _sizes,
+    _commit,
+    cuda=_commit_cuda,
+    triton="kv_commit",
 )

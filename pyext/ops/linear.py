@@ -2,16 +2,17 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ramify import backends, reference
 from ramify.checks import one_of, show
 from ramify.ops import _native
-from ramify.ops._checks import FLOATS, Shapes, outputs
+from ramify.ops._checks import FLOATS, Results, Shapes
 from ramify.ops._library import Op
 from ramify.quant.formats import Format
-from ramify.quant.packing import packed
-from ramify.quant.weight import QuantizedWeight
+from ramify.quant.packing import packed, packed_bytes
+from ramify.quant.weight import CODES, SCALES, QuantizedWeight
 
 ACTIVATIONS = (None, "silu")
 ROUNDED = ("int8", "int8-group", "exact")
@@ -71,38 +72,98 @@ def linear(
     not at all (the only way for fp8; a level that multiplies in bf16 rounds both to bf16). A row that holds NaN or infinity
     comes out as NaN when it is rounded.
     """
+    for name, given in (("activation", activation), ("activations", activations)):
+        if given is not None and not isinstance(given, str):
+            raise TypeError(f"linear: {name} is {show(given)}; takes None or a name.")
+    if isinstance(weight, QuantizedWeight):
+        how = activations or ("exact" if weight.format.kind == "fp8" else "int8")
+        panels = packed(weight) if weight.codes.device.type == "cpu" else None
+        tensors = weight.codes, weight.scale, weight.zero, weight.perm, panels
+        return _low_bit(x, *tensors, weight.format.name, bias, activation, residual, how, out=out)
+    if activations is not None:
+        raise ValueError(f'linear: activations is "{activations}"; takes None with a dense weight. Quantize the weight first.')
+    if isinstance(weight, PackedWeight):
+        return _packed(x, weight.panels, weight.N, bias, activation, residual, out=out)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"linear: weight is {show(weight)}; takes a tensor [N, K], a QuantizedWeight or a PackedWeight.")
+    return _linear(x, weight, bias, activation, residual, out=out)
+
+
+def _rows(x: Tensor, N: int | None = None, K: int | None = None) -> Shapes:
+    """The checks of one call, x and the sizes of its weight already in them."""
     check = Shapes("linear")
     check("x", x, "... K", FLOATS)
-    if isinstance(weight, Tensor):
-        check("weight", weight, "N K", FLOATS)
-    elif isinstance(weight, (QuantizedWeight, PackedWeight)):
-        stored = weight.codes if isinstance(weight, QuantizedWeight) else weight.panels
-        check.sized("weight", weight.shape, "N K", stored.device)
-    else:
-        raise TypeError(f"linear: weight is {show(weight)}; takes a tensor [N, K], a QuantizedWeight or a PackedWeight.")
-    if x.shape[-1] == 0:
-        raise check.fail(f"x is {list(x.shape)}", "one column or more")
-    shape = (*x.shape[:-1], weight.shape[0])
+    if N is not None:
+        if x.shape[-1] != K:
+            raise check.fail(f"weight is [{N}, {K}]", f"[N, K] with K = {x.shape[-1]}, as in x")
+        check.sizes["N"] = (N, "weight")
+    return check
+
+
+def _check_layer(check: Shapes, x: Tensor, N: int, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Results:
+    """What every form takes beside its weight."""
+    shape = (*x.shape[:-1], N)
     if bias is not None:
         check("bias", bias, "N", FLOATS)
     if residual is not None:
         check("residual", residual, "... N", FLOATS)
         check.same_shape("residual", residual, "the result", shape)
     one_of("activation", activation, ACTIVATIONS, "linear")
-    outs = outputs("linear", out, 1)
-    for o in outs or ():
-        check.out("out", o, shape, x.dtype)
-    if isinstance(weight, QuantizedWeight):
-        taken = ("exact",) if weight.format.kind == "fp8" else ROUNDED
-        how = taken[0] if activations is None else one_of("activations", activations, taken, "linear")
-        panels = packed(weight) if x.device.type == "cpu" else None
-        tensors = weight.codes, weight.scale, weight.zero, weight.perm, panels
-        return _low_bit(x, *tensors, weight.format.name, bias, activation, residual, how, out=outs)
-    if activations is not None:
-        raise check.fail(f'activations is "{activations}"', "None with a dense weight", "Quantize the weight first.")
-    if isinstance(weight, PackedWeight):
-        return _packed(x, weight.panels, weight.N, bias, activation, residual, out=outs)
-    return _linear(x, weight, bias, activation, residual, out=outs)
+    return ((shape, x.dtype),)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Results:
+    check = _rows(x)
+    check("weight", weight, "N K", FLOATS)
+    return _check_layer(check, x, weight.shape[0], bias, activation, residual)
+
+
+def _check_packed(x: Tensor, panels: Tensor, N: int, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Results:
+    check = _rows(x)
+    check("panels", panels, "size", FLOATS[:2])
+    K = x.shape[-1]
+    size = -(-N // 32) * 32 * (K + K % 2 if panels.dtype == torch.bfloat16 else K)
+    if N < 1 or len(panels) != size:
+        raise check.fail(f"x is {list(x.shape)} and the packed weight {len(panels):,} values", f"{size:,} for K = {K} and N = {N}")
+    check.sizes["N"] = (N, "weight")
+    return _check_layer(check, x, N, bias, activation, residual)
+
+
+def _check_low_bit(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    perm: Tensor | None,
+    panels: Tensor | None,
+    form: str,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    activations: str,
+) -> Results:
+    f = Format.parse(form)
+    Shapes("linear")("codes", codes, "N W", (CODES[f.kind],))
+    N, K = codes.shape[0], codes.shape[1] * (2 if f.kind == "int4" else 1)
+    if K == 0 or (f.kind == "int4" and K % f.group):
+        raise ValueError(f"linear: codes are {list(codes.shape)}; takes whole groups of {f.group or 1} inputs, as {form} has.")
+    check = _rows(x, N, K)
+    check("codes", codes, "...", (CODES[f.kind],))
+    one_of("activations", activations, ("exact",) if f.kind == "fp8" else ROUNDED, "linear")
+    check("scale", scale, "...", SCALES)
+    check.same_shape("scale", scale, form, f.scale_shape(N, K))
+    if (zero is not None) != f.zero_point:
+        raise check.fail(f"zero is {'given' if zero is not None else 'None'}", f"the other with {form}")
+    if zero is not None:
+        check("zero", zero, "...", (torch.float16,))
+        check.same_shape("zero", zero, "scale", scale.shape)
+    if perm is not None:
+        check("perm", perm, "...", (torch.int32,))
+        check.same_shape("perm", perm, "the weight's inputs", (K,))
+    if panels is not None:
+        check("panels", panels, "...", (torch.uint8,))
+        check.same_shape("panels", panels, "this format", (packed_bytes(f, N, K, scale.dtype),))
+    return _check_layer(check, x, N, bias, activation, residual)
 
 
 def _unpack(panels: Tensor, N: int, K: int) -> Tensor:
@@ -122,7 +183,7 @@ _linear = Op(
     "linear",
     "Tensor x, Tensor weight, Tensor? bias, str? activation, Tensor? residual",
     ["out"],
-    allocate=lambda x, weight, *_: (x.new_empty((*x.shape[:-1], weight.shape[0])),),
+    check=_check,
     sizes=lambda x, weight, *_: {"dtype": x.dtype, "weight": weight.dtype},
     reference=_reference,
     cpu=_native.linear,
@@ -132,7 +193,7 @@ _packed = Op(
     "linear.packed",
     "Tensor x, Tensor panels, int N, Tensor? bias, str? activation, Tensor? residual",
     ["out"],
-    allocate=lambda x, panels, N, *_: (x.new_empty((*x.shape[:-1], N)),),
+    check=_check_packed,
     sizes=lambda x, panels, *_: {"dtype": x.dtype, "weight": panels.dtype},
     reference=lambda x, panels, N, *rest: _reference(x, _unpack(panels, N, x.shape[-1]), *rest),
     cpu=_native.linear_packed,
@@ -143,7 +204,7 @@ _low_bit = Op(
     "Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? perm, Tensor? panels, str format, Tensor? bias, str? activation, "
     "Tensor? residual, str activations",
     ["out"],
-    allocate=lambda x, codes, *_: (x.new_empty((*x.shape[:-1], codes.shape[0])),),
+    check=_check_low_bit,
     sizes=lambda x, codes, scale, zero, perm, panels, form, *_: {"dtype": x.dtype, "weight": form},
     reference=lambda x, codes, scale, zero, perm, panels, form, bias, activation, residual, how: _reference(
         x, QuantizedWeight(Format.parse(form), codes, scale, zero, perm), bias, activation, residual, activations=how

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ramify import reference
-from ramify.checks import whole
-from ramify.ops import _native
-from ramify.ops._checks import FLOATS, INDICES, INT32, Shapes, outputs
+from ramify.checks import INT64_MAX, whole
+from ramify.ops import _cuda, _native
+from ramify.ops._checks import FLOATS, INDICES, INT32, Results, Shapes
 from ramify.ops._library import Op
 
 
@@ -26,14 +26,7 @@ def row_stats(logits: Tensor, *, out: RowStats | tuple[Tensor, Tensor, Tensor] |
     logits [R, V] float; columns of -inf are masked, a row of nothing else has argmax 0 and lse -inf. Returns RowStats, as
     `out` takes it. Raises ValueError for shapes, TypeError for dtypes. Source: online softmax, arXiv 1805.02867.
     """
-    check = Shapes("row_stats")
-    check("logits", logits, "R V", FLOATS)
-    if logits.shape[1] == 0:
-        raise check.fail("logits has no columns", "one or more")
-    outs = outputs("row_stats", out, 3)
-    for name, o, dtype in zip(RowStats._fields, outs or (), (torch.int32, torch.float32, torch.float32)):
-        check.out(f"out.{name}", o, logits.shape[:1], dtype)
-    return RowStats(*_row_stats(logits, out=outs))
+    return RowStats(*_row_stats(logits, out=out))
 
 
 def topk_logits(logits: Tensor, k: int, *, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -43,15 +36,7 @@ def topk_logits(logits: Tensor, k: int, *, out: tuple[Tensor, Tensor] | None = N
     columns are above -inf, the rest is -inf with id -1. `out` takes the same pair. Raises ValueError for shapes and k,
     TypeError for dtypes.
     """
-    check = Shapes("topk_logits")
-    check("logits", logits, "R V", FLOATS)
-    k = whole("k", k, 1, "topk_logits")
-    if k > logits.shape[1]:
-        raise check.fail(f"k is {k}", f"at most {logits.shape[1]}, the columns of logits")
-    outs = outputs("topk_logits", out, 2)
-    for name, o, dtype in zip(("out[0]", "out[1]"), outs or (), (logits.dtype, torch.int32)):
-        check.out(name, o, (logits.shape[0], k), dtype)
-    return _topk_logits(logits, k, out=outs)
+    return _topk_logits(logits, whole("k", k, 1, "topk_logits", INT64_MAX), out=out)
 
 
 def verify_greedy(
@@ -64,6 +49,25 @@ def verify_greedy(
     -1 after its end; count int32 [B]; bonus int32 [B], the arg-max of the last accepted row. `out` takes the same three. Raises
     ValueError for shapes, and on the CPU for values; TypeError for dtypes.
     """
+    return _verify_greedy(tokens, parents, argmax, n_rows, out=out)
+
+
+def _check_row_stats(logits: Tensor) -> Results:
+    Shapes("row_stats")("logits", logits, "R V", FLOATS)
+    R = logits.shape[:1]
+    return ((R, torch.int32), (R, torch.float32), (R, torch.float32))
+
+
+def _check_topk_logits(logits: Tensor, k: int) -> Results:
+    check = Shapes("topk_logits")
+    check("logits", logits, "R V", FLOATS)
+    R, V = logits.shape
+    if not 1 <= k <= V:
+        raise check.fail(f"k is {k}", f"1 to {V}, the columns of logits")
+    return (((R, k), logits.dtype), ((R, k), torch.int32))
+
+
+def _check_verify_greedy(tokens: Tensor, parents: Tensor, argmax: Tensor, n_rows: Tensor) -> Results:
     check = Shapes("verify_greedy")
     check("tokens", tokens, "B T", INDICES)
     check("parents", parents, "B T", INDICES)
@@ -71,61 +75,64 @@ def verify_greedy(
     check("n_rows", n_rows, "B", INT32)
     if tokens.shape[1] == 0:
         raise check.fail("tokens has no rows", "one or more a sequence")
-    outs = outputs("verify_greedy", out, 3)
-    for name, o, shape in zip(("out[0]", "out[1]", "out[2]"), outs or (), (tokens.shape, n_rows.shape, n_rows.shape)):
-        check.out(name, o, shape, torch.int32)
-    return _verify_greedy(tokens, parents, argmax, n_rows, out=outs)
+    return ((tokens.shape, torch.int32), (n_rows.shape, torch.int32), (n_rows.shape, torch.int32))
+
+
+def check_tree(op: str, parents: Tensor, n_rows: Tensor) -> None:
+    """n_rows and parents make trees. Asked on the CPU only: elsewhere the answer would cost a synchronisation."""
+    if parents.device.type != "cpu":
+        return
+    T = parents.shape[1]
+    row = torch.arange(T)
+    for b, n in enumerate(n_rows.tolist()):
+        if not 1 <= n <= T:
+            raise ValueError(f"{op}: n_rows[{b}] is {n}; takes 1 to {T}.")
+    used = row < n_rows[:, None]
+    wrong = used & torch.where(row == 0, parents != -1, (parents < 0) | (parents >= row))
+    if wrong.any():
+        b, i = wrong.nonzero()[0].tolist()
+        raise ValueError(f"{op}: parents[{b}, {i}] is {parents[b, i]}; takes {'-1' if i == 0 else f'0 to {i - 1}'}.")
 
 
 def _walk(tokens: Tensor, parents: Tensor, argmax: Tensor, n_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if tokens.device.type == "cpu":
-        T = tokens.shape[1]
-        row = torch.arange(T)
-        for b, n in enumerate(n_rows.tolist()):
-            if not 1 <= n <= T:
-                raise ValueError(f"verify_greedy: n_rows[{b}] is {n}; takes 1 to {T}.")
-        used = row < n_rows[:, None]
-        wrong = used & torch.where(row == 0, parents != -1, (parents < 0) | (parents >= row))
-        if wrong.any():
-            b, i = wrong.nonzero()[0].tolist()
-            raise ValueError(f"verify_greedy: parents[{b}, {i}] is {parents[b, i]}; takes {'-1' if i == 0 else f'0 to {i - 1}'}.")
+    check_tree("verify_greedy", parents, n_rows)
     return reference.verify_greedy(tokens, parents, argmax, n_rows)
+
+
+def _walk_cuda(outs: tuple[Tensor, ...], tokens: Tensor, parents: Tensor, argmax: Tensor, n_rows: Tensor) -> None:
+    check_tree("verify_greedy", parents, n_rows)
+    _cuda.verify_greedy(outs, tokens, parents, argmax, n_rows)
 
 
 _row_stats = Op(
     "row_stats",
     "Tensor logits",
     ["argmax", "lse", "max"],
-    allocate=lambda logits: (
-        logits.new_empty(logits.shape[:1], dtype=torch.int32),
-        logits.new_empty(logits.shape[:1], dtype=torch.float32),
-        logits.new_empty(logits.shape[:1], dtype=torch.float32),
-    ),
-    sizes=lambda logits: {"dtype": logits.dtype},
+    check=_check_row_stats,
+    sizes=lambda logits: {"dtype": logits.dtype, "V": logits.shape[1]},
     reference=reference.row_stats,
     cpu=_native.row_stats,
+    cuda=_cuda.row_stats,
+    triton="row_stats",
 )
 _topk_logits = Op(
     "topk_logits",
     "Tensor logits, int k",
     ["values", "ids"],
-    allocate=lambda logits, k: (
-        logits.new_empty((logits.shape[0], k)),
-        logits.new_empty((logits.shape[0], k), dtype=torch.int32),
-    ),
-    sizes=lambda logits, k: {"dtype": logits.dtype, "k": k},
+    check=_check_topk_logits,
+    sizes=lambda logits, k: {"dtype": logits.dtype, "V": logits.shape[1], "k": k},
     reference=reference.topk_logits,
     cpu=_native.topk_logits,
+    cuda=_cuda.topk_logits,
+    triton="topk_logits",
 )
 _verify_greedy = Op(
     "verify_greedy",
     "Tensor tokens, Tensor parents, Tensor argmax, Tensor n_rows",
     ["path", "count", "bonus"],
-    allocate=lambda tokens, parents, argmax, n_rows: (
-        tokens.new_empty(tokens.shape, dtype=torch.int32),
-        n_rows.new_empty(n_rows.shape),
-        n_rows.new_empty(n_rows.shape),
-    ),
-    sizes=lambda tokens, *_: {"dtype": tokens.dtype},
+    check=_check_verify_greedy,
+    sizes=lambda tokens, *_: {"dtype": tokens.dtype, "T": tokens.shape[1]},
     reference=_walk,
+    cuda=_walk_cuda,
+    triton="verify_greedy",
 )

@@ -28,7 +28,7 @@ def quantize(w: Tensor, format: Format, hessian: Tensor | None = None, act_order
         raise ValueError('quantize_weight: hessian is None; method "gptq" takes 2 X^T X of calibration inputs. Or take method "hqq".')
     if tuple(hessian.shape) != (K, K) or not bool(torch.isfinite(hessian).all()):
         raise ValueError(f"quantize_weight: hessian is {list(hessian.shape)}; takes [{K}, {K}] of finite numbers.")
-    hessian, perm = hessian.float(), None
+    hessian, perm = hessian.to(w.device, torch.float32), None
     if act_order and (format.kind == "int4" or not format.group):
         perm = hessian.diagonal().argsort(descending=True, stable=True)
         w, hessian = w[:, perm], hessian[perm][:, perm]
@@ -57,24 +57,25 @@ def _inverse_factor(hessian: Tensor, damp: float) -> Tensor:
 def _rounded(w: Tensor, format: Format, upper: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes [N, K], scales, zeros. Works on the transpose, so that an input's weights lie together."""
     N, K = w.shape
-    left = w.t().contiguous()  # the weights, corrected so far
+    left = w.t().clone(memory_format=torch.contiguous_format)  # the weights, corrected so far
     q = torch.empty_like(left)
     group = format.group or K
     found = [] if format.group else [grid.fit(w, format, dtype)]
     for start in range(0, K, COLUMNS):
         end = min(start + COLUMNS, K)
-        errors = torch.empty(end - start, N)
+        errors = left.new_empty(end - start, N)
         for k in range(start, end):
             if format.group and k % group == 0:
                 found.append(grid.fit(left[k : k + group].t(), format, dtype))
             if k % group == 0:
-                s, z = (None if p is None else _by_row(p, format, N) for p in found[-1])
+                scale, zero = found[-1]
+                s, z = _by_row(scale, format, N), None if zero is None else _by_row(zero, format, N)
             q[k] = grid.codes(left[k], s, z, format)
             errors[k - start] = (left[k] - grid.values(q[k], s, z, format)) / upper[k, k]
             left[k + 1 : end] -= upper[k, k + 1 : end, None] * errors[k - start]
         left[end:] -= upper[start:end, end:].t() @ errors
-    scale, zero = (None if p[0] is None else torch.cat(p, 1) for p in zip(*found))
-    return q.t().contiguous(), scale, zero
+    zeros = [zero for _, zero in found if zero is not None]
+    return q.t().contiguous(), torch.cat([scale for scale, _ in found], 1), torch.cat(zeros, 1) if zeros else None
 
 
 def _by_row(parameter: Tensor, format: Format, N: int) -> Tensor:

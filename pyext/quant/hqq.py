@@ -27,7 +27,8 @@ def quantize(w: Tensor, format: Format, hessian: Tensor | None = None) -> Quanti
     scale, zero = grid.fit(w, format, grid.scale_dtype(w, format))
     groups, rows = w.reshape(-1, format.group), max(1, grid.CHUNK // format.group)
     flat = [scale.view(-1, 1), torch.zeros_like(scale).half().view(-1, 1) if zero is None else zero.view(-1, 1)]
-    found = [_refine(*part, format) for part in zip(groups.split(rows), *(each.split(rows) for each in flat))]
+    parts = zip(groups.split(rows), flat[0].split(rows), flat[1].split(rows))
+    found = [_refine(x, s, z, format) for x, s, z in parts]
     scale, better = (torch.cat(each).view(scale.shape) for each in zip(*found))
     return grid.nearest(w, scale, None if zero is None else better, format)
 

@@ -21,6 +21,13 @@ def packed(weight: QuantizedWeight) -> Tensor:
     return weight._packed["cpu"]
 
 
+def packed_bytes(form: Format, N: int, K: int, scale_dtype: torch.dtype) -> int:
+    """How many bytes `pack_panels` makes of a weight [N, K]."""
+    groups = form.scale_shape(N, K)[1]
+    codes = K // 2 if form.kind == "int4" else K + -K % UNIT
+    return -(-N // (2 * PANEL)) * 2 * PANEL * (codes + groups * (scale_dtype.itemsize + 2 * form.zero_point))
+
+
 def pack_panels(form: Format, codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
     """Tensors of a QuantizedWeight [N, K] -> uint8, flat: panels of 16 outputs, each group's codes, then its scales, then its zeros.
 

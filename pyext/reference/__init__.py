@@ -3,24 +3,29 @@
 Written to be read. Any float dtype, float64 included: a test compares a kernel with these functions in double.
 """
 
-from ramify.reference.attention import merge_states, tree_attention
-from ramify.reference.glue import embed, rms_norm, rope, silu_mul
+from ramify.reference.attention import interval_attention, merge_states, tree_attention
+from ramify.reference.glue import embed, rms_norm, rope, rope_append, silu_mul
 from ramify.reference.kv import kv_append, kv_commit
 from ramify.reference.linear import linear, quantize_rows
-from ramify.reference.verify import row_stats, topk_logits, verify_greedy
+from ramify.reference.verify import residual_sample, row_stats, topk_logits, tree_uniforms, verify_greedy, verify_sample
 
 __all__ = [
     "embed",
+    "interval_attention",
     "kv_append",
     "kv_commit",
     "linear",
     "merge_states",
     "quantize_rows",
+    "residual_sample",
     "rms_norm",
     "rope",
+    "rope_append",
     "row_stats",
     "silu_mul",
     "topk_logits",
     "tree_attention",
+    "tree_uniforms",
     "verify_greedy",
+    "verify_sample",
 ]

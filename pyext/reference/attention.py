@@ -1,4 +1,4 @@
-"""tree_attention and merge_states in plain torch: what every attention kernel has to compute.
+"""tree_attention, interval_attention and merge_states in plain torch: what every attention kernel has to compute.
 
 Source: tree attention of SpecInfer (arXiv 2305.09781) and Medusa (arXiv 2401.10774); merging of partial softmaxes as in
 online softmax (arXiv 1805.02867).
@@ -67,6 +67,28 @@ def tree_attention(
         lse[b, :rows] = total.permute(2, 0, 1).reshape(rows, Hq)
     out = out.to(q.dtype)
     return (out, lse) if return_lse else out
+
+
+def interval_attention(
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, *, scale: float | None = None, return_lse: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention in which row t of sequence b sees the slots from start[b, t] up to and without end[b, t].
+
+    q [B, T, Hq, D]; k, v [B, S, Hkv, D]; start, end [B, T]. A row that sees nothing gives 0 and a lse of -inf. Returns o [B, T, Hq, D] in
+    q's dtype (, lse [B, T, Hq]). Values of slots that no row sees may be anything, NaN included.
+    """
+    (B, T, Hq, D), (S, Hkv), dtype = q.shape, k.shape[1:3], wide(q)
+    scale = 1 / math.sqrt(D) if scale is None else scale
+    slot = torch.arange(S, device=q.device)
+    seen = (slot >= start[..., None]) & (slot < end[..., None])  # [B, T, S]
+    unused = ~seen.any(1)[..., None, None]
+    keys, values = k.to(dtype).masked_fill(unused, 0), v.to(dtype).masked_fill(unused, 0)
+    scores = torch.einsum("bthgd,bshd->bthgs", q.to(dtype).reshape(B, T, Hkv, Hq // Hkv, D), keys) * scale
+    scores = scores.masked_fill(~seen[:, :, None, None], -torch.inf)
+    lse = scores.logsumexp(-1) if S else torch.full_like(scores.sum(-1), -torch.inf)
+    weights = (scores - lse[..., None].clamp(min=torch.finfo(dtype).min)).exp()
+    out = torch.einsum("bthgs,bshd->bthgd", weights, values).reshape(B, T, Hq, D).to(q.dtype)
+    return (out, lse.reshape(B, T, Hq)) if return_lse else out
 
 
 def merge_states(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:

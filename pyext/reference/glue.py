@@ -38,6 +38,23 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
     return torch.cat([turned, x[..., 2 * half :]], dim=-1)
 
 
+def rope_append(
+    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6,
+) -> None:  # fmt: skip
+    """Split rows qkv [M, (Hq + 2 Hkv) D], norm q and k per head where a weight [D] is given, rotate them, and store all three.
+
+    q [M, Hq, D] is overwritten; row m's key and value go to slot slots[m] of k and v [S, Hkv, D], rounded once, to their dtype. cos,
+    sin, positions [M] as for `rope`.
+    """
+    (M, Hq, D), Hkv, dtype = q.shape, k.shape[1], wide(qkv)
+    heads = qkv.to(dtype).view(M, Hq + 2 * Hkv, D)
+    queries, keys, values = heads.split([Hq, Hkv, Hkv], dim=1)
+    q.copy_(rope(_normed(queries, q_norm, eps), cos, sin, positions))
+    k[slots.long()] = rope(_normed(keys, k_norm, eps), cos, sin, positions).to(k.dtype)
+    v[slots.long()] = values.to(v.dtype)
+
+
 def silu_mul(x: Tensor) -> Tensor:
     """silu(gate) * up, where gate is the first half of the last axis of x [..., 2F] and up the second. Returns [..., F]."""
     gate, up = x.to(wide(x)).chunk(2, dim=-1)
@@ -47,3 +64,11 @@ def silu_mul(x: Tensor) -> Tensor:
 def embed(ids: Tensor, table: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """Rows of table [V, H] named by ids [...]. Returns [..., H] in `dtype`, the table's own by default."""
     return table[ids.long()].to(dtype or table.dtype)
+
+
+def _normed(heads: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    if weight is None:
+        return heads
+    normed = rms_norm(heads, weight.to(heads.dtype), eps=eps)
+    assert isinstance(normed, Tensor)
+    return normed

@@ -39,7 +39,12 @@ def kv_commit(
 
     tail_k, tail_v [B, T, Hkv, D]; caches as for kv_append; path [B, A], count, length [B], as verify_greedy returns the first
     two. Entries of path from count[b] on may be anything. The caches change in place; `length` does not.
+    With one more axis L in front of tails and caches, all layers of a model at once.
     """
+    if tail_k.ndim == 5:
+        for layer in zip(tail_k, tail_v, k_cache, v_cache):
+            kv_commit(*layer, path, count, length, page_table=page_table)
+        return
     step = torch.arange(path.shape[1], device=path.device)
     b, i = (step < count[:, None]).nonzero(as_tuple=True)
     row, slot = path[b, i].long(), length[b].long() + i
@@ -48,5 +53,5 @@ def kv_commit(
     else:
         page = k_cache.shape[1]
         where = (page_table[b, slot // page].long(), slot % page)
-    k_cache[where] = tail_k[b, row].to(k_cache.dtype)
-    v_cache[where] = tail_v[b, row].to(v_cache.dtype)
+    new_k, new_v = tail_k[b, row], tail_v[b, row]  # copies: the tail may lie in the caches
+    k_cache[where], v_cache[where] = new_k.to(k_cache.dtype), new_v.to(v_cache.dtype)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ramify.reference._math import wide
+from ramify.sampling.rng import ACCEPT, RESIDUAL, SAMPLE, uniform
 
 
 class RowStats(NamedTuple):
@@ -60,6 +61,49 @@ def residual_sample(p: Tensor, q: Tensor, u: Tensor) -> Tensor:
 
 
 def verify_sample(
+    logits: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    n_rows: Tensor,
+    temperature: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    q: Tensor | None = None,
+    *,
+    mode: str = "det",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`accept_path` with p = softmax(logits / temperature) and the random numbers of sampling/rng.py.
+
+    logits [B, T, V]; temperature, seed, position [B]: 0 takes the most likely token; the 64 bits of a seed; the absolute position of the
+    token that row 0 decides. A sequence of temperature 0 is decided as mode "det" is. The rest as for `accept_path`.
+    """
+    B, T, _ = logits.shape
+    p = torch.zeros(logits.shape, dtype=torch.float64, device=logits.device)
+    u = torch.zeros(B, T, 3, dtype=torch.float64, device=logits.device)
+    modes = []
+    for b in range(B):
+        heat, key, at = float(temperature[b]), int(seed[b]) % 2**64, int(position[b])
+        modes.append(mode if heat > 0 else "det")
+        depth, siblings = [0] * T, [0] * T
+        for t in range(int(n_rows[b])):
+            above = int(parents[b, t])
+            depth[t] = depth[above] + 1 if above >= 0 else 0
+            if heat > 0:
+                p[b, t] = (logits[b, t].float() / heat).double().softmax(-1)
+            else:
+                p[b, t, int(row_stats(logits[b, t : t + 1]).argmax)] = 1
+            for plane, purpose in ((0, SAMPLE), (2, RESIDUAL)):
+                u[b, t, plane] = uniform(key, at + depth[t], purpose)
+            if above >= 0:
+                u[b, t, 1] = uniform(key, at + depth[above], ACCEPT, siblings[above])
+                siblings[above] += 1
+    one = [accept_path(tokens[b : b + 1], parents[b : b + 1], p[b : b + 1], n_rows[b : b + 1], u[b : b + 1], modes[b],
+                       None if q is None else q[b : b + 1]) for b in range(B)]  # fmt: skip
+    path, count, bonus = (torch.cat(each) for each in zip(*one))
+    return path, count, bonus
+
+
+def accept_path(
     tokens: Tensor, parents: Tensor, p: Tensor, n_rows: Tensor, u: Tensor, mode: str = "det", q: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Accept a path so that every emitted token follows p, whatever was guessed.
@@ -98,6 +142,27 @@ def verify_sample(
         return _draw(target, float(u[b, row, 2])), -1
 
     return _walk(tokens, parents, n_rows, decide)
+
+
+def tree_uniforms(seed: Tensor, position: Tensor, parents: Tensor, n_rows: Tensor) -> Tensor:
+    """The numbers u [B, T, 3] that `verify_sample` takes, as ramify.sampling.rng draws them for a step.
+
+    seed, position int64 [B]: of the request, and the absolute position of the token after the root; parents [B, T], n_rows [B] as in
+    `verify_greedy`. Rows from n_rows[b] on, and the test of the root, stay 0. float64.
+    """
+    u = torch.zeros(*parents.shape, 3, dtype=torch.float64)
+    for b, rows in enumerate(n_rows.tolist()):
+        above, depth, siblings = parents[b].tolist(), [0] * rows, [0] * rows
+        for row in range(rows):
+            if row:
+                depth[row] = depth[above[row]] + 1
+                at = int(position[b]) + depth[row] - 1
+                u[b, row, 1] = uniform(int(seed[b]) % 2**64, at, ACCEPT, siblings[above[row]])
+                siblings[above[row]] += 1
+            at = int(position[b]) + depth[row]
+            u[b, row, 0] = uniform(int(seed[b]) % 2**64, at, SAMPLE)
+            u[b, row, 2] = uniform(int(seed[b]) % 2**64, at, RESIDUAL)
+    return u
 
 
 Decide = Callable[[int, int, list[int]], tuple[int, int]]  # (sequence, row, its children) -> (token, the child to go on to or -1)

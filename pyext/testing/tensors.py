@@ -4,8 +4,9 @@ Used by the tests of the ops, and by anyone who tests a kernel or a plugin of th
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -17,9 +18,14 @@ TREES = ("chain", "star", "random", "bushy")
 
 @contextmanager
 def running(backend: str, level: str | None = None) -> Iterator[None]:
-    """Run on this backend, and on this ISA level if the backend is "cpu"; put both back afterwards."""
+    """Run on this backend, and on this ISA level if the backend is "cpu"; put both back afterwards.
+
+    Triton kernels run in the mended, guarded interpreter where TRITON_INTERPRET=1 is set.
+    """
     if level is None:
-        with backends.backend(backend):
+        interpreted = backend == "triton" and backends.interpreted()
+        guard = import_module("ramify.testing.triton_interpreter").guarded() if interpreted else nullcontext()
+        with backends.backend(backend), guard:
             yield
         return
     native = backends.native()
@@ -33,12 +39,17 @@ def running(backend: str, level: str | None = None) -> Iterator[None]:
 
 
 def runs(op: str) -> list:
-    """pytest parameters (backend, level): the reference, and the CPU kernels at every ISA level; a skipped one says why."""
+    """pytest parameters (backend, level): the reference, the CPU kernels at every ISA level, Triton; a skipped one says why.
+
+    CUDA C++ kernels take tensors on a GPU: their tests are in tests/gates.
+    """
     import pytest
 
     found = []
     for param in backends.params(op):
         name = param.values[0].name
+        if param.values[0].device != "cpu":
+            continue
         if name != "cpu" or param.marks:
             found.append(pytest.param(name, None, id=name, marks=param.marks))
             continue

@@ -22,13 +22,16 @@ instructions: use it to see decoding methods work, not to write software.
 | parameters | {parameters:,} (bf16; tied embeddings; head size 64; 2,048 positions) |
 | vocabulary | byte-level BPE, 4,096 tokens, shared by target and drafter |
 | training text | sources of the Python {python} standard library{packages}: {unique:.1f} M tokens |
-| training length | {tokens:.1f} M tokens, cosine schedule, {autocast}, {hours:.1f} hours |
+| training length | {tokens:.1f} M tokens, {schedule}, {autocast}, {hours:.1f} hours |{aim}
 | held-out loss | **{nats:.3f} nats a token**, {bits:.3f} bits a byte, over {held:,} tokens of the held-out modules |
 | held-out modules | {modules} (and every file named after them) |
 
 To train it again: `pip install ramify[zoo]`, then `python -m ramify.zoo.train --out zoo --tokens {tokens_flag}{package_flags}`.
 The training text is licensed under the PSF licence; the weights are released with ramify under Apache-2.0.
 """
+
+AIM = """
+| training aim | the law of the {teacher}; both think the same token likeliest at **{agreement:.1%}** of held-out positions |"""
 
 
 def write_card(folder: Path, summary: dict, packages: Sequence[str] = ()) -> None:
@@ -42,6 +45,8 @@ def write_card(folder: Path, summary: dict, packages: Sequence[str] = ()) -> Non
             packages="".join(f", {name}" for name in packages),
             unique=summary["unique_tokens"] / 1e6,
             tokens=summary["tokens"] / 1e6,
+            schedule=_schedule(summary["planned"]),
+            aim=AIM.format(**summary) if summary.get("teacher") else "",
             autocast=summary["autocast"],
             hours=summary["seconds"] / 3600,
             nats=summary["held_out"]["nats_per_token"],
@@ -52,3 +57,8 @@ def write_card(folder: Path, summary: dict, packages: Sequence[str] = ()) -> Non
             package_flags="".join(f" --package {name}" for name in packages),
         )
     )
+
+
+def _schedule(planned: Sequence[int]) -> str:
+    first, *later = (f"{tokens / 1e6:.1f} M" for tokens in planned)
+    return "cosine schedule" + "".join(f", planned for {first} and then taken up again to {tokens}" for tokens in later)

@@ -3,8 +3,9 @@
     python -m ramify.zoo.train --out FOLDER [--tokens 12e6] [--package NAME ...] [--only tokenizer|target|drafter]
 
 Written for two CPU cores and a couple of hours: the hidden matrices train with Muon, embeddings and gains with AdamW,
-one cosine schedule for both, short sequences first and the full 2,048 positions for the last part. A run that was
-stopped goes on from its last checkpoint. Needs the optional packages of `pip install ramify[zoo]`.
+one cosine schedule for both, short sequences first and the full 2,048 positions for the last part. The drafter learns
+what the target would say of the same text: a guess is accepted as often as the two laws agree. A run that was stopped
+goes on from its last checkpoint, also to more tokens than were planned. Needs the optional packages of `pip install ramify[zoo]`.
 """
 
 import argparse
@@ -40,6 +41,7 @@ class Recipe:
     kv_heads: int
     inner: int
     peak: float  # learning rate of Muon's matrices at the top of the schedule
+    teacher: str = ""  # the model whose law it learns; else it learns the text
 
     def config(self) -> LlamaConfig:
         """Hugging Face's description of this shape: head size 64, tied embeddings, 2,048 positions."""
@@ -62,7 +64,7 @@ class Recipe:
 
 RECIPES = {
     "target": Recipe("target", hidden=256, layers=9, heads=4, kv_heads=2, inner=768, peak=0.02),
-    "drafter": Recipe("drafter", hidden=192, layers=2, heads=3, kv_heads=1, inner=512, peak=0.02),
+    "drafter": Recipe("drafter", hidden=192, layers=2, heads=3, kv_heads=1, inner=512, peak=0.02, teacher="target"),
 }
 BATCH_TOKENS = 8192
 ADAM_SHARE = 0.15  # AdamW's learning rate as a share of Muon's
@@ -137,10 +139,25 @@ def schedule(step: int, steps: int) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def loss_of(model: LlamaForCausalLM, batch: torch.Tensor) -> torch.Tensor:
-    """Mean next-token cross-entropy in nats over a batch of windows."""
-    logits = model(input_ids=batch[:, :-1], use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+def loss_of(model: LlamaForCausalLM, batch: torch.Tensor, teacher: LlamaForCausalLM | None = None) -> torch.Tensor:
+    """Mean cross-entropy in nats over a batch of windows: with the next tokens, or with what the teacher expects there."""
+    logits = model(input_ids=batch[:, :-1], use_cache=False).logits.flatten(0, 1).float()
+    if teacher is None:
+        return F.cross_entropy(logits, batch[:, 1:].flatten())
+    with torch.no_grad():
+        expected = teacher(input_ids=batch[:, :-1], use_cache=False).logits.flatten(0, 1).float().softmax(-1)
+    return F.cross_entropy(logits, expected)
+
+
+@torch.no_grad()
+def agreement(model: LlamaForCausalLM, teacher: LlamaForCausalLM, tokenizer: Tokenizer, length: int = 512) -> float:
+    """Share of held-out positions (the first window of each module) where both models think the same token likeliest."""
+    same, count = 0, 0
+    for text in corpus.held_out_texts().values():
+        window = torch.tensor(tokenizer.encode(text).ids[:length])[None]
+        ours, theirs = (m(input_ids=window, use_cache=False).logits.argmax(-1) for m in (model, teacher))
+        same, count = same + int((ours == theirs).sum()), count + window.shape[1]
+    return round(same / count, 4)
 
 
 @torch.no_grad()
@@ -163,15 +180,18 @@ def train_model(recipe: Recipe, tokenizer: Tokenizer, stream: torch.Tensor, toke
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else faster_dtype()
     model = LlamaForCausalLM(recipe.config()).to(device)
+    teacher = LlamaForCausalLM.from_pretrained(out / recipe.teacher, dtype=torch.float32).to(device) if recipe.teacher else None
     steps, state_file, figures = tokens // BATCH_TOKENS, out / f".{recipe.name}.train.pt", []
     optims, first, spent = optimizers(model, recipe.peak), 0, 0.0
+    planned = [steps * BATCH_TOKENS]
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
         for optim, saved in zip(optims, state["optimizers"], strict=True):
             optim.load_state_dict(saved)
         first, spent, figures = state["step"], state["seconds"], state["figures"]
-    compiled = torch.compile(model, dynamic=False)
+        planned = [*(n for n in state.get("planned", []) if n < planned[0]), *planned]
+    compiled, expecting = torch.compile(model, dynamic=False), teacher and torch.compile(teacher, dynamic=False)
     peaks = (recipe.peak, ADAM_SHARE * recipe.peak)
     sources = {length: batches(stream, length, seed + length + first) for length, _ in STAGES}
     start, bar = time.perf_counter(), tqdm(range(first, steps), initial=first, total=steps, desc=recipe.name, unit="step", mininterval=10)
@@ -180,7 +200,7 @@ def train_model(recipe: Recipe, tokenizer: Tokenizer, stream: torch.Tensor, toke
         for optim, top in zip(optims, peaks, strict=True):
             optim.param_groups[0]["lr"] = top * schedule(step, steps)
         with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
-            loss = loss_of(compiled, next(sources[length]).to(device))
+            loss = loss_of(compiled, next(sources[length]).to(device), expecting)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optim in optims:
@@ -192,7 +212,7 @@ def train_model(recipe: Recipe, tokenizer: Tokenizer, stream: torch.Tensor, toke
         if (step + 1) % 50 == 0 or step + 1 == steps:
             seconds = spent + time.perf_counter() - start
             state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optims]}
-            state |= {"step": step + 1, "seconds": seconds, "figures": figures}
+            state |= {"step": step + 1, "seconds": seconds, "figures": figures, "planned": planned}
             torch.save(state, f"{state_file}.part")
             os.replace(f"{state_file}.part", state_file)
     model = model.to("cpu", torch.bfloat16).float()  # judge what ships: the rounded weights
@@ -205,12 +225,15 @@ def train_model(recipe: Recipe, tokenizer: Tokenizer, stream: torch.Tensor, toke
         "name": recipe.name,
         "parameters": parameters,
         "tokens": steps * BATCH_TOKENS,
+        "planned": planned,
         "unique_tokens": len(stream),
         "seconds": round(seconds),
         "autocast": str(dtype).removeprefix("torch."),
         "held_out": held_out,
         "losses": figures,
     }
+    if teacher:
+        summary |= {"teacher": recipe.teacher, "agreement": agreement(model, teacher.to("cpu"), tokenizer)}
     (folder / "training.json").write_text(json.dumps(summary) + "\n")
     return summary
 

@@ -159,10 +159,10 @@ def test_step_figures():
     limits = probes.Limits("native", 2, read=10.0, read_one=8.0, peak={"fp32": 100.0, "int8": 200.0})
     rows = []
     for M, ours, theirs in ((1, 2000.0, 2500.0), (8, 3000.0, 9000.0)):
-        facts = {"status": "ok", "bytes": 9_000_000, "arithmetic": "int8", "bits": 4, "shape": {"model": "160m", "context": 256, "M": M}}
+        facts = {"status": "ok", "bytes": 9_000_000, "arithmetic": "int8", "shape": {"model": "160m", "context": 256, "M": M}}
         rows += [{**facts, "provider": "ramify int4-g64", "baseline": False, "us": {"median": ours}}]
         rows += [{**facts, "provider": "llama.cpp Q4_0", "baseline": True, "us": {"median": theirs}}]
-        step.finish(rows[-2:], limits, {9_000_000: 20.0})
+        step.finish(rows[-2:], limits, 18_000_000, {9_000_000: 20.0})
     report.single_steps(rows)
     assert rows[0]["floor_us"] == 450 and rows[2]["floor_us"] == 2 * 8 * 18e6 / 200e9 * 1e6
     text = step.verdict(rows)

@@ -24,7 +24,7 @@ def test_version_and_help_load_no_torch():
         "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert end.code == 0\n"
         "assert 'torch' not in sys.modules"
     )
-    for argv in (["--version"], ["--help"], ["generate", "--help"]):
+    for argv in (["--version"], ["--help"], ["generate", "--help"], ["convert", "--help"]):
         done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout, done.stderr
     assert ramify.__version__ in ramify_command("--version").stdout

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ramify.reference.verify import residual_sample, verify_greedy, verify_sample
+from ramify.reference.verify import accept_path, residual_sample, verify_greedy
 from ramify.registry import verifier
 from ramify.sampling.pipeline import Sampling, SamplingParams, draw_children
 from ramify.sampling.rng import ACCEPT, RESIDUAL, SAMPLE, uniform
@@ -164,7 +164,7 @@ def test_stochastic_verifiers_are_the_reference(mode, B):
                 for lane, child in enumerate(kids):
                     u[first + child, 1] = uniform(s, len(text) + depth, ACCEPT, lane)
         tokens, parents, n, lay = padded(tree)
-        path, count, bonus = verify_sample(tokens, parents, lay(p), n, lay(u), mode, lay(tree.q))
+        path, count, bonus = accept_path(tokens, parents, lay(p), n, lay(u), mode, lay(tree.q))
         for b in range(B):
             assert got.path[b].tolist() == path[b, : count[b]].tolist()
             lengths.add(int(count[b]))

@@ -33,6 +33,8 @@ def test_fields():
     assert (c.vocab_size, c.hidden_size, c.num_layers, c.num_heads, c.num_kv_heads, c.head_dim) == (100, 192, 3, 3, 1, 64)
     assert (c.inner_size, c.norm_eps, c.max_positions, c.tied_embeddings, c.eos_token_ids) == (320, 1e-5, 512, True, (7,))
     assert (c.dtype, c.name, c.sliding_windows) == ("bfloat16", "m", (None,) * 3)
+    quantization = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    assert c.quantization is None and parse(quantization_config=quantization).quantization == quantization
     assert not (c.qkv_bias or c.o_bias or c.mlp_bias or c.qk_norm)
     assert parse(num_key_value_heads=None).num_kv_heads == 3
     assert parse(eos_token_id=[3, 4]).eos_token_ids == (3, 4)
@@ -90,7 +92,9 @@ def test_sliding_windows():
         ({"architectures": ...}, UnsupportedModelError, "no architectures"),
         ({"hidden_act": "gelu"}, UnsupportedModelError, "gelu.*silu"),
         ({"head_dim": 32}, UnsupportedModelError, "32.*64, 96, 128 or 256"),
-        ({"quantization_config": {"quant_method": "gptq"}}, UnsupportedModelError, "gptq"),
+        ({"quantization_config": {"quant_method": "exl2"}}, UnsupportedModelError, "exl2.*awq, compressed-tensors, gptq, ramify_w4"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, UnsupportedModelError, "bits 3.*4 or 8"),
+        ({"quantization_config": "awq"}, UnsupportedModelError, "method 'awq'"),
         ({"dtype": "float64"}, UnsupportedModelError, "float64"),
         ({"hidden_size": ...}, CheckpointError, "hidden_size"),
         ({"num_hidden_layers": 0}, CheckpointError, "num_hidden_layers"),

@@ -1,7 +1,7 @@
-"""Law 2 and law 8 on generated text: every lossless method writes plain decoding's text, bit for bit, with the embedded bf16 model.
+"""Law 2 and law 8 on generated text: every lossless method writes plain decoding's text, bit for bit, with the embedded model.
 
-No tolerance anywhere: equal ids, equal finish reasons, equal caches. Rows per step are forced wide (`fixed`), so that most rows are
-rejected and every step commits out of a tree.
+No tolerance anywhere, in no precision: equal ids, equal finish reasons, equal caches. Rows per step are forced wide (`fixed`), so that
+most rows are rejected and every step commits out of a tree.
 """
 
 import numpy as np
@@ -16,9 +16,11 @@ METHODS = [row["name"] for row in ramify.methods() if row["lossless"] and row["n
 LEVELS = [level for level, runs in native.levels().items() if runs]
 
 
-@pytest.fixture(scope="module", params=["bf16", "fp32"])
+@pytest.fixture(scope="module", params=["bf16", "fp32", "int4-g64", "int8"])
 def zoo(request):
-    return ramify.load("zoo", dtype=request.param)
+    if request.param in ("bf16", "fp32"):
+        return ramify.load("zoo", dtype=request.param)
+    return ramify.load("zoo", weights=request.param)
 
 
 @pytest.fixture(scope="module")

@@ -97,7 +97,8 @@ def test_explain():
 
 @pytest.mark.parametrize("op", backends.OPS)
 def test_every_floor_is_a_number(op):
-    shape = {"tree_attention": [(2, 3, 4, 64), (2, 9, 2, 64)], "linear": [(3, 8), (5, 8)], "embed": [(3,), (7, 8)]}
+    heads = [(2, 3, 4, 64), (2, 9, 2, 64)]
+    shape = {"tree_attention": heads, "interval_attention": heads, "linear": [(3, 8), (5, 8)], "embed": [(3,), (7, 8)]}
     shapes = shape.get(op) or [(2, 3, 4, 64)] * 4 + [(2, 3)]
     got = ramify.explain(op, *shapes)
     assert got.bytes > 0 and got.flops >= 0 and got.backend in backends.BACKENDS
@@ -106,8 +107,9 @@ def test_every_floor_is_a_number(op):
 
 def test_params_name_what_runs():
     params = {p.id: p for p in backends.params("silu_mul")}
-    assert set(params) == {"cpu", "reference"} and params["reference"].values[0].device == "cpu"
-    assert bool(params["cpu"].marks) == bool(backends.missing("cpu"))
+    assert set(params) == {"cpu", "cuda", "triton", "reference"} and params["reference"].values[0].device == "cpu"
+    for name in ("cpu", "triton"):
+        assert bool(params[name].marks) == bool(backends.missing(name))
 
 
 def test_limits_are_those_of_the_kernels():

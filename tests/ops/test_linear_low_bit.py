@@ -244,7 +244,7 @@ def test_says_what_it_does_not_take():
         (TypeError, "weight is [1]; takes a tensor [N, K], a QuantizedWeight or a PackedWeight", (x, [1]), {}),
         (TypeError, "x is int64; takes float32", (x.long(), weight), {}),
         (ValueError, "bias is [4]; takes [N] with N = 5, as in weight", (x, weight, torch.zeros(4)), {}),
-        (ValueError, "weight is on meta and x on cpu", (x, weight.to("meta")), {}),
+        (ValueError, "codes is on meta and x on cpu", (x, weight.to("meta")), {}),
     ]
     for kind, said, args, kwargs in bad:
         with pytest.raises(kind) as error:

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "pyext"
 FLOORS = (
     {"errors", "checks", "registry", "_cpu", "_cuda"},
-    {"native", "tree", "sampling"},
+    {"native", "native_cuda", "tree", "sampling"},
     {"reference"},
     {"backends"},
     {"quant"},
@@ -17,6 +17,7 @@ FLOORS = (
     {"verify", "draft", "size"},
     {"decode"},
     {"hf", "zoo"},
+    {"convert"},
     {"testing"},
     {"cli", "docs", "__main__", "__init__"},
 )

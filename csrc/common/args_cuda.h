@@ -1,0 +1,212 @@
+// csrc/common/args_cuda.h: the argument structs of the CUDA kernels; pyext/native_cuda.py mirrors them field by field.
+//
+// As in args.h every field is 8 bytes wide and strides count elements. All pointers are device pointers and all counts that a
+// step can change are read on the device: `live` holds how many of the `rows` count in this step, null means all of them.
+#pragma once
+#include <stdint.h>
+
+namespace ramify::gpu {
+
+enum Type : int64_t { kF32 = 0, kBf16 = 1, kF16 = 2, kF64 = 3 };
+
+// out = rms_norm(x, or x + residual, which is stored in `sum`) * weight
+struct RmsNormArgs {
+  const int32_t* live;
+  int64_t rows, hidden, type;
+  const void* x;
+  int64_t x_stride;
+  const void* residual;  // or null, and then sum is not written
+  int64_t residual_stride;
+  void* sum;  // may be x or residual
+  int64_t sum_stride;
+  const void* weight;  // [hidden]
+  int64_t weight_type;
+  double eps;
+  void* out;  // may be x
+  int64_t out_stride;
+};
+
+struct SiluMulArgs {
+  const int32_t* live;
+  int64_t rows, K, type;
+  const void* x;  // [rows, 2K]: gate, up
+  int64_t x_stride;
+  void* out;
+  int64_t out_stride;
+};
+
+struct EmbedArgs {  // a row whose id lies outside the table becomes NaN
+  const int32_t* live;
+  int64_t rows, hidden, V;
+  const int32_t* ids;
+  const void* table;
+  int64_t table_type, table_stride;
+  void* out;
+  int64_t type, out_stride;
+};
+
+struct RopeArgs {  // a row whose position lies outside the tables becomes NaN
+  const int32_t* live;
+  int64_t rows, H, D, half, positions, type;
+  const void* x;
+  int64_t x_stride_t, x_stride_h;
+  const float *cos, *sin;  // [positions, half]
+  const int32_t* position;
+  void* out;
+  int64_t out_stride_t, out_stride_h;
+};
+
+// q and k of each row normed per head (where a weight is given) and rotated; q to `q`, k and v to slot[row] of the caches.
+struct RopeAppendArgs {
+  const int32_t* live;
+  int64_t rows, Hq, Hkv, D, half, positions, type;
+  const void* qkv;  // [rows, (Hq + 2 Hkv) D]
+  int64_t qkv_stride;
+  const void *q_norm, *k_norm;  // [D] or null
+  int64_t norm_type;
+  double eps;
+  const float *cos, *sin;
+  const int32_t *position, *slot;
+  void* q;  // may be qkv
+  int64_t q_stride_t, q_stride_h;
+  int64_t cache_type, slots;
+  void *k, *v;
+  int64_t k_stride_s, k_stride_h, v_stride_s, v_stride_h;
+};
+
+// Tail row path[b, i] of every layer goes to slot length[b] + i, for i < count[b].
+struct CommitArgs {
+  int64_t B, A, T, L, Hkv, D, tail_type, cache_type;
+  const void *tail_k, *tail_v;
+  int64_t tail_k_stride_l, tail_k_stride_b, tail_k_stride_t, tail_k_stride_h;
+  int64_t tail_v_stride_l, tail_v_stride_b, tail_v_stride_t, tail_v_stride_h;
+  void *k, *v;
+  int64_t k_stride_l, k_stride_b, k_stride_s, k_stride_h;  // b: a sequence's, or with a page table a page's
+  int64_t v_stride_l, v_stride_b, v_stride_s, v_stride_h;
+  const int32_t* path;  // [B, A], or null: row i goes to place i
+  int64_t path_stride;
+  const int32_t *count, *length;                   // [B]; count null: A
+  const int32_t* page_table;                       // [B, ...] or null
+  int64_t table_stride, table_width, page, pages;  // slots of a page, or of a sequence without a table; pages in the pool
+};
+
+struct RowStatsArgs {
+  const int32_t* live;
+  int64_t rows, V, type;
+  const void* logits;
+  int64_t stride;
+  int32_t* argmax;  // [rows]; these three or null
+  float *lse, *top;
+  int64_t topk;       // 0 to kMaxTopK
+  void* values;       // [rows, topk] in the logits' type
+  int32_t* ids;       // [rows, topk]
+  void* scratch;      // stats_scratch(rows, V, topk) bytes
+  uint32_t* tickets;  // [rows], zero before and after
+};
+
+struct VerifyGreedyArgs {
+  int64_t B, T;
+  const int32_t *tokens, *parents, *argmax;  // [B, T]
+  const int32_t* n_rows;                     // [B]
+  int32_t *path, *count, *bonus;             // [B, T], [B], [B]
+};
+
+// u[b, t, purpose] as pyext/sampling/rng.py draws them; position[b] is the absolute position of the token after the root.
+struct TreeUniformsArgs {
+  int64_t B, T;
+  const int64_t *seed, *position;  // [B]
+  const int32_t* parents;          // [B, T]
+  const int32_t* n_rows;
+  double* u;  // [B, T, 3]
+};
+
+enum Mode : int64_t { kDet = 0, kIid = 1, kWor = 2 };
+
+struct Distribution {  // rows of V probabilities; with lse, of logits whose probability is exp(x - lse)
+  const void* x;
+  int64_t type, stride_b, stride_t;
+  const float* lse;  // [B, T] or null
+};
+
+struct VerifySampleArgs {
+  int64_t B, T, V, mode;
+  const int32_t *tokens, *parents, *n_rows;
+  Distribution p, q;  // q.x null: mode is kDet
+  const double* u;    // [B, T, 3]
+  int32_t *path, *count, *bonus;
+};
+
+struct ResidualSampleArgs {
+  int64_t rows, V;
+  Distribution p, q;  // stride_t is the rows' stride
+  const double* u;    // [rows]
+  int64_t* ids;
+};
+
+// Attention of T tree rows a sequence over its committed slots and over those rows of the tree that their words name.
+struct AttentionArgs {
+  int64_t B, T, Hq, Hkv, D, type;  // q, k and v are of one type, bf16 or f16
+  const void* q;
+  int64_t q_stride_b, q_stride_t, q_stride_h;
+  void* out;
+  int64_t out_stride_b, out_stride_t, out_stride_h;
+  float* lse;  // natural logarithm
+  int64_t lse_stride_b, lse_stride_t;
+  double scale;
+  int64_t window, sink;       // window 0: unlimited
+  const int32_t* prefix_len;  // [B]
+  const int32_t* tail_rows;   // [B] or null: T
+  const int64_t* ancestors;   // [B, T, words]
+  int64_t words;
+  const void *k, *v;
+  int64_t k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h;  // b: a sequence's, or with a page table a page's
+  const int32_t* page_table;                                                       // [B, ...] or null
+  int64_t table_stride, table_width, page, pages;  // slots of a page, or of a sequence without a table; pages in the pool
+  const void *tail_k, *tail_v;
+  int64_t tail_k_stride_b, tail_k_stride_t, tail_k_stride_h, tail_v_stride_b, tail_v_stride_t, tail_v_stride_h;
+  int64_t chunk;  // slots that are summed before they join the rest, a multiple of 64
+  void* scratch;  // attention_scratch(...) bytes
+};
+
+struct FillArgs {  // out[i] = value + i, to show that a launch works
+  uint32_t* out;
+  int64_t count, value;
+};
+
+enum Kernel : int64_t {
+  kFill,
+  kRmsNorm,
+  kSiluMul,
+  kEmbed,
+  kRope,
+  kRopeAppend,
+  kCommit,
+  kRowStats,
+  kVerifyGreedy,
+  kTreeUniforms,
+  kVerifySample,
+  kResidualSample,
+  kAttention,
+  kKernels
+};
+
+constexpr int kMaxTopK = 32, kMaxRows = 256;
+constexpr int kStatsSlice = 4096;  // columns of a row that one block reads: fixed, so that a row's bits are its own
+
+inline int64_t stats_scratch(int64_t rows, int64_t V, int64_t topk) {
+  return rows * ((V + kStatsSlice - 1) / kStatsSlice) * 8 * (1 + (topk > 1 ? topk : 1));
+}
+
+constexpr int kRowBlock = 64;  // packed query rows, T * Hq / Hkv, of one attention block
+
+inline int64_t slots_of(const AttentionArgs& a) { return a.page_table ? a.table_width * a.page : a.page; }
+inline int64_t chunks_of(const AttentionArgs& a) {  // at most, of a sequence
+  const int64_t n = (slots_of(a) + a.chunk - 1) / a.chunk;
+  return n > 1 ? n : 1;
+}
+inline int64_t row_blocks_of(const AttentionArgs& a) { return (a.T * (a.Hq / a.Hkv) + kRowBlock - 1) / kRowBlock; }
+inline int64_t attention_scratch(const AttentionArgs& a) {
+  return chunks_of(a) < 2 ? 0 : a.B * a.Hkv * row_blocks_of(a) * chunks_of(a) * kRowBlock * (a.D + 2) * 4;
+}
+
+}  // namespace ramify::gpu

@@ -1,0 +1,21 @@
+// csrc/cuda/entries.h: one host function for each kernel. Python has checked what the struct holds; the answer is a cudaError_t.
+#pragma once
+#include "common/args_cuda.h"
+
+namespace ramify::gpu {
+
+int fill(const FillArgs& a, void* stream);
+int rms_norm(const RmsNormArgs& a, void* stream);
+int silu_mul(const SiluMulArgs& a, void* stream);
+int embed(const EmbedArgs& a, void* stream);
+int rope(const RopeArgs& a, void* stream);
+int rope_append(const RopeAppendArgs& a, void* stream);
+int commit(const CommitArgs& a, void* stream);
+int row_stats(const RowStatsArgs& a, void* stream);
+int verify_greedy(const VerifyGreedyArgs& a, void* stream);
+int tree_uniforms(const TreeUniformsArgs& a, void* stream);
+int verify_sample(const VerifySampleArgs& a, void* stream);
+int attention(const AttentionArgs& a, void* stream);
+int residual_sample(const ResidualSampleArgs& a, void* stream);
+
+}  // namespace ramify::gpu

@@ -1,0 +1,80 @@
+"""`ramify convert`: a checkpoint folder in, a low-bit one out."""
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ramify.cli.table import table
+
+if TYPE_CHECKING:
+    from ramify.convert import Conversion
+
+
+def add_parser(commands: Any) -> None:
+    """Add `convert` to the subcommands."""
+    parser = commands.add_parser(
+        "convert", help="quantise a checkpoint", description="Write a low-bit copy of a checkpoint folder, and say what it cost."
+    )
+    add = parser.add_argument
+    add("source", metavar="IN", help='a Hugging Face checkpoint folder, or "zoo" or "zoo-drafter"')
+    add("out", metavar="OUT", type=Path, help="the folder to write; it appears whole or not at all")
+    add("--to", default="int4-g64", metavar="FORMAT", help="int8, int4-g32, -g64 or -g128 (each also with -zp), fp8, fp8-b128 (int4-g64)")
+    add("--method", metavar="NAME", help="rtn, hqq or gptq; the default is gptq with calibration text, hqq without, rtn for 8 bits")
+    add("--calibration", type=Path, metavar="FILE", help="text for gptq, like what the model will read; the zoo has its own")
+    add("--calibration-tokens", type=int, default=16384, metavar="N", help="tokens of it to use at most (default 16384)")
+    add("--head", default="int8", metavar="FORMAT", help='format of the head once loaded, or "none" to leave it (default int8)')
+    add("--evaluate", type=Path, metavar="FILE", help="measure perplexity on this text before and after; the zoo has its own")
+    add("--force", action="store_true", help="replace OUT where it is a checkpoint folder")
+    add("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, with a progress bar on a terminal."""
+    from ramify.convert import convert
+
+    made = convert(
+        args.source,
+        args.out,
+        to=args.to,
+        method=args.method,
+        calibration=args.calibration,
+        head=None if args.head == "none" else args.head,
+        evaluate=args.evaluate,
+        force=args.force,
+        calibration_tokens=args.calibration_tokens,
+        progress=progress,
+    )
+    print(json.dumps(made.record(), indent=2) if args.json else describe(made))
+    return 0
+
+
+def progress(layers: Iterable[int]) -> Iterable[int]:
+    """The layers behind a bar on standard error, where it is a terminal and tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return layers
+    return tqdm(layers, desc="convert", unit="layer", disable=None, leave=False)
+
+
+def describe(made: "Conversion") -> str:
+    """What a person reads: sizes, errors and, where it was measured, perplexity before and after."""
+    text = f", calibrated on {made.calibration_tokens:,} tokens" if made.calibration_tokens else ""
+    rows = [
+        ["linear layers, MB", *(f"{size / 1e6:.1f}" for size in made.layer_bytes)],
+        ["all tensors, MB", *(f"{size / 1e6:.1f}" for size in made.total_bytes)],
+        ["weight error", "", f"{sum(made.errors.values()) / len(made.errors):.2%}"],
+    ]
+    if made.output_errors:
+        rows.append(["output error", "", f"{sum(made.output_errors.values()) / len(made.output_errors):.2%}"])
+    if made.before and made.after:
+        rows.append(["nats a token", *(f"{each.nats_per_token:.4f}" for each in (made.before, made.after))])
+        rows.append(["perplexity", *(f"{each.perplexity:.3f}" for each in (made.before, made.after))])
+    lines = [f"{made.source} -> {made.out}: {made.format} by {made.method}{text}; head {made.head or 'as it is'}; {made.seconds:.0f} s", ""]
+    lines.append(table(["", "before", "after"], rows))
+    if made.before:
+        lines.append(f"\nPerplexity on {made.before.tokens:,} tokens of {made.evaluated_on}, float32 arithmetic.")
+    return "\n".join(lines)

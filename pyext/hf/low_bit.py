@@ -1,0 +1,81 @@
+"""LowBitLinear: a linear layer of a torch model whose weight is a QuantizedWeight."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ramify import ops
+from ramify.quant import Format, QuantizedWeight
+from ramify.quant.sources.ramify import FIELDS
+from ramify.quant.weight import CODES
+
+
+class LowBitLinear(nn.Module):
+    """y = x W^T + bias with W [N, K] in a low-bit format. Buffers: weight (the codes), weight_scale, weight_zero and weight_perm.
+
+    Moves to a device keep their dtypes, and so does `.half()`. Made empty, to be filled from a file; `of` makes it whole.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    weight_zero: Tensor | None
+    weight_perm: Tensor | None
+
+    def __init__(
+        self,
+        format: Format,
+        N: int,
+        K: int,
+        bias: bool = False,
+        perm: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """perm: leave room for an order of inputs. dtype: of the bias."""
+        super().__init__()
+        self.format, self.in_features, self.out_features = format, K, N
+        groups = format.scale_shape(N, K)
+        width = K // 2 if format.kind == "int4" else K
+        self.register_buffer("weight", torch.empty(N, width, dtype=CODES[format.kind], device=device))
+        self.register_buffer("weight_scale", torch.empty(groups, dtype=torch.float32, device=device))
+        self.register_buffer("weight_zero", torch.empty(groups, dtype=torch.float16, device=device) if format.zero_point else None)
+        self.register_buffer("weight_perm", torch.empty(K, dtype=torch.int32, device=device) if perm else None)
+        self.bias = nn.Parameter(torch.empty(N, dtype=dtype, device=device), requires_grad=False) if bias else None
+        self._made: tuple[tuple[Any, ...], QuantizedWeight] | None = None
+
+    @classmethod
+    def of(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> "LowBitLinear":
+        """A layer with this weight."""
+        layer = cls(weight.format, *weight.shape, bias is not None, weight.perm is not None, device="meta")
+        for part, tensor in weight.state_dict().items():
+            setattr(layer, FIELDS[part], tensor)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return layer
+
+    @property
+    def quantized(self) -> QuantizedWeight:
+        """The weight. The same object until a buffer is replaced, so that what kernels pack of it is packed once."""
+        buffers = tuple(getattr(self, name) for name in FIELDS.values())
+        if self._made is None or any(a is not b for a, b in zip(self._made[0], buffers)):
+            self._made = buffers, QuantizedWeight(self.format, *buffers)
+        return self._made[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N] in x's dtype."""
+        return ops.linear(x, self.quantized, self.bias)
+
+    def extra_repr(self) -> str:
+        """Sizes and the format, as print(model) shows them."""
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, format={self.format.name}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LowBitLinear":
+        kept = {name: tensor for name in FIELDS.values() if (tensor := getattr(self, name)) is not None}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            if getattr(self, name).dtype != before.dtype:  # a cast of the model is not one of the codes and scales
+                setattr(self, name, before.to(getattr(self, name).device))
+        return self

@@ -1,0 +1,126 @@
+"""transformers' quantizers "ramify_w4" and "ramify_w8": low-bit folders load with from_pretrained, dense ones are quantised on the way.
+
+A folder whose quantization_config names one of the two has its linear layers replaced by LowBitLinear before its tensors are read.
+With quantization_config=RamifyConfig(...) a dense folder is quantised while it loads, round to nearest; save_pretrained writes
+what `ramify convert` writes, and loading that gives the same bits. Importing this module registers both.
+"""
+
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ramify.hf.low_bit import LowBitLinear
+from ramify.quant import Format, quantize
+from ramify.quant.sources.ramify import FIELDS, VERSION, Ramify, method_of
+
+METHODS = ("ramify_w4", "ramify_w8")
+
+
+class RamifyConfig(QuantizationConfigMixin):
+    """What `quantization_config=` of from_pretrained takes to quantise a dense checkpoint while it loads.
+
+    format: "int4-g64", "int8", "fp8", ... by name. modules_to_not_convert: names of layers, or parts of names, that stay dense
+    besides the head. method and head are notes of the quantizer that wrote a checkpoint. Raises UnsupportedModelError for an
+    unknown format.
+    """
+
+    def __init__(
+        self,
+        format: str = "int4-g64",
+        modules_to_not_convert: list[str] | None = None,
+        method: str = "rtn",
+        head: str | None = None,
+        version: int = VERSION,
+        quant_method: str | None = None,
+    ) -> None:
+        if quant_method is None:
+            format = Format.parse(format).name
+            quant_method = method_of(Format.parse(format))
+        self.quant_method: Any = quant_method
+        self.format, self.method, self.head, self.version = format, method, head, version
+        self.modules_to_not_convert = ["lm_head"] if modules_to_not_convert is None else list(modules_to_not_convert)
+        Ramify(vars(self))  # raises for what is not read
+
+
+class RamifyQuantizer(HfQuantizer):
+    """Puts LowBitLinear layers into a model of transformers and fills them, from codes or from dense weights."""
+
+    quantization_config: RamifyConfig
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        config = self.quantization_config
+        if not self.pre_quantized:  # what stays dense is written down, so that the saved folder loads alike
+            config.modules_to_not_convert = sorted({*config.modules_to_not_convert, *get_keys_to_not_convert(model)})
+        source = Ramify(vars(config))
+        stored = _stored_names(kwargs.get("checkpoint_files")) if self.pre_quantized else set()
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and source.covers(name):
+                form, N, K = source.format_of(name), module.out_features, module.in_features
+                if form.kind == "int4" and K % form.group:
+                    raise ValueError(
+                        f'RamifyConfig: layer "{name}" has {K} inputs; {form.name} takes multiples of {form.group}. '
+                        "Choose a smaller group, or name it in modules_to_not_convert."
+                    )
+                perm = any(other.endswith(f"{name}.weight_perm") for other in stored)
+                layer = LowBitLinear(form, N, K, module.bias is not None, perm, module.weight.dtype, device="meta")
+                model.set_submodule(name, layer)
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        """Dense weights of layers that are low-bit in the model."""
+        prefix, _, last = param_name.rpartition(".")
+        return not self.pre_quantized and last == "weight" and isinstance(model.get_submodule(prefix), LowBitLinear)
+
+    def get_quantize_ops(self) -> "_Quantize":
+        """What a dense weight goes through on its way into the model."""
+        return _Quantize(self)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Scales, zeros and orders keep the dtype of the file; the rest follows the model."""
+        own = converter.target_patterns[0].endswith(tuple(f".{name}" for part, name in FIELDS.items() if part != "codes"))
+        return None if own else super().get_new_dtype(converter, param, dtype)
+
+    def is_serializable(self) -> bool:
+        """save_pretrained writes the codes."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """No gradients reach the codes."""
+        return False
+
+
+class _Quantize(ConversionOps):
+    """One dense weight of a checkpoint -> the tensors of a LowBitLinear."""
+
+    def __init__(self, quantizer: RamifyQuantizer) -> None:
+        self.hf_quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], *patterns: Any, **given: Any) -> dict[str, Any]:
+        """Values of `input_dict` are one weight [N, K]; given["full_layer_name"] ends in ".weight"."""
+        [w] = [value[0] if isinstance(value, list) else value for value in input_dict.values()]
+        prefix = given["full_layer_name"].removesuffix(".weight")
+        weight = quantize(w, given["model"].get_submodule(prefix).format)
+        named = {f"{prefix}.{FIELDS[part]}": tensor for part, tensor in weight.state_dict().items()}
+        if (missing := given.get("missing_keys")) is not None:
+            missing -= named.keys()
+        return named
+
+
+def _stored_names(files: Any) -> set[str]:
+    """Names of all tensors in the safetensors of a checkpoint."""
+    names: set[str] = set()
+    for file in files or ():
+        with safe_open(str(file), framework="pt") as shard:
+            names |= set(shard.keys())
+    return names
+
+
+for _method in METHODS:
+    AUTO_QUANTIZATION_CONFIG_MAPPING[_method] = RamifyConfig
+    AUTO_QUANTIZER_MAPPING[_method] = RamifyQuantizer

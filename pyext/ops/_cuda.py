@@ -1,0 +1,250 @@
+"""From tensors to the argument structs of the CUDA kernels (csrc/common/args_cuda.h).
+
+The kernels take every float dtype that the table names, rows at any stride, so little is brought into form here. Checked tensors
+only: below this line a wrong number is a wrong address. Nothing reads a value back: no call waits for the device.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ramify import native_cuda as n
+
+Outputs = tuple[Tensor, ...]
+
+CHUNK, MOST_CHUNKS = 512, 64
+
+
+def rms_norm(outs: Outputs, x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> None:
+    """Normed rows into outs[0]; with a residual, x + residual into outs[1]."""
+    out = outs[0]
+    rows, result = _rows(x), _target(out)
+    args = n.RmsNormArgs(rows=rows.shape[0], hidden=rows.shape[1], type=n.TYPES[x.dtype], eps=eps)
+    args.x, args.x_stride = rows.data_ptr(), rows.stride(0)
+    added = total = None
+    if residual is not None:
+        added, total = _rows(residual), _target(outs[1])
+        args.residual, args.residual_stride = added.data_ptr(), added.stride(0)
+        args.sum, args.sum_stride = total.data_ptr(), total.stride(0)
+    args.weight, args.weight_type = weight.data_ptr(), n.TYPES[weight.dtype]
+    args.out, args.out_stride = result.data_ptr(), result.stride(0)
+    n.run(args, rows, added, total, weight, result)
+    _store(result, out)
+    if total is not None:
+        _store(total, outs[1])
+
+
+def rope(outs: Outputs, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
+    """x [..., H, D] rotated into outs[0]."""
+    H, D = x.shape[-2:]
+    rows, cos, sin, at = x.reshape(-1, H, D), cos.contiguous(), sin.contiguous(), positions.reshape(-1).int()
+    result = outs[0] if outs[0].is_contiguous() else torch.empty_like(outs[0], memory_format=torch.contiguous_format)
+    args = n.RopeArgs(rows=rows.shape[0], H=H, D=D, half=cos.shape[1], positions=cos.shape[0], type=n.TYPES[x.dtype])
+    args.x, args.x_stride_t, args.x_stride_h = rows.data_ptr(), rows.stride(0), rows.stride(1)
+    args.cos, args.sin, args.position = cos.data_ptr(), sin.data_ptr(), at.data_ptr()
+    args.out, args.out_stride_t, args.out_stride_h = result.data_ptr(), H * D, D
+    n.run(args, rows, cos, sin, at, result)
+    _store(result, outs[0])
+
+
+def silu_mul(outs: Outputs, x: Tensor) -> None:
+    """silu(gate) * up of rows that hold both."""
+    rows, result = _rows(x), _target(outs[0])
+    args = n.SiluMulArgs(rows=rows.shape[0], K=rows.shape[1] // 2, type=n.TYPES[x.dtype])
+    args.x, args.x_stride = rows.data_ptr(), rows.stride(0)
+    args.out, args.out_stride = result.data_ptr(), result.stride(0)
+    n.run(args, rows, result)
+    _store(result, outs[0])
+
+
+def embed(outs: Outputs, ids: Tensor, table: Tensor) -> None:
+    """Rows of the table; an id outside it gives NaN."""
+    wanted, result = ids.reshape(-1).int(), _target(outs[0])
+    args = n.EmbedArgs(rows=wanted.shape[0], V=table.shape[0], hidden=table.shape[1], ids=wanted.data_ptr())
+    args.table, args.table_type, args.table_stride = table.data_ptr(), n.TYPES[table.dtype], table.stride(0)
+    args.out, args.type, args.out_stride = result.data_ptr(), n.TYPES[result.dtype], result.stride(0)
+    n.run(args, wanted, table, result)
+    _store(result, outs[0])
+
+
+def rope_append(
+    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6,
+) -> None:  # fmt: skip
+    """reference.rope_append: q into `q` [M, Hq, D], keys and values into slots of k and v [S, Hkv, D]. D at most 256."""
+    (M, Hq, D), (S, Hkv) = q.shape, k.shape[:2]
+    norm = q_norm if q_norm is not None else k_norm
+    args = n.RopeAppendArgs(rows=M, Hq=Hq, Hkv=Hkv, D=D, half=cos.shape[1], positions=cos.shape[0], type=n.TYPES[qkv.dtype], eps=eps)
+    args.qkv, args.qkv_stride = qkv.data_ptr(), qkv.stride(0)
+    args.q_norm, args.k_norm, args.norm_type = n.pointer(q_norm), n.pointer(k_norm), 0 if norm is None else n.TYPES[norm.dtype]
+    args.cos, args.sin, args.position, args.slot = cos.data_ptr(), sin.data_ptr(), positions.data_ptr(), slots.data_ptr()
+    args.q, args.q_stride_t, args.q_stride_h = q.data_ptr(), q.stride(0), q.stride(1)
+    args.cache_type, args.slots, args.k, args.v = n.TYPES[k.dtype], S, k.data_ptr(), v.data_ptr()
+    args.k_stride_s, args.k_stride_h, args.v_stride_s, args.v_stride_h = *k.stride()[:2], *v.stride()[:2]
+    n.run(args, qkv, cos, sin, positions, slots, q, k, v, q_norm, k_norm)
+
+
+def kv_append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor, rows: Tensor | None, table: Tensor | None) -> None:
+    """Rows of every sequence into its slots from length[b] on."""
+    commit_layers(k[None], v[None], k_cache[None], v_cache[None], None, rows, length, table)
+
+
+def kv_commit(
+    tail_k: Tensor, tail_v: Tensor, k_cache: Tensor, v_cache: Tensor, path: Tensor, count: Tensor, length: Tensor, table: Tensor | None
+) -> None:
+    """Accepted rows of every sequence into its slots from length[b] on."""
+    if tail_k.ndim == 5:
+        commit_layers(tail_k, tail_v, k_cache, v_cache, path, count, length, table)
+    else:
+        commit_layers(tail_k[None], tail_v[None], k_cache[None], v_cache[None], path, count, length, table)
+
+
+def commit_layers(
+    tail_k: Tensor, tail_v: Tensor, k: Tensor, v: Tensor, path: Tensor | None, count: Tensor | None, length: Tensor, table: Tensor | None
+) -> None:
+    """kv_commit for all layers in one launch: tails [L, B, T, Hkv, D] and caches [L, B or pages, slots, Hkv, D] of one float dtype each."""
+    L, B, T, Hkv, D = tail_k.shape
+    path = None if path is None else path.int()
+    args = n.CommitArgs(B=B, A=T if path is None else path.shape[1], T=T, L=L, Hkv=Hkv, D=D)
+    args.tail_type, args.cache_type = n.TYPES[tail_k.dtype], n.TYPES[k.dtype]
+    for name, x in (("tail_k", tail_k), ("tail_v", tail_v), ("k", k), ("v", v)):
+        setattr(args, name, x.data_ptr())
+        for axis, stride in zip("lbth" if name.startswith("tail") else "lbsh", x.stride()):
+            setattr(args, f"{name}_stride_{axis}", stride)
+    if path is not None:
+        args.path, args.path_stride = path.data_ptr(), path.stride(0)
+    args.count, args.length, args.page, args.pages = n.pointer(count), length.data_ptr(), k.shape[2], k.shape[1]
+    if table is not None:
+        args.page_table, args.table_stride, args.table_width = table.data_ptr(), table.stride(0), table.shape[1]
+    n.run(args, tail_k, tail_v, k, v, path, count, length, table)
+
+
+def row_stats(outs: Outputs, logits: Tensor) -> None:
+    """Arg-max, log-sum-exp and maximum of each row."""
+    argmax, lse, top = outs
+    _stats(logits, argmax, lse, top, None, None)
+
+
+def topk_logits(outs: Outputs, logits: Tensor, k: int) -> None:
+    """The k largest of each row: values, ids."""
+    values, ids = (_target(out) for out in outs)
+    _stats(logits, None, None, None, values, ids)
+    _store(values, outs[0])
+    _store(ids, outs[1])
+
+
+def verify_greedy(outs: Outputs, tokens: Tensor, parents: Tensor, argmax: Tensor, n_rows: Tensor) -> None:
+    """Path, count and bonus of each sequence."""
+    tokens, parents, argmax = (x.int().contiguous() for x in (tokens, parents, argmax))
+    path, n_rows = _target(outs[0]), n_rows.contiguous()
+    count, bonus = (torch.empty_like(n_rows) if not out.is_contiguous() else out for out in outs[1:])
+    args = n.VerifyGreedyArgs(B=tokens.shape[0], T=tokens.shape[1], tokens=tokens.data_ptr(), parents=parents.data_ptr())
+    args.argmax, args.n_rows = argmax.data_ptr(), n_rows.data_ptr()
+    args.path, args.count, args.bonus = path.data_ptr(), count.data_ptr(), bonus.data_ptr()
+    n.run(args, tokens, parents, argmax, n_rows, path, count, bonus)
+    for made, out in zip((path, count, bonus), outs):
+        _store(made, out)
+
+
+def tree_uniforms(u: Tensor, seed: Tensor, position: Tensor, parents: Tensor, n_rows: Tensor) -> None:
+    """reference.tree_uniforms into u float64 [B, T, 3]; seed, position int64 [B], parents and n_rows int32, all contiguous."""
+    args = n.TreeUniformsArgs(B=parents.shape[0], T=parents.shape[1], seed=seed.data_ptr(), position=position.data_ptr())
+    args.parents, args.n_rows, args.u = parents.data_ptr(), n_rows.data_ptr(), u.data_ptr()
+    n.run(args, seed, position, parents, n_rows, u)
+
+
+def verify_sample(
+    outs: Outputs, tokens: Tensor, parents: Tensor, p: Tensor, n_rows: Tensor, u: Tensor, mode: str, q: Tensor | None,
+    p_lse: Tensor | None = None, q_lse: Tensor | None = None,
+) -> None:  # fmt: skip
+    """reference.verify_sample into (path, count, bonus), int32 and contiguous; with p_lse [B, T], p holds logits, and so for q."""
+    path, count, bonus = outs
+    B, T, V = p.shape
+    tokens, parents, u = tokens.int().contiguous(), parents.int().contiguous(), u.double().contiguous()
+    args = n.VerifySampleArgs(B=B, T=T, V=V, mode=n.MODES[mode], tokens=tokens.data_ptr(), parents=parents.data_ptr())
+    args.n_rows, args.u = n_rows.data_ptr(), u.data_ptr()
+    args.p, args.p_type, args.p_stride_b, args.p_stride_t, args.p_lse = p.data_ptr(), n.TYPES[p.dtype], *p.stride()[:2], n.pointer(p_lse)
+    if q is not None:
+        args.q, args.q_type, args.q_stride_b, args.q_stride_t = q.data_ptr(), n.TYPES[q.dtype], *q.stride()[:2]
+        args.q_lse = n.pointer(q_lse)
+    args.path, args.count, args.bonus = path.data_ptr(), count.data_ptr(), bonus.data_ptr()
+    n.run(args, tokens, parents, n_rows, u, p, p_lse, q, q_lse, *outs)
+
+
+def residual_sample(ids: Tensor, p: Tensor, q: Tensor, u: Tensor) -> None:
+    """reference.residual_sample into ids int64 [R]; u float64."""
+    args = n.ResidualSampleArgs(rows=p.shape[0], V=p.shape[1], u=u.data_ptr(), ids=ids.data_ptr())
+    args.p, args.p_type, args.p_stride_t = p.data_ptr(), n.TYPES[p.dtype], p.stride(0)
+    args.q, args.q_type, args.q_stride_t = q.data_ptr(), n.TYPES[q.dtype], q.stride(0)
+    n.run(args, p, q, u, ids)
+
+
+def tree_attention(
+    outs: Outputs, q: Tensor, k: Tensor, v: Tensor, tail_k: Tensor, tail_v: Tensor, ancestors: Tensor, prefix_len: Tensor,
+    page_table: Tensor | None, scale: float, window: int, sink: int, tail_rows: Tensor | None,
+) -> None:  # fmt: skip
+    """o and lse; rows that are not in use give 0 and -inf."""
+    out, lse = outs
+    B, T, Hq, D = q.shape
+    result = torch.empty_like(out) if out.data_ptr() == q.data_ptr() else out  # blocks read q while others write
+    args = n.AttentionArgs(B=B, T=T, Hq=Hq, Hkv=tail_k.shape[2], D=D, type=n.TYPES[q.dtype], scale=scale, window=window, sink=sink)
+    for name, x, axes in (("q", q, "bth"), ("out", result, "bth"), ("lse", lse, "bt"), ("k", k, "bsh"), ("v", v, "bsh")):
+        setattr(args, name, x.data_ptr())
+        for axis, stride in zip(axes, x.stride()):
+            setattr(args, f"{name}_stride_{axis}", stride)
+    for name, x in (("tail_k", tail_k), ("tail_v", tail_v)):
+        setattr(args, name, x.data_ptr())
+        for axis, stride in zip("bth", x.stride()):
+            setattr(args, f"{name}_stride_{axis}", stride)
+    ancestors = ancestors.contiguous()
+    args.ancestors, args.words = ancestors.data_ptr(), ancestors.shape[2]
+    args.prefix_len, args.tail_rows = prefix_len.data_ptr(), n.pointer(tail_rows)
+    args.page, args.pages = k.shape[1], k.shape[0]
+    if page_table is not None:
+        args.page_table, args.table_stride, args.table_width = page_table.data_ptr(), page_table.stride(0), page_table.shape[1]
+    args.chunk = chunk_of(args.page * (args.table_width if page_table is not None else 1))
+    scratch = torch.empty(max(1, n.library().attention_scratch(ctypes.addressof(args)) // 4), device=q.device)
+    args.scratch = scratch.data_ptr()
+    n.run(args, q, result, lse, k, v, tail_k, tail_v, ancestors, prefix_len, tail_rows, page_table, scratch)
+    if result is not out:
+        out.copy_(result)
+
+
+def chunk_of(slots: int) -> int:
+    """Slots whose attention is summed before it joins the rest: by the size of the cache alone, never by what is in it."""
+    chunk = CHUNK
+    while chunk * MOST_CHUNKS < slots:
+        chunk *= 2
+    return chunk
+
+
+def _stats(
+    logits: Tensor, argmax: Tensor | None, lse: Tensor | None, top: Tensor | None, values: Tensor | None, ids: Tensor | None
+) -> None:
+    R, V = logits.shape
+    k = 0 if ids is None else ids.shape[1]
+    args = n.RowStatsArgs(rows=R, V=V, type=n.TYPES[logits.dtype], logits=logits.data_ptr(), stride=logits.stride(0), topk=k)
+    args.argmax, args.lse, args.top, args.values, args.ids = map(n.pointer, (argmax, lse, top, values, ids))
+    scratch = torch.empty(n.library().stats_scratch(R, V, k) // 8, dtype=torch.int64, device=logits.device)
+    tickets = n.tickets(logits.device, R)
+    args.scratch, args.tickets = scratch.data_ptr(), tickets.data_ptr()
+    n.run(args, logits, argmax, lse, top, values, ids, scratch, tickets)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [..., K] as [M, K]; a view where strides allow."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _target(out: Tensor) -> Tensor:
+    """Rows [M, N] for a kernel to write: `out` itself where its strides allow, else a buffer."""
+    if out.is_contiguous():
+        return out.view(-1, out.shape[-1])
+    return torch.empty(out.numel() // out.shape[-1], out.shape[-1], dtype=out.dtype, device=out.device)
+
+
+def _store(rows: Tensor, out: Tensor) -> None:
+    """What a kernel wrote into its buffer is in `out` afterwards."""
+    if rows.data_ptr() != out.data_ptr():
+        out.copy_(rows.view(out.shape))

@@ -1,0 +1,23 @@
+"""quantize_weight: a float weight becomes a low-bit one."""
+
+from torch import Tensor
+
+from ramify.checks import whole
+from ramify.quant import Format, QuantizedWeight, quantize
+
+
+def quantize_weight(
+    w: Tensor, format: str = "int4", group: int = 64, zero_point: bool = False, method: str = "rtn", hessian: Tensor | None = None
+) -> QuantizedWeight:
+    """A weight [N, K] of any float dtype in a low-bit format, always the same for the same weight.
+
+    format: "int8", "fp8", "fp8-b128", a full name such as "int4-g64-zp", or "int4", which takes its group (32, 64, 128) and zero_point
+    from the arguments; other formats do not read them. method: "rtn" (round to nearest), "hqq" (int4 alone) or "gptq", which takes
+    hessian f32 [K, K], 2 X^T X of inputs X [tokens, K]. Raises ValueError for an unknown format or method, K that is no multiple of the
+    group, and weights that are not finite; TypeError for what is no float tensor.
+    """
+    if not isinstance(format, str):
+        raise TypeError(f"quantize_weight: format is {format!r}; takes a name.")
+    if format == "int4":
+        return quantize(w, Format("int4", whole("group", group, 1, "quantize_weight"), bool(zero_point)), method, hessian)
+    return quantize(w, Format.parse(format), method, hessian)

@@ -1,0 +1,58 @@
+"""GPTQ files of AutoGPTQ and GPTQModel (arXiv 2210.17323), 4 bits, and 8 bits where one scale serves a row.
+
+qweight int32 [K / 8, N] packs eight inputs a word, lowest nibble first; qzeros int32 [groups, N / 8] packs eight outputs a word;
+scales [groups, N]; g_idx int32 [K] names the group of each input, and is not k // group under act-order.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ramify.quant.sources.base import Parts, Source, count_groups, group_order, group_size, int4, int8, nibbles, refuse
+from ramify.quant.weight import QuantizedWeight, pack_nibbles
+
+INT = (torch.int32,)
+V1_OFFSET = {4: 0x11111111, 8: 0x01010101}
+"""Version 1 files store zero - 1 in every field, by subtracting this from whole words; adding it back undoes the borrows too."""
+
+
+class Gptq(Source):
+    """quant_method "gptq"."""
+
+    needed = ("qweight", "qzeros", "scales")
+    optional = ("g_idx",)
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        self.bits, self.group = config.get("bits", 4), group_size(config.get("group_size"))
+        if self.bits not in V1_OFFSET:
+            raise refuse("bits", self.bits, "4 or 8")
+        layout = config.get("checkpoint_format") or "gptq"
+        if layout not in ("gptq", "gptq_v2"):
+            raise refuse("checkpoint_format", layout, "gptq or gptq_v2")
+        self.offset = V1_OFFSET[self.bits] if layout == "gptq" else 0
+        other = [rule for rule in config.get("dynamic") or {} if not str(rule).startswith("-:")]
+        if other:
+            raise refuse("the dynamic rule", other[0], 'rules that begin with "-:"')
+
+    def covers(self, module: str) -> bool:
+        """Every linear layer; the head only where the config says so."""
+        return super().covers(module) and (module != "lm_head" or bool(self.config.get("lm_head")))
+
+    def _read(self, parts: Parts) -> QuantizedWeight:
+        per_word = 32 // self.bits
+        qweight = parts.take("qweight", INT, None, None)
+        N, K = parts.sized(qweight.shape[1], per_word * qweight.shape[0])
+        groups = count_groups(parts, K, self.group)
+        scale = parts.scale("scales", groups, N).T
+        words = parts.take("qzeros", INT, groups, -(-N // per_word)) + self.offset
+        zeros = (nibbles(words) if self.bits == 4 else words.view(torch.uint8))[:, :N].T
+        g_idx = parts.look("g_idx", INT, K)
+        perm = None if g_idx is None else group_order(parts, "g_idx", g_idx, groups)
+        packed = qweight.T.contiguous().view(torch.uint8)  # already the canonical order along K
+        if self.bits == 8:
+            return int8(parts, (packed ^ 128).view(torch.int8), scale, zeros ^ 128)
+        if perm is not None:
+            packed = pack_nibbles(nibbles(packed)[:, perm.long()])
+        return int4(parts, packed, scale, zeros, perm)

@@ -1,0 +1,80 @@
+"""ramify's own files: the canonical form itself, so that reading is taking.
+
+A layer has `weight` (the codes), `weight_scale` and, where its format asks for them, `weight_zero` and `weight_perm`, with shapes
+and dtypes as in QuantizedWeight. quantization_config: {"quant_method": "ramify_w4" (int4) or "ramify_w8" (int8, fp8), "format":
+"int4-g64", "method": the quantizer's name, "head": the format of lm_head or null, "modules_to_not_convert": [...], "version": 1}.
+A head among modules_to_not_convert lies in the file dense, and `head` says what the model layer makes of it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ramify.quant.formats import Format
+from ramify.quant.sources.base import Parts, Source, refuse
+from ramify.quant.weight import CODES, QuantizedWeight
+
+VERSION = 1
+FIELDS = {"codes": "weight", "scale": "weight_scale", "zero": "weight_zero", "perm": "weight_perm"}
+"""Part of a QuantizedWeight -> its name in a file."""
+
+
+class Ramify(Source):
+    """quant_method "ramify_w4" and "ramify_w8"."""
+
+    needed = ("weight", "weight_scale")
+    optional = ("weight_zero", "weight_perm")
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        version = config.get("version", VERSION)
+        if version != VERSION:
+            raise refuse("version", version, f"{VERSION}; a newer ramify wrote it")
+        self.format = _format(config.get("format"))
+        self.head = None if config.get("head") is None else _format(config["head"])
+        if config.get("quant_method") != method_of(self.format):
+            raise refuse("quant_method", config.get("quant_method"), f"{method_of(self.format)} for the format {self.format.name}")
+
+    def format_of(self, module: str) -> Format:
+        """The format of one covered layer."""
+        return self.head if module == "lm_head" and self.head is not None else self.format
+
+    def _read(self, parts: Parts) -> QuantizedWeight:
+        form = self.format_of(parts.prefix)
+        codes = parts.take("weight", (CODES[form.kind],), None, None)
+        N, K = parts.sized(codes.shape[0], codes.shape[1] * (2 if form.kind == "int4" else 1))
+        groups = form.scale_shape(N, K)
+        scale = parts.scale("weight_scale", *groups)
+        zero = parts.take("weight_zero", (torch.float16,), *groups) if form.zero_point else None
+        return QuantizedWeight(form, codes, scale, zero, parts.look("weight_perm", (torch.int32,), K))
+
+
+def method_of(form: Format) -> str:
+    """The quant_method of a format."""
+    return "ramify_w4" if form.bits == 4 else "ramify_w8"
+
+
+def config_of(form: Format, method: str = "rtn", head: Format | None = None, dense: Sequence[str] = ("lm_head",)) -> dict[str, Any]:
+    """The quantization_config of a checkpoint in this format. method: the quantizer; dense: layers that are left as they are."""
+    return {
+        "quant_method": method_of(form),
+        "format": form.name,
+        "method": method,
+        "head": None if head is None else head.name,
+        "modules_to_not_convert": list(dense),
+        "version": VERSION,
+    }
+
+
+def stored(prefix: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+    """The tensors of a file that hold this weight as the layer `prefix`."""
+    return {f"{prefix}.{FIELDS[part]}": tensor for part, tensor in weight.state_dict().items()}
+
+
+def _format(name: Any) -> Format:
+    try:
+        return Format.parse(str(name))
+    except ValueError as problem:
+        raise refuse("format", name, str(problem).partition("takes ")[2].rstrip(".")) from None

@@ -1,0 +1,58 @@
+"""torchao weights in safetensors, flattened by its tensor subclasses: int8, int4 (Intx, unpacked; Int4Tensor, plain) and float8.
+
+A layer has `_weight_qdata`, `_weight_scale` and often `_weight_zero_point`. What they are is told by dtypes and shapes:
+int8 [N, K] with scales [N, groups] and int8 zeros (Int8Tensor, IntxUnpackedToInt8Tensor); float8 [N, K] (Float8Tensor); bytes
+[N, K / 2] of signed nibbles, lowest first, with scales and float zeros [groups, N] (Int4Tensor). Pickled checkpoints are not read.
+"""
+
+import torch
+from torch import Tensor
+
+from ramify.quant.formats import Format
+from ramify.quant.sources.base import Parts, Source, int4, int8
+from ramify.quant.weight import SCALES, QuantizedWeight, pack_nibbles
+
+BYTES = (torch.int8, torch.uint8)
+FP8 = torch.float8_e4m3fn
+
+
+class Torchao(Source):
+    """quant_method "torchao"."""
+
+    needed = ("_weight_qdata", "_weight_scale")
+    optional = ("_weight_zero_point", "_weight_act_quant_scale", "_weight_act_quant_zero_point")
+
+    def _read(self, parts: Parts) -> QuantizedWeight:
+        if parts.get(f"{parts.prefix}._weight_act_pre_scale") is not None:
+            raise parts.beyond("scales its inputs (act_pre_scale); takes weights alone")
+        codes = parts.take("_weight_qdata", (*BYTES, FP8), None, None)
+        zero = parts.look("_weight_zero_point", (*SCALES, torch.int8, torch.int32, torch.int64))
+        if zero is not None and zero.is_floating_point():
+            return _plain(parts, codes, zero)
+        N, K = parts.sized(*codes.shape)
+        scale = parts.scale("_weight_scale", None, None)
+        if scale.shape[0] not in (1, N) or K % scale.shape[1]:
+            raise parts.wrong("_weight_scale", f"is {list(scale.shape)}; takes [{N}, groups], [{N}, 1] or [1, 1]")
+        if codes.dtype == FP8:
+            if scale.shape[1] != 1:
+                raise parts.beyond(f"has {scale.shape[1]} float8 scales a row; takes one")
+            return QuantizedWeight(Format("fp8"), codes, scale.expand(N, 1).contiguous())
+        if codes.dtype != torch.int8:
+            raise parts.wrong("_weight_qdata", "is uint8; takes int8 here")
+        if zero is not None and zero.shape != scale.shape:
+            raise parts.wrong("_weight_zero_point", f"is {list(zero.shape)}; takes {list(scale.shape)}, as the scales")
+        if int(codes.min()) < -8 or int(codes.max()) > 7:
+            return int8(parts, codes, scale, zero)
+        unsigned = None if zero is None else zero.to(torch.int16) + 8
+        return int4(parts, pack_nibbles(codes + 8), scale, unsigned)
+
+
+def _plain(parts: Parts, codes: Tensor, zero: Tensor) -> QuantizedWeight:
+    """Int4Tensor: code * scale + zero, which has a canonical form where the zeros are 0."""
+    if codes.dtype == FP8:
+        raise parts.wrong("_weight_qdata", "is float8; takes bytes of two codes where zeros are floats")
+    if bool(zero.any()):
+        raise parts.beyond("has float zeros that are added to code * scale (Int4Tensor); takes zeros of 0, or whole zeros (Intx)")
+    N, _ = parts.sized(codes.shape[0], 2 * codes.shape[1])
+    scale = parts.scale("_weight_scale", None, N)
+    return int4(parts, codes.view(torch.uint8) ^ 0x88, scale.T, None)

@@ -1,0 +1,86 @@
+"""`ramify convert`: what it prints, exit codes, one-line errors."""
+
+import json
+import shutil
+
+import pytest
+
+from ramify.cli import main
+from ramify.cli.convert import progress
+from ramify.model.load import folder_of
+
+TEXT = "import os\n\n\ndef names(path):\n    return sorted(os.listdir(path))\n" * 20
+
+
+def run(capsys, *argv):
+    """(exit code, stdout, stderr) of a command line."""
+    code = main(["convert", *map(str, argv)])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.py"
+    file.write_text(TEXT)
+    return file
+
+
+def test_json(tmp_path, text, capsys):
+    out = tmp_path / "out"
+    code, told, err = run(capsys, "zoo-drafter", out, "--json", "--calibration", text, "--evaluate", text)
+    told = json.loads(told)
+    assert (code, err) == (0, "")
+    assert (told["format"], told["method"], told["head"], told["calibration"]) == ("int4-g64", "gptq", "int8", "text.py")
+    assert told["before"]["tokens"] == told["after"]["tokens"] > 100 and len(told["errors"]) == 14
+    assert (out / "config.json").is_file()
+
+
+def test_a_person_reads_before_and_after(tmp_path, text, capsys):
+    code, told, err = run(capsys, "zoo-drafter", tmp_path / "out", "--to", "int8", "--head", "none", "--evaluate", text)
+    assert (code, err) == (0, "")
+    assert "int8 by rtn" in told and "head as it is" in told
+    for line in ("all tensors, MB", "weight error", "nats a token", "perplexity"):
+        assert line in told
+    assert "tokens of text.py" in told.splitlines()[-1]
+
+
+def test_errors_are_one_line_and_leave_nothing(tmp_path, text, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(folder_of("zoo-drafter"), broken)
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:50_000])
+    copy = tmp_path / "copy"
+    shutil.copytree(folder_of("zoo-drafter"), copy)
+    out = tmp_path / "out"
+    before = sorted(tmp_path.iterdir())
+    cases = [
+        (["zoo-drafter", out, "--to", "int4-g128"], 'tensor "model.layers.0.self_attn.q_proj.weight" has K = 192; int4-g128'),
+        (["zoo-drafter", out, "--to", "int5"], 'format is "int5"; takes int8'),
+        (["zoo-drafter", out, "--method", "best"], 'method is "best"; takes "rtn" or "hqq" or "gptq"'),
+        (["zoo-drafter", out, "--calibration", tmp_path / "absent"], "absent cannot be read"),
+        (["zoo-drafter", text], "exists; takes a new folder"),
+        (["zoo-drafter", tmp_path, "--force"], "is no checkpoint folder"),
+        ([broken, out], "model.safetensors"),
+        ([copy, out, "--method", "gptq"], "calibration is missing"),
+        ([tmp_path / "absent", out], "is no folder"),
+        (["zoo-drafter"], "OUT"),
+    ]
+    for argv, says in cases:
+        code, told, err = run(capsys, *argv)
+        assert (code, told, err.count("\n")) == (2, "", 1) and says in err and err.startswith("ramify ")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_interrupted(tmp_path, capsys, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ramify.cli.convert.progress", stop)
+    assert run(capsys, "zoo-drafter", tmp_path / "out", "--method", "rtn", "--evaluate", __file__)[0] == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_bar_is_off_in_a_pipe(capsys):
+    assert list(progress(range(3))) == [0, 1, 2]
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,104 @@
+"""Every CUDA source builds for every chip that ramify ships for, without a spilled register, and within its register budget.
+
+    RAMIFY_UPDATE_REGISTERS=1 pytest tests/gates/test_cuda_build.py     writes registers.json anew
+
+Runs wherever nvcc is; what it printed for a source is kept under build/ until the source, a header or nvcc changes.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+BASELINE = Path(__file__).with_name("registers.json")
+CEILING = 1.1
+# sm_86 and sm_89 are assembled from the same PTX as sm_80: their front ends differ in nothing that these sources use
+TARGETS = ("arch=compute_80,code=[sm_80,sm_86,sm_89]", *(f"arch=compute_{a},code=sm_{a}" for a in ("90a", "100a", "120a")))
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
+STRICT = "-Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage,-Werror"
+
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: CUDA sources are only emulated here")
+
+
+def compile_all(source, folder):
+    """nvcc's exit code and words for all targets."""
+    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "--threads", "2", f"-I{ROOT / 'csrc'}", STRICT]
+    targets = [f"-gencode={target}" for target in TARGETS]
+    done = subprocess.run([NVCC, *flags, *targets, "-c", source, "-o", folder / "out.o"], capture_output=True, text=True, timeout=280)
+    return done.returncode, done.stdout + done.stderr
+
+
+def registers(text):
+    """arch -> kernel -> registers, from what `ptxas -v` prints."""
+    found = {}
+    for mangled, arch, used in re.findall(r"Compiling entry function '(\S+)' for '(\w+)'[\s\S]*?Used (\d+) registers", text):
+        found.setdefault(arch, {})[_plain(mangled)] = int(used)
+    return found
+
+
+def _plain(mangled):
+    name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
+    name = re.sub(r"\(anonymous namespace\)::|_GLOBAL__N__\w+::|ramify::gpu::|^void |\(.*\)$|\(\w+\)", "", name.strip())
+    return name.partition("(")[0]
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """compiled(source): what the build of one source gave."""
+    version = subprocess.run([NVCC, "--version"], capture_output=True, text=True).stdout
+    headers = [path for kind in ("*.h", "*.cuh") for path in sorted((ROOT / "csrc").rglob(kind)) if "cpu" not in path.parts]
+    shared = b"".join(path.read_bytes() for path in headers) + f"{version}{TARGETS}{STRICT}".encode()
+
+    def call(source):
+        kept = ROOT / "build/nvcc" / f"{source.stem}-{hashlib.sha256(shared + source.read_bytes()).hexdigest()[:16]}.txt"
+        if not kept.exists():
+            code, text = compile_all(source, tmp_path_factory.mktemp("nvcc"))
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(f"{code}\n{text}")
+        code, _, text = kept.read_text().partition("\n")
+        return int(code), text
+
+    return call
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_builds_without_spills_in_its_registers(compiled, source):
+    code, text = compiled(source)
+    assert code == 0, "\n".join(line for line in text.splitlines() if "error" in line) or text[-3000:]
+    found = registers(text)
+    assert set(found) == set(ARCHS)
+    kept = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
+    if os.environ.get("RAMIFY_UPDATE_REGISTERS"):
+        kept[source.name] = {kernel: {arch: found[arch][kernel] for arch in ARCHS} for kernel in sorted(found[ARCHS[0]])}
+        BASELINE.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
+    assert source.name in kept, "no baseline; RAMIFY_UPDATE_REGISTERS=1 writes one"
+    baseline = kept[source.name]
+    assert set(baseline) == set(found[ARCHS[0]]), "kernels came or went; RAMIFY_UPDATE_REGISTERS=1 writes a new baseline"
+    above = [
+        f"{kernel} on {arch}: {found[arch][kernel]} registers, {baseline[kernel][arch]} before"
+        for kernel in baseline
+        for arch in ARCHS
+        if found[arch][kernel] > CEILING * baseline[kernel][arch]
+    ]
+    assert above == []
+
+
+def test_a_spill_is_an_error(tmp_path):
+    """The same flags refuse a kernel that keeps an array where registers do not reach."""
+    source = tmp_path / "spill.cu"
+    source.write_text(
+        "__global__ void __launch_bounds__(1024, 2) spill(float* x) {\n  float v[80];\n"
+        "#pragma unroll\n  for (int i = 0; i < 80; ++i) v[i] = x[i * 1024 + threadIdx.x];\n  __syncthreads();\n"
+        "#pragma unroll\n  for (int i = 0; i < 80; ++i) x[i * 1024 + threadIdx.x] = v[i] * v[79 - i] + v[(i + 7) % 80];\n}\n"
+    )
+    command = [NVCC, "-std=c++17", "-O3", STRICT, "-gencode=arch=compute_80,code=sm_80", "-cubin", source, "-o", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "spill" in done.stdout + done.stderr

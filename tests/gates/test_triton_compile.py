@@ -1,0 +1,247 @@
+"""Every Triton kernel and shipped config, compiled for four chips: registers, spills, shared memory and the instructions it must have.
+
+The most registers a kernel may use stand in baselines/triton-<version>.json, read from the compiler once; a kernel may take a tenth
+more. A kernel without a baseline fails. After a change that is meant:
+
+    python tests/gates/test_triton_compile.py
+"""
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+import triton.language as tl  # noqa: E402
+
+from ramify.testing.triton_compile import Report, compiling, inspect  # noqa: E402
+
+ARCHS = (80, 90, 100, 120)
+PROCESSES = 2
+BASELINE = Path(__file__).parent / "baselines" / f"triton-{triton.__version__}.json"
+BF16, F16, F32, I32, I64 = torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64
+MMA = {80: "HMMA", 90: "HMMA", 100: "HMMA", 120: "HMMA"}
+WIDE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}  # 64 rows and more: Hopper's and Blackwell's own instructions
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+
+
+def meta(*shape, dtype=BF16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def scratch(shape, dtype):
+    return meta(*shape, dtype={"f32": F32, "f64": torch.float64, "i32": I32, "i64": I64}[dtype])
+
+
+def tree_attention(T, D, dtype=BF16, page=0, window=0):
+    from ramify.kernels import attention
+
+    B, Hq, Hkv, S = 2, 32, 8, 8192
+    q, tail = meta(B, T, Hq, D, dtype=dtype), meta(B, T, Hkv, D, dtype=dtype)
+    cache = meta(B * S // page, page, Hkv, D, dtype=dtype) if page else meta(B, S, Hkv, D, dtype=dtype)
+    words, lengths, table = meta(B, T, -(-T // 64), dtype=I64), meta(B, dtype=I32), meta(B, S // page, dtype=I32) if page else None
+    attention.tree_attention(
+        q, cache, cache, tail, tail, words, lengths, table,
+        1 / math.sqrt(D), window, 4 if window else 0, lengths if page else None, meta(*q.shape, dtype=dtype),
+        meta(B, T, Hq, dtype=F32), scratch,
+    )  # fmt: skip
+
+
+def interval_attention(T, D, dtype=BF16):
+    from ramify.kernels import interval
+
+    q, k, at = meta(2, T, 32, D, dtype=dtype), meta(2, 4096, 8, D, dtype=dtype), meta(2, T, dtype=I32)
+    interval.interval_attention(q, k, k, at, at, 0.1, q, meta(2, T, 32, dtype=F32))
+
+
+def merge_states():
+    from ramify.kernels import interval
+
+    interval.merge_states(meta(64, 128), meta(64, dtype=F32), meta(64, 128), meta(64, dtype=F32), meta(64, 128), meta(64, dtype=F32))
+
+
+def sample(name):
+    from ramify.kernels import sample
+
+    F64, logits, rows = torch.float64, meta(2, 64, 128256), meta(2, 64, dtype=I32)
+    per_sequence = meta(2, dtype=I32), meta(2, dtype=F32), meta(2, dtype=I64), meta(2, dtype=I32)
+    stats = rows, meta(2, 64, dtype=F32), meta(2, 64, dtype=F64)
+    q, count = meta(2, 64, 128256, dtype=F32), meta(2, dtype=I32)
+    {
+        "draw_rows": lambda: sample.draw_rows(logits, rows, *per_sequence, scratch),
+        "judge": lambda: sample.judge(logits, q, *stats, rows, rows, *per_sequence, True, rows, count, count, scratch),
+        "residual_sample": lambda: sample.residual_sample(q[0], q[0], meta(64, dtype=F64), meta(64, dtype=I32), scratch),
+    }[name]()
+
+
+def glue(name):
+    from ramify.kernels import glue
+
+    table, x = meta(4096, 64, dtype=F32), meta(8, 4096)
+    {
+        "rms_norm": lambda: glue.rms_norm(x, meta(4096), None, x, None, 1e-6),
+        "rms_norm residual": lambda: glue.rms_norm(x, meta(4096), x, x, x, 1e-6),
+        "rope": lambda: glue.rope(meta(8, 32, 128), table, table, meta(8, dtype=I32), meta(8, 32, 128)),
+        "silu_mul": lambda: glue.silu_mul(meta(8, 28672), meta(8, 14336)),
+        "embed": lambda: glue.embed(meta(8, dtype=I32), meta(128256, 4096), x),
+    }[name]()
+
+
+def verify(name):
+    from ramify.kernels import verify
+
+    logits, rows, vector = meta(64, 128256), meta(2, 64, dtype=I32), meta(64, dtype=I32)
+    {
+        "row_stats": lambda: verify.row_stats(logits, vector, meta(64, dtype=F32), meta(64, dtype=F32), scratch),
+        "topk_logits": lambda: verify.topk_logits(logits, meta(64, 8), meta(64, 8, dtype=I32), scratch),
+        "topk_logits 32": lambda: verify.topk_logits(logits, meta(64, 32), meta(64, 32, dtype=I32), scratch),
+        "verify_greedy": lambda: verify.verify_greedy(rows, rows, rows, vector, rows, vector, vector),
+    }[name]()
+
+
+def place(page):
+    from ramify.kernels import kv
+
+    tail, lengths = meta(4, 2, 16, 8, 128), meta(2, dtype=I32)
+    cache = meta(4, 256, 64, 8, 128) if page else meta(4, 2, 8192, 8, 128)
+    kv.place(tail, tail, cache, cache, meta(2, 16, dtype=I32), lengths, lengths, meta(2, 128, dtype=I32) if page else None)
+
+
+# name -> (launch, instructions that the first kernel of the launch must have, by chip or for all)
+CASES = {
+    **{name: (lambda name=name: glue(name), ("LDG.E.128",)) for name in ("rms_norm", "rms_norm residual", "silu_mul", "embed")},
+    "rope": (lambda: glue("rope"), ()),
+    **{name: (lambda name=name: verify(name), ("LDG.E.128",)) for name in ("row_stats", "topk_logits", "topk_logits 32")},
+    "verify_greedy": (lambda: verify("verify_greedy"), ()),
+    "kv_commit": (lambda: place(0), ()),
+    "kv_commit paged": (lambda: place(64), ()),
+    **{name: (lambda name=name: sample(name), ("LDG.E.128",)) for name in ("draw_rows", "judge", "residual_sample")},
+    "merge_states": (merge_states, ()),
+    "interval_attention D128": (lambda: interval_attention(512, 128), (WIDE, "LDGSTS")),
+    "tree_attention T1 D128": (lambda: tree_attention(1, 128), (MMA, "LDGSTS")),
+    "tree_attention T8 D64": (lambda: tree_attention(8, 64), (MMA, "LDGSTS")),
+    "tree_attention T16 D128": (lambda: tree_attention(16, 128), (WIDE, "LDGSTS")),
+    "tree_attention T16 D96 f16": (lambda: tree_attention(16, 96, F16), (WIDE, "LDGSTS")),
+    "tree_attention T64 D128": (lambda: tree_attention(64, 128), (WIDE, "LDGSTS")),
+    "tree_attention T64 D256": (lambda: tree_attention(64, 256), (WIDE, "LDGSTS")),
+    "tree_attention T16 D128 paged window": (lambda: tree_attention(16, 128, page=64, window=1024), (WIDE, "LDGSTS")),
+    "tree_attention T16 D128 f32": (lambda: tree_attention(16, 128, F32), ("LDGSTS",)),
+}
+
+
+def compile_part(part):
+    """Print the reports of every PROCESSES-th (case, chip), a JSON line each. Runs in a process of its own."""
+    for case, arch in list(itertools.product(CASES, ARCHS))[part::PROCESSES]:
+        with compiling(arch) as kernels:
+            CASES[case][0]()
+        print(json.dumps([case, arch, [asdict(inspect(kernel)) for kernel in kernels]]), flush=True)
+
+
+def compile_all():
+    """(case, chip) -> reports of the kernels that the case launches."""
+    environment = {**os.environ, "TRITON_DEFAULT_FP_FUSION": "1"}  # what 3.9 does anyway, with a warning
+    workers = [
+        subprocess.Popen([sys.executable, __file__, str(part)], stdout=subprocess.PIPE, env=environment, text=True)
+        for part in range(PROCESSES)
+    ]
+    lines = [line for worker in workers for line in worker.communicate()[0].splitlines()]
+    assert all(worker.returncode == 0 for worker in workers)
+    return {(case, arch): [Report(**each) for each in found] for case, arch, found in map(json.loads, lines)}
+
+
+@pytest.fixture(scope="module")
+def reports():
+    return compile_all()
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("case", CASES)
+def test_kernel(reports, case, arch):
+    limits = json.loads(BASELINE.read_text()) if BASELINE.exists() else pytest.skip(f"no baseline of triton {triton.__version__}")
+    need = [word[arch] if isinstance(word, dict) else word for word in CASES[case][1]]
+    faults = []
+    for i, report in enumerate(reports[case, arch]):
+        most = limits.get(case, {}).get(f"sm_{arch}", {}).get(report.name)
+        assert most is not None, f"{report.name} of {case} has no baseline: run {Path(__file__).name}"
+        faults += report.faults(registers=min(255, int(most * 1.1) + 1), need=() if i else need)
+    assert faults == []
+
+
+def test_every_kernel_is_here():
+    """Each @triton.jit function that a launch names is compiled by some case."""
+    from ramify import kernels
+
+    folder = Path(kernels.__file__).parent
+    launched = {word.split("[")[0].strip() for path in folder.glob("*.py") for word in path.read_text().splitlines() if "[(" in word}
+    launched = {name for name in launched if name.startswith("_")}
+    known = {name for case in json.loads(BASELINE.read_text()).values() for arch in case.values() for name in arch}
+    assert launched and launched <= known
+
+
+# ---- the tester, tested
+
+
+@triton.jit
+def _product(a, b, c, K, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, TENSOR_CORE: tl.constexpr):
+    i, j, k = tl.arange(0, ROWS), tl.arange(0, COLS), tl.arange(0, DEPTH)
+    acc = tl.zeros([ROWS, COLS], tl.float32)
+    for lo in range(0, K, DEPTH):
+        x = tl.load(a + i[:, None] * K + lo + k[None, :])
+        y = tl.load(b + (lo + k)[:, None] * COLS + j[None, :])
+        if TENSOR_CORE:
+            acc = tl.dot(x, y, acc)
+        else:
+            acc += tl.sum(x.to(tl.float32)[:, :, None] * y.to(tl.float32)[None, :, :], 1)
+    tl.store(c + i[:, None] * COLS + j[None, :], acc)
+
+
+def product(arch, rows=64, depth=32, warps=4, stages=2, tensor_core=True):
+    a, b, c = meta(rows, 1024), meta(1024, rows), meta(rows, rows, dtype=F32)
+    with compiling(arch) as kernels:
+        _product[(1,)](a, b, c, 1024, ROWS=rows, COLS=rows, DEPTH=depth, TENSOR_CORE=tensor_core, num_warps=warps, num_stages=stages)
+    return inspect(kernels[0])
+
+
+def test_a_config_that_spills_is_caught():
+    assert product(80).faults(need=("HMMA", "LDGSTS")) == []
+    faults = product(80, rows=128, warps=1).faults()
+    assert len(faults) == 1 and "_product on sm_80: spills" in faults[0]
+
+
+def test_a_missing_tensor_core_instruction_is_caught():
+    assert product(80, rows=16, depth=16, tensor_core=False).faults(need=("HMMA",)) == ["_product on sm_80: no HMMA instruction."]
+
+
+def test_too_much_shared_memory_is_caught():
+    """Compiling does not look at the limit; the first launch would fail."""
+    faults = product(80, rows=128, depth=128, warps=8, stages=4).faults()
+    assert any("bytes of shared memory; takes 166912" in fault for fault in faults)
+
+
+def test_too_many_registers_are_caught():
+    report = product(80)
+    assert report.faults(registers=report.registers) == []
+    assert "registers a thread" in report.faults(registers=report.registers - 1)[0]
+
+
+def write_baseline():
+    found = {}
+    for (case, arch), reports in sorted(compile_all().items()):
+        found.setdefault(case, {})[f"sm_{arch}"] = {report.name: report.registers for report in reports}
+        for report in reports:
+            print(case, report, *report.faults(), sep="\n    ")
+    BASELINE.parent.mkdir(exist_ok=True)
+    BASELINE.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    compile_part(int(sys.argv[1])) if len(sys.argv) > 1 else write_baseline()

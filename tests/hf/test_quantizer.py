@@ -1,0 +1,147 @@
+"""Low-bit folders through transformers' own from_pretrained and save_pretrained."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+import ramify
+from ramify.hf import LowBitLinear, RamifyConfig
+from ramify.quant import QuantizedWeight
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 192,
+    "max_position_embeddings": 64,
+}
+FORMATS = ["int4-g32", "int4-g64-zp", "int8", "fp8", "fp8-b128"]
+TOKENS = torch.arange(7)[None] * 5
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """Folders of tiny models, by dtype: Qwen2 has biases, Llama here ties its embeddings."""
+    made = {}
+    for name, config in {"qwen2": Qwen2Config(**SIZES), "llama": LlamaConfig(**SIZES, tie_word_embeddings=True)}.items():
+        torch.manual_seed(0)
+        made[name] = tmp_path_factory.mktemp(name)
+        model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+        for parameter in model.parameters():
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
+        model.save_pretrained(made[name])
+    return made
+
+
+def load(folder, **options):
+    """The model, with every complaint of the loader an error."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def low_bit(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowBitLinear)}
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@pytest.mark.parametrize("form", FORMATS)
+def test_quantised_saved_and_loaded_alike(dense, tmp_path, family, form):
+    model = load(dense[family], quantization_config=RamifyConfig(form))
+    layers = low_bit(model)
+    assert len(layers) == 14 and {layer.format.name for layer in layers.values()} == {form}
+    assert type(model.lm_head) is torch.nn.Linear
+    plain = load(dense[family], dtype=torch.bfloat16)
+    for name, layer in layers.items():
+        w = plain.get_submodule(name).weight.detach().float()
+        error = (layer.quantized.dequantize() - w).norm() / w.norm()
+        assert error < {"int4": 0.2, "int8": 0.01, "fp8": 1 / 16}[layer.format.kind]  # e4m3 rounds by 1/16 at most; the others by a step
+        plain.get_submodule(name).weight.data = layer.quantized.dequantize().bfloat16()
+    with torch.no_grad():
+        logits = model(TOKENS).logits
+        want = plain.eval()(TOKENS).logits.float()
+        assert (logits.float() - want).std() < 0.1 * want.std()  # the inputs of these layers are rounded to int8, all sums to bfloat16
+        model.save_pretrained(tmp_path)
+        again = load(tmp_path)
+        assert torch.equal(again(TOKENS).logits, logits)
+    assert low_bit(again).keys() == layers.keys()
+    stored = load_file(tmp_path / "model.safetensors")
+    for name, layer in layers.items():
+        for key, tensor in layer.named_buffers():
+            theirs = stored[f"{name}.{key}"]
+            assert theirs.dtype == tensor.dtype and torch.equal(theirs.view(torch.uint8), tensor.view(torch.uint8))
+    assert again.config.quantization_config.format == form
+
+
+def test_ramify_loads_what_transformers_saved(dense, tmp_path):
+    model = load(dense["llama"], quantization_config=RamifyConfig("int4-g64"), dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    ours = ramify.load(tmp_path, dtype="fp32")
+    cache = ours.new_cache([16])
+    rows = []
+    ours.prefill([TOKENS[0].tolist()], cache, rows_out=lambda slot, tokens, out: rows.append(torch.tensor(out.logits)))
+    with torch.no_grad():
+        theirs = model(TOKENS).logits[0]
+    assert (rows[0] - theirs).abs().max() < 1e-4  # float32, sums in other orders
+
+
+def test_a_file_with_an_order_of_inputs(dense, tmp_path):
+    model = load(dense["llama"], quantization_config=RamifyConfig("int4-g64"))
+    layer = model.model.layers[1].mlp.down_proj
+    perm = torch.randperm(192).int()
+    layer.weight_perm = perm
+    layer._buffers["weight_scale"] = layer.weight_scale.half()
+    with torch.no_grad():
+        logits = model(TOKENS).logits
+        model.save_pretrained(tmp_path)
+        again = load(tmp_path)
+        assert torch.equal(again.model.layers[1].mlp.down_proj.weight_perm, perm)
+        assert again.model.layers[1].mlp.down_proj.weight_scale.dtype == torch.float16
+        assert torch.equal(again(TOKENS).logits, logits)
+
+
+def test_layers_left_dense(dense, tmp_path):
+    model = load(dense["qwen2"], quantization_config=RamifyConfig("int8", modules_to_not_convert=["layers.0", "down_proj"]))
+    assert all(name.startswith("model.layers.1.") and "down_proj" not in name for name in low_bit(model)) and len(low_bit(model)) == 6
+    model.save_pretrained(tmp_path)
+    assert low_bit(load(tmp_path)).keys() == low_bit(model).keys()
+
+
+def test_refusals(dense):
+    with pytest.raises(ramify.UnsupportedModelError, match="version 2.*newer"):
+        RamifyConfig("int8", version=2)
+    with pytest.raises(ValueError, match='format is "int5".*int4-g64'):
+        RamifyConfig("int5")
+    with pytest.raises(ValueError, match=r'down_proj" has 192 inputs; int4-g128 takes multiples of 128'):
+        load(dense["llama"], quantization_config=RamifyConfig("int4-g128"))
+
+
+def test_casts_leave_codes_and_scales(dense):
+    layer = LowBitLinear.of(load(dense["qwen2"], quantization_config=RamifyConfig("fp8")).model.layers[0].mlp.up_proj.quantized)
+    before = layer.quantized
+    layer.bfloat16()
+    assert (layer.weight.dtype, layer.weight_scale.dtype) == (torch.float8_e4m3fn, torch.float32)
+    assert torch.equal(layer.quantized.dequantize(), before.dequantize())
+    assert isinstance(layer.quantized, QuantizedWeight) and layer.quantized is layer.quantized
+
+
+ORDERS = ["import ramify, transformers.modeling_utils", "import transformers.quantizers.auto, ramify"]
+"""In the first, transformers' quantizers are imported by a module that is not whole yet."""
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_import_ramify_is_enough(order):
+    code = f"""if True:
+        {order}
+        import sys
+        from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+        print("ramify_w4" in AUTO_QUANTIZER_MAPPING, "ramify_w8" in AUTO_QUANTIZER_MAPPING)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "True"], done.stderr
