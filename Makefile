@@ -40,6 +40,8 @@ format: $(VENV)/.test
 
 bench: $(VENV)/.built $(VENV)/.bench
 	$(BIN)/python -m benchmarks.end_to_end --json $(RESULTS)/end_to_end.json --plot $(RESULTS)/end_to_end.png
+	$(BIN)/python -m benchmarks.linear --json $(RESULTS)/linear.json --plot $(RESULTS)/linear.png
+	$(BIN)/python -m benchmarks.step --json $(RESULTS)/step.json --plot $(RESULTS)/step.png
 	$(BIN)/python -m benchmarks.tree_attention --json $(RESULTS)/tree_attention.json --plot $(RESULTS)/tree_attention.png
 
 docs: $(VENV)/.built

@@ -1,9 +1,10 @@
 """Whole generations, against transformers: `python -m benchmarks.end_to_end [--quick] [--json F] [--plot F]`.
 
 Every way to decode continues the same held-out Python sources, in turns and in one process: transformers `generate` in bf16
-and fp32 (the faster counts), its prompt lookup, its assistant model; ramify plain and with each method. Two models: the zoo's, and a
-160 M Llama of random weights, whose text is noise and whose step is bound by the bytes of its weights. A lossless ramify method whose
-greedy text is not plain's, token for token, prints no speed.
+and fp32 (the faster counts), its prompt lookup, its assistant model; llama.cpp on the same weights in Q4_0; ramify plain and with
+each method, in bf16 and in low-bit weights. Two models: the zoo's, and a 160 M Llama of random weights, whose text is noise and
+whose step is bound by the bytes of its weights. A lossless ramify method whose greedy text is not that of plain decoding of the
+same weights, token for token, prints no speed.
 """
 
 import argparse
@@ -16,7 +17,6 @@ from typing import Any
 from benchmarks import engines, plots, probes, report
 from benchmarks.harness import Entry, Plan, Timing, measure
 
-BYTES = {"bf16": 2, "f32": 4}
 AXES = {"model": ("zoo", "160m"), "temperature": ("0", "0.8")}
 QUICK = {"model": ("zoo", "tiny"), "temperature": ("0",)}
 
@@ -58,12 +58,13 @@ class Contest:
         except ValueError:
             tokenizer = None
         self.prompts = prompts(tokenizer, options.prompts, options.prompt_tokens)
-        self.weights = engines.weights_read(self.folder)
         entries = engines.transformers_entries(self.folder, drafter, ("bf16", "f32"))
-        entries |= engines.ramify_entries(self.folder, drafter, options.methods)
+        entries |= engines.llama_cpp_entries(self.folder, options.prompt_tokens + options.new_tokens)
+        entries |= engines.ramify_entries(self.folder, drafter, options.methods, options.weights)
         words = report.chosen(options)[1]
         self.entries = {name: entry for name, entry in entries.items() if not words or any(word in name for word in words)}
-        self.read = {dtype: probe.read(self.weights * size, limits.threads) for dtype, size in BYTES.items()}
+        sizes = {facts["bytes"] for call, facts in self.entries.values() if call}
+        self.read = {size: probe.read(size, limits.threads) for size in sizes}  # bytes that a step reads -> GB/s
 
     def run(self, temperature: float, plan: Plan) -> list[dict]:
         """Rows of every provider at one temperature."""
@@ -111,7 +112,7 @@ class Contest:
         tokens, steps = sum(len(run.tokens) for run in runs), sum(run.steps for run in runs)
         step = sum(run.decode_seconds for run in runs) / max(1, sum(run.decode_steps for run in runs))
         forward = sum(run.phases.get("forward", 0.0) for run in runs) / max(1, steps) or step
-        floor = self.weights * BYTES[row["dtype"]] / self.read[row["dtype"]] / 1e9
+        floor = row["bytes"] / self.read[row["bytes"]] / 1e9
         parts = {"median": [t.median for t in times], "p20": [t.quantile(0.2) for t in times], "p80": [t.quantile(0.8) for t in times]}
         row["us"] = {name: round(1e6 * sum(values) / tokens, 2) for name, values in parts.items()}
         row["bursts"] = {"clean": sum(len(t.clean) for t in times), "disturbed": sum(len(t.disturbed) for t in times)}
@@ -123,15 +124,16 @@ class Contest:
             "tokens_per_step": round(tokens / steps, 3),
             "ms_per_step": round(1e3 * step, 4),
         }
-        if row["baseline"] or runs[0].phases:  # a step of transformers' assisted modes holds the second model's work too
+        if row["backend"] != "transformers" or row["baseline"]:  # a step of its assisted modes holds the second model's work too
             row |= {"floor_us": round(1e6 * floor, 2), "share_of_floor": round(floor / forward, 4)}
         if runs[0].phases:
             row["seconds"] = {phase: round(sum(run.phases[phase] for run in runs), 6) for phase in runs[0].phases}
 
     def _identity(self, rows: dict[str, dict], runs: dict[str, list[engines.Run]], temperature: float) -> None:
-        """Whether each provider's text is that of ramify plain; lossless methods must agree where nothing is drawn at random."""
-        plain = runs.get("ramify plain")
-        for name in runs if plain else ():
+        """Whether each text is that of ramify plain on the same weights; lossless methods must agree where nothing is drawn at random."""
+        for name in runs:
+            if (plain := runs.get(plain_of(name))) is None:
+                continue
             pairs = list(zip(self.prompts, plain, runs[name]))
             parts = [(at, module) for module, a, b in pairs if (at := parting(a.tokens, b.tokens)) is not None]
             rows[name]["identical"] = f"{len(pairs) - len(parts)}/{len(pairs)}"
@@ -148,12 +150,18 @@ def parting(a: Sequence[int], b: Sequence[int]) -> int | None:
     return next((at for at, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
+def plain_of(name: str) -> str:
+    """The provider that decodes plainly with the weights of ramify's provider `name`; of another's, ramify plain in bf16."""
+    ramify, comma, weights = name.partition(", ")
+    return f"ramify plain{comma}{weights}" if ramify.startswith("ramify") else "ramify plain"
+
+
 def finish(rows: Sequence[dict]) -> None:
-    """Ratios: against the fastest plain transformers of the same model and temperature, and against ramify plain."""
+    """Ratios: against the fastest plain transformers of the same model and temperature, and against ramify plain on the same weights."""
     report.finish(rows, None)
-    plain = next((row for row in rows if row["provider"] == "ramify plain" and row["status"] == "ok"), None)
-    for row in rows:
-        if plain and row["status"] == "ok":
+    good = {row["provider"]: row for row in rows if row["status"] == "ok"}
+    for name, row in good.items():
+        if plain := good.get(plain_of(name)):
             row["over_plain"] = round(plain["us"]["median"] / row["us"]["median"], 4)
 
 
@@ -177,18 +185,29 @@ def verdict(rows: Sequence[dict]) -> str:
     """One clause per model and temperature."""
     clauses = []
     for key in dict.fromkeys(map(_part, rows)):
-        here = [row for row in rows if _part(row) == key and row["status"] == "ok" and ours(row)]
-        plain = next((row for row in here if row["provider"] == "ramify plain"), None)
+        here = {row["provider"]: row for row in rows if _part(row) == key and row["status"] == "ok"}
+        plain = here.get("ramify plain")
         if plain is None:
             clauses.append(f"{key[0]} at {key[1]:g}: ramify was not measured")
             continue
         ratio = f"{plain['ratio']:.2f}x transformers, " if "ratio" in plain else ""
-        clause = f"{key[0]} at {key[1]:g}: plain {ratio}{report.share(plain)} of the weight-read floor"
-        if best := max((row for row in here if row is not plain), key=lambda row: row["over_plain"], default=None):
-            clause += f", best {best['provider'].removeprefix('ramify ')} {best['over_plain']:.2f}x plain"
+        clause = f"{key[0]} at {key[1]:g}: plain {ratio}{report.share(plain)} of the weight-read floor{_best(here, 'ramify plain')}"
+        for name, row in here.items():
+            if name.startswith("ramify plain, "):
+                clause += f"; {row['dtype']} {plain['us']['median'] / row['us']['median']:.2f}x plain in bf16"
+                if other := here.get("llama.cpp Q4_0"):
+                    clause += f", step {row['ms_per_step'] / other['ms_per_step']:.2f} of llama.cpp Q4_0's"
+                clause += _best(here, name)
         clauses.append(clause)
     wrong = sum(row["status"] in ("wrong", "failed") for row in rows)
     return "; ".join([*clauses, f"{wrong} wrong or failed"])
+
+
+def _best(rows: dict[str, dict], plain: str) -> str:
+    """The fastest method on the weights of provider `plain`, "" when there is none."""
+    others = [row for name, row in rows.items() if plain_of(name) == plain != name and ours(row)]
+    best = max(others, key=lambda row: row["over_plain"], default=None)
+    return f", best {best['provider'].removeprefix('ramify ')} {best['over_plain']:.2f}x that" if best else ""
 
 
 def _part(row: dict) -> tuple[str, float]:
@@ -212,11 +231,13 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = report.arguments(__doc__.splitlines()[0])
     parser.add_argument("--zoo", type=Path, metavar="FOLDER", help="folder of target/ and drafter/ (default: the one in the package)")
     parser.add_argument("--methods", default="", metavar="NAME,NAME", help="ramify methods (default: plain and what `auto` picks among)")
+    parser.add_argument("--weights", default="int4-g64", metavar="FORMAT,FORMAT", help="low-bit weights of ramify beside bf16")
     parser.add_argument("--prompts", type=int, help="how many held-out sources (default: 6, quick 2)")
     parser.add_argument("--prompt-tokens", type=int, help="tokens of each (default: 256, quick 32)")
     parser.add_argument("--new-tokens", type=int, help="tokens to generate (default: 128, quick 12)")
     options = parser.parse_args(arguments)
     options.methods = [name for name in options.methods.split(",") if name]
+    options.weights = [name for name in options.weights.split(",") if name]
     for name, full, quick in (("prompts", 6, 2), ("prompt_tokens", 256, 32), ("new_tokens", 128, 12)):
         value = getattr(options, name)
         setattr(options, name, (quick if options.quick else full) if value is None else value)
@@ -253,7 +274,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             show(found)
             rows += found
     text = verdict([row for row in rows if row["provider"] != "all"])
-    print("\nratio: over the fastest plain transformers. floor: one read of the weights a step; same text: as ramify plain.")
+    print("\nratio: over the fastest plain transformers. floor: one read of the weights a step.")
+    print("over plain, same text: of ramify plain on the same weights.")
     print(f"verdict: {text}")
     return report.last(report.document("end_to_end", options, plan, limits, rows, text), options, plots.end_to_end, ours)
 

@@ -1,4 +1,4 @@
-"""What decodes in end_to_end: transformers and ramify, each behind one call that returns a Run; and the models they decode."""
+"""What decodes in end_to_end: transformers, llama.cpp and ramify, each behind one call that returns a Run; and the models they decode."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class Shape:
 
 SHAPES = {
     "160m": Shape("160 M parameter Llama, random weights", hidden=768, layers=12, heads=12, inner=3072, vocabulary=32000),
+    "15m": Shape("15 M parameter Llama, random weights", hidden=256, layers=8, heads=4, inner=768, vocabulary=16384),
     "tiny": Shape("tiny Llama, random weights", hidden=128, layers=2, heads=2, inner=256, vocabulary=4096),
 }
 
@@ -152,11 +154,11 @@ def transformers_entries(folder: Path, drafter: Path | None, dtypes: tuple[str, 
     entries: dict[str, tuple[Generate | None, dict]] = {}
     for dtype, engine in engines.items():
         slow = seconds[dtype] / seconds[best]
-        facts = {"dtype": dtype, "backend": "transformers", "baseline": True}
+        facts = {"dtype": dtype, "backend": "transformers", "baseline": True, "bytes": weights_read(folder) * named[dtype].itemsize}
         if slow > 2:
             facts["reason"] = f"{slow:.1f} times slower than {best} in a first look"
         entries[f"transformers generate, {dtype}"] = (None if slow > 2 else engine.run, facts)
-    engine, facts = engines[best], {"dtype": best, "backend": "transformers", "baseline": False}
+    engine, facts = engines[best], {**entries[f"transformers generate, {best}"][1], "baseline": False}
     lookup = "transformers prompt lookup"
     entries[lookup] = (lambda *a: engine.run(*a, prompt_lookup_num_tokens=10), facts)
     if drafter:
@@ -172,34 +174,70 @@ def _first_look(engine: Transformers) -> float:
     return engine.run(list(range(1, 17)), 8, 0.0, 0).decode_seconds
 
 
-def ramify_entries(folder: Path, drafter: Path | None, methods: list[str]) -> dict[str, tuple[Generate | None, dict]]:
-    """The same for ramify: one entry per method, all on one model."""
+def ramify_entries(folder: Path, drafter: Path | None, methods: list[str], weights: list[str]) -> dict[str, tuple[Generate | None, dict]]:
+    """The same for ramify: one entry per method in bf16, and for each low-bit format of `weights` one more, named after it."""
     from benchmarks.report import isa
 
-    facts = {"dtype": "bf16", "backend": f"ramify {isa()}", "baseline": False}
+    entries: dict[str, tuple[Generate | None, dict]] = {}
     try:
         import ramify
 
-        model = ramify.load(folder, dtype="bf16")
         second = ramify.load(drafter, dtype="bf16") if drafter else None
         names = methods or default_methods()
     except (ImportError, AttributeError, OSError) as error:
-        return {"ramify plain": (None, {**facts, "reason": f"{type(error).__name__}: {error}".splitlines()[0], "status": "not installed"})}
+        return {"ramify plain": (None, {**_ramify_facts("bf16", isa()), "reason": _first_line(error), "status": "not installed"})}
+    for format in ("bf16", *weights):
+        facts, suffix = _ramify_facts(format, isa()), "" if format == "bf16" else f", {format}"
+        try:
+            model = ramify.load(folder, dtype="bf16", **({} if format == "bf16" else {"weights": format}))
+        except (OSError, ValueError) as error:
+            entries[f"ramify plain{suffix}"] = (None, {**facts, "reason": _first_line(error), "status": "failed"})
+            continue
+        facts["bytes"] = model.weights.step_bytes
+        for name in names:
+            if second is None and needs_model(name):
+                entries[f"ramify {name}{suffix}"] = (None, {**facts, "reason": NO_SECOND})
+            else:
+                entries[f"ramify {name}{suffix}"] = (_ramify_run(model, second, name), facts)
+    return entries
 
-    def run(method: str, prompt: list[int], new_tokens: int, temperature: float, seed: int) -> Run:
+
+def _ramify_facts(format: str, isa: str) -> dict[str, Any]:
+    return {"dtype": format, "backend": f"ramify {isa}", "baseline": False}
+
+
+def _ramify_run(model: Any, second: Any, method: str) -> Generate:
+    import ramify
+
+    def run(prompt: list[int], new_tokens: int, temperature: float, seed: int) -> Run:
         [out] = ramify.generate(
             model, [prompt], method=method, drafter=second, max_new_tokens=new_tokens, temperature=temperature, seed=seed
         )
         spent = sum(seconds for phase, seconds in out.stats.seconds.items() if phase != "prefill")
         return Run(list(out.token_ids), out.stats.steps, spent, out.stats.steps, dict(out.stats.seconds))
 
-    entries: dict[str, tuple[Generate | None, dict]] = {}
-    for name in names:
-        if second is None and needs_model(name):
-            entries[f"ramify {name}"] = (None, {**facts, "reason": NO_SECOND})
-        else:
-            entries[f"ramify {name}"] = (lambda *a, name=name: run(name, *a), facts)
-    return entries
+    return run
+
+
+def llama_cpp_entries(folder: Path, slots: int) -> dict[str, tuple[Generate | None, dict]]:
+    """The same for llama.cpp, on the same weights in Q4_0. slots: tokens of the longest text."""
+    from benchmarks.peers import llama_model
+
+    name, facts = f"llama.cpp {llama_model.TYPE}", {"dtype": llama_model.TYPE, "backend": "llama.cpp", "baseline": False}
+    if reason := llama_model.missing():
+        return {name: (None, {**facts, "reason": reason, "status": "not installed"})}
+    try:
+        with TemporaryDirectory() as temporary:
+            file = Path(temporary) / "model.gguf"
+            facts["bytes"] = llama_model.convert(folder, file)
+            engine = llama_model.Engine(file, slots)
+    except (OSError, RuntimeError, ValueError) as error:
+        return {name: (None, {**facts, "reason": _first_line(error), "status": "failed"})}
+    return {name: (engine.run, facts)}
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def needs_model(method: str) -> bool:

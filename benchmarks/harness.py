@@ -76,11 +76,12 @@ class Plan:
 
 @dataclass
 class Entry:
-    """One peer of a cell: `call(*copies[i])`, with i going round."""
+    """One peer of a cell: `call(*copies[i])`, with i going round. parts: equal calls of the op inside one, such as nodes of a graph."""
 
     name: str
     call: Callable[..., Any]
     copies: Sequence[tuple]
+    parts: int = 1
     next: int = 0
 
     def once(self) -> Any:
@@ -168,6 +169,7 @@ def _calls(entry: Entry, plan: Plan, machine: Machine) -> int:
     if plan.warm:
         entry.once()  # first touch: pages, pools, lazy set-up
     least, most = plan.calls
+    least = -(-least // entry.parts)
     if least == most:
         return least
     start = machine.now()
@@ -182,7 +184,7 @@ def _burst(entry: Entry, count: int, plan: Plan, machine: Machine, timing: Timin
     for _ in range(count):
         start = machine.now()
         entry.once()
-        calls.append(machine.now() - start)
+        calls.append((machine.now() - start) / entry.parts)
     whole, after = machine.now() - begun, machine.kept_off()
     disturbed = off is not None and after is not None and after - off > plan.dirty * whole
     (timing.disturbed if disturbed else timing.clean).append(calls)

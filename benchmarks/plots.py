@@ -78,15 +78,106 @@ def end_to_end(doc: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+LINEAR = {"ramify int4-g64": (OURS, "-", 2.2), "ramify int8": (OURS, "--", 1.2), "ramify bf16": (OURS, ":", 1.2)}
+"""The rows of ramify that the picture of `linear` shows: colour, line and width."""
+
+STEPS = {"torch int4pack_mm g128": ":", "onnxruntime int4 b128": "-.", "llama.cpp Q4_0": "-", "torch dynamic int8": "--"}
+"""The peers whose curve in single steps it shows."""
+
+
+def linear(doc: dict[str, Any], path: Path) -> None:
+    """A column per layer: time of a call over rows above, the same in single steps below; ramify, the best peers, the floor of int4."""
+    plt = _pyplot()
+    rows = [row for row in doc["rows"] if row["status"] == "ok"]
+    names = list(dict.fromkeys(row["shape"]["layer"] for row in rows))
+    figure, axes = plt.subplots(2, len(names) or 1, figsize=(max(8.0, 3.6 * len(names) + 1), 6.4), squeeze=False)
+    for column, name in enumerate(names):
+        here = [row for row in rows if row["shape"]["layer"] == name]
+        counts = sorted({row["shape"]["M"] for row in here})
+        for title, look in LINEAR.items():
+            _over_rows(axes[:, column], [row for row in here if row["provider"] == title], title, look)
+        peers = [row for row in here if row["baseline"]]
+        int4 = [row for row in peers if row["dtype"].startswith("int4")]
+        best = [_fastest(int4, M) for M in counts if any(row["shape"]["M"] == M for row in int4)]
+        _line(axes[0, column], best, "best int4 peer", PEER, "-", 1.6, "M") if best else None
+        best = [_fastest(peers, M) for M in counts if any(row["shape"]["M"] == M for row in peers)]
+        _line(axes[0, column], best, "best peer of any kind", "black", "--", 1.0, "M") if best else None
+        for title, style in STEPS.items():
+            _steps(axes[1, column], [row for row in peers if row["provider"] == title], title, PEER, style, 1.2)
+        floor = sorted((row for row in here if row["provider"] == "ramify int4-g64"), key=lambda row: row["shape"]["M"])
+        limit = [row["floor_us"] / 1e3 for row in floor]
+        axes[0, column].plot([row["shape"]["M"] for row in floor], limit, ":", color="black", linewidth=1, label="floor of ramify int4-g64")
+        axes[0, column].set(yscale="log", title=f"N x K = {name}")
+        axes[1, column].set(xlabel="rows M")
+        axes[1, column].set_yscale("log", base=2)
+        for panel in axes[:, column]:
+            _log2(panel, counts)
+            panel.yaxis.set_major_formatter("{x:g}")
+    axes[0, 0].set_ylabel("ms per call")
+    axes[1, 0].set_ylabel("single steps: time(M) / time(1)")
+    for panel in axes[:, -1]:
+        panel.legend(frameon=False, fontsize=7)
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    _caption(figure, doc)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def step(doc: dict[str, Any], path: Path) -> None:
+    """A panel per model: the time of a pass over its rows, in single steps."""
+    plt = _pyplot()
+    rows = [row for row in doc["rows"] if row["status"] == "ok"]
+    models = list(dict.fromkeys(row["shape"]["model"] for row in rows))
+    figure, axes = plt.subplots(1, len(models) or 1, figsize=(max(8.0, 4.2 * len(models)), 3.8), squeeze=False)
+    for model, panel in zip(models, axes[0]):
+        for title in dict.fromkeys(row["provider"] for row in rows):
+            mine = [row for row in rows if row["provider"] == title and row["shape"]["model"] == model]
+            _steps(panel, mine, title, *LINEAR.get(title, (PEER, "-", 1.4)))
+        _log2(panel, sorted({row["shape"]["M"] for row in rows}))
+        panel.set_yscale("log", base=2)
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.set(title=model, xlabel="rows M", ylabel="single steps: time(M) / time(1)")
+        panel.legend(frameon=False, fontsize=7)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    _caption(figure, doc)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _log2(panel: Any, counts: list[int]) -> None:
+    """An axis of rows."""
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(counts, [str(M) for M in counts])
+    panel.minorticks_off()
+
+
+def _over_rows(panels: Any, rows: list[dict], title: str, look: tuple[str, str, float]) -> None:
+    """One provider in both panels of a layer."""
+    if rows:
+        _line(panels[0], rows, title, *look, "M")
+        _steps(panels[1], rows, title, *look)
+
+
+def _steps(panel: Any, rows: list[dict], title: str, colour: str, style: str, width: float) -> None:
+    rows = [row for row in sorted(rows, key=lambda row: row["shape"]["M"]) if "single_steps" in row]
+    x, y = [row["shape"]["M"] for row in rows], [row["single_steps"] for row in rows]
+    if rows:
+        panel.plot(x, y, style, color=colour, linewidth=width, marker="o", markersize=3, label=title)
+
+
+def _fastest(rows: list[dict], M: int) -> dict:
+    return min((row for row in rows if row["shape"]["M"] == M), key=lambda row: row["us"]["median"])
+
+
 def _temperature_legend(plt: Any, panel: Any, temperatures: list[float]) -> None:
     if len(temperatures) > 1:
         patches = [plt.Rectangle((0, 0), 1, 1, color=OURS, alpha=1 if number == 0 else 0.5) for number in range(len(temperatures))]
         panel.legend(patches, [f"temperature {value:g}" for value in temperatures], frameon=False, loc="upper right", fontsize=8)
 
 
-def _line(panel: Any, rows: list[dict], name: str, colour: str, style: str, width: float) -> None:
-    rows = sorted(rows, key=lambda row: row["shape"]["T"])
-    x = [row["shape"]["T"] for row in rows]
+def _line(panel: Any, rows: list[dict], name: str, colour: str, style: str, width: float, axis: str = "T") -> None:
+    rows = sorted(rows, key=lambda row: row["shape"][axis])
+    x = [row["shape"][axis] for row in rows]
     panel.plot(x, [row["us"]["median"] / 1e3 for row in rows], style, color=colour, linewidth=width, marker="o", markersize=3.5, label=name)
     low, high = ([row["us"][bound] / 1e3 for row in rows] for bound in ("p20", "p80"))
     panel.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)

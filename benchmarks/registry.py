@@ -33,6 +33,18 @@ class Case:
 
 
 @dataclass
+class Loaded:
+    """A provider's own form of a cell, where what it reads and what it must compute is its own: weights of some format, a graph."""
+
+    copies: Sequence[tuple]
+    bytes: int  # that one call reads
+    arithmetic: str
+    want: Tensor | None = None  # of what its weights stand for: their rounding is no error of the kernel
+    limit: float = 0.0
+    parts: int = 1  # see Entry
+
+
+@dataclass
 class Op:
     """An op under test: its axes and the function that makes a Case of one cell."""
 
@@ -42,9 +54,14 @@ class Op:
     quick: Mapping[str, Sequence]
     providers: list["Provider"] = field(default_factory=list)
 
-    def cells(self, quick: bool = False, only: Mapping[str, Sequence[str]] | None = None) -> Iterator[Cell]:
-        """Every combination of the axes, or those whose values are named in `only`. ValueError for an axis that is not there."""
-        axes = {**self.axes, **(self.quick if quick else {})}
+    def cells(
+        self, quick: bool = False, only: Mapping[str, Sequence[str]] | None = None, other: Mapping[str, Sequence] | None = None
+    ) -> Iterator[Cell]:
+        """Every combination of the axes, or those whose values are named in `only`. ValueError for an axis that is not there.
+
+        other: values that stand in for an axis's own.
+        """
+        axes = {**self.axes, **(self.quick if quick else {}), **(other or {})}
         for name in only or {}:
             if name not in axes:
                 raise ValueError(f"benchmark: axis is {name!r}; takes one of {', '.join(axes)}. Write --only axis=value,value.")
@@ -56,7 +73,9 @@ class Op:
 
 @dataclass
 class Provider:
-    """One way to compute an op. `prepare` turns the case's arguments into the provider's own, outside the clock."""
+    """One way to compute an op. Outside the clock, `prepare` turns the case's arguments into the provider's own, copy by copy, or
+    `load(*args, cold)` makes all that is measured from the first copy.
+    """
 
     name: str
     call: Callable[..., Any]
@@ -65,6 +84,8 @@ class Provider:
     needs: Callable[[], str] | None = None  # why this provider is not there, or ""
     only: Callable[[Cell], bool] | None = None  # the cells it takes part in
     prepare: Callable[..., tuple] | None = None
+    load: Callable[..., Loaded] | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)  # further keys of its rows
 
 
 OPS: dict[str, Op] = {}
@@ -113,19 +134,23 @@ def run_cell(
 ) -> tuple[list[dict], Case]:
     """Check and time every provider of `op` in one cell. Rows without floors and ratios yet (report.finish), and the case."""
     first = op.make(**cell, seed=seed)
-    count = copies_needed(first.bytes, cold)
-    cases = [first, *(op.make(**cell, seed=seed + i) for i in range(1, count))]
+    chosen = [
+        provider
+        for provider in op.providers
+        if not (provider.only and not provider.only(cell)) and not (named and not any(word in provider.name for word in named))
+    ]
+    cases = [first]
+    if not all(provider.load for provider in chosen):
+        cases += [op.make(**cell, seed=seed + i) for i in range(1, copies_needed(first.bytes, cold))]
     want = first.want() if check and first.want else None
     rows, entries, timed = [], [], []
-    for provider in op.providers:
-        if (provider.only and not provider.only(cell)) or (named and not any(word in provider.name for word in named)):
-            continue
-        row = {"op": op.name, "provider": provider.name, "backend": "", "baseline": provider.baseline, "shape": cell, "status": "ok"}
-        rows.append(row)
-        entry = _entry(provider, cases, want, first.limit, row)
+    for provider in chosen:
+        row = {"op": op.name, "provider": provider.name, "backend": "", "baseline": provider.baseline, "shape": cell, **provider.facts}
+        rows.append(row | {"status": "ok"})
+        entry = _entry(provider, cases, want, cold, rows[-1])
         if entry:
             entries.append(entry)
-            timed.append(row)
+            timed.append(rows[-1])
     for row, timing in zip(timed, measure(entries, plan, machine)):
         microseconds = {"median": timing.median, "p20": timing.quantile(0.2), "p80": timing.quantile(0.8)}
         row["us"] = {name: round(1e6 * value, 3) for name, value in microseconds.items()}
@@ -133,15 +158,21 @@ def run_cell(
     return rows, first
 
 
-def _entry(provider: Provider, cases: Sequence[Case], want: Tensor | None, limit: float, row: dict) -> Entry | None:
+def _entry(provider: Provider, cases: Sequence[Case], want: Tensor | None, cold: bool, row: dict) -> Entry | None:
     """The provider ready to be timed, or None with the reason in `row`: a red check prints no speed."""
     reason = provider.needs() if provider.needs else ""
     if reason:
         row.update(status="not installed", reason=reason)
         return None
     row["backend"] = provider.backend if isinstance(provider.backend, str) else provider.backend()
+    limit, parts = cases[0].limit, 1
     try:
-        copies = [provider.prepare(*case.args) if provider.prepare else case.args for case in cases]
+        if provider.load:
+            own = provider.load(*cases[0].args, cold)
+            copies, want, limit, parts = own.copies, own.want, own.limit, own.parts
+            row |= {"bytes": own.bytes, "arithmetic": own.arithmetic}
+        else:
+            copies = [provider.prepare(*case.args) if provider.prepare else case.args for case in cases]
         with torch.inference_mode():
             got = provider.call(*copies[0])
     except Exception as error:  # a peer that cannot run here is a row with its reason, never the end of the run
@@ -152,4 +183,4 @@ def _entry(provider: Provider, cases: Sequence[Case], want: Tensor | None, limit
         if not row["max_error"] <= limit:
             row.update(status="wrong", reason=f"error {row['max_error']:.3g} is above {limit:.3g}")
             return None
-    return Entry(provider.name, torch.inference_mode()(provider.call), copies)
+    return Entry(provider.name, torch.inference_mode()(provider.call), copies, parts)

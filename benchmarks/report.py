@@ -146,16 +146,31 @@ def _commit() -> str:
         return ""
 
 
-def finish(rows: Sequence[dict], floor: float | None) -> None:
-    """Add ratio (fastest baseline over this row), floor and share of it to the rows of one cell. Seconds of floor, None for none."""
+def finish(rows: Sequence[dict], floor: float | Callable[[dict], float] | None) -> None:
+    """Add ratio (fastest baseline over this row), floor and share of it to the rows of one cell.
+
+    floor: seconds of every row, or a row's own; None for none.
+    """
     measured = [row for row in rows if row["status"] == "ok"]
     best = min((row["us"]["median"] for row in measured if row["baseline"]), default=None)
     for row in measured:
         if best is not None:
             row["ratio"] = round(best / row["us"]["median"], 4)
         if floor is not None:
-            row["floor_us"] = round(1e6 * floor, 3)
-            row["share_of_floor"] = round(1e6 * floor / row["us"]["median"], 4)
+            row["floor_us"] = round(1e6 * (floor(row) if callable(floor) else floor), 3)
+            row["share_of_floor"] = round(row["floor_us"] / row["us"]["median"], 4)
+
+
+def single_steps(rows: Sequence[dict]) -> None:
+    """Add time(M) / time(1) of the same provider in the same cell but for M, where M = 1 was measured."""
+
+    def line(row: dict) -> str:
+        return json.dumps([row["provider"], {**row["shape"], "M": 1}])
+
+    ones = {line(row): row["us"]["median"] for row in rows if row["status"] == "ok" and row["shape"]["M"] == 1}
+    for row in rows:
+        if row["status"] == "ok" and line(row) in ones:
+            row["single_steps"] = round(row["us"]["median"] / ones[line(row)], 3)
 
 
 def document(name: str, options: argparse.Namespace, plan: Plan, limits: Any, rows: Sequence[dict], verdict: str) -> dict[str, Any]:
@@ -233,6 +248,21 @@ def table(heading: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) 
     for line in lines:
         cells = [cell.ljust(width) if is_left else cell.rjust(width) for cell, width, is_left in zip(line, widths, flush)]
         print("  ".join(cells).rstrip())
+
+
+def matrix(rows: Sequence[dict], axis: str, cell: Callable[[dict], str], more: tuple[str, dict[str, str]] | None = None) -> None:
+    """Print a line per provider and a column per value of an axis; `more` is a further column: its title, and provider -> text."""
+    values = sorted({row["shape"][axis] for row in rows})
+    found: dict[str, dict[Any, dict]] = {}
+    for row in rows:
+        found.setdefault(row["provider"], {})[row["shape"][axis]] = row
+    lines = []
+    for name, line in found.items():
+        bad = [row for row in line.values() if row["status"] != "ok"]
+        cells = ["" if (row := line.get(value)) is None or row["status"] != "ok" else cell(row) for value in values]
+        cells = [row["status"] if (row := line.get(value)) in bad and len(bad) < len(line) else text for value, text in zip(values, cells)]
+        lines.append((name, *([more[1].get(name, "")] if more else []), *cells, notes(bad[0]) if bad else ""))
+    table(("provider", *([more[0]] if more else []), *(f"{axis}={value}" for value in values), ""), lines)
 
 
 def spread(row: dict) -> float:

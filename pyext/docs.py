@@ -47,16 +47,17 @@ def methods_table(root: Path) -> str:
 
 def results(root: Path) -> str:
     """What benchmarks/results holds: one section for each document, its machine and commit above its figures."""
-    documents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((root / "benchmarks" / "results").glob("*.json"))]
-    shown = [_document(each) for each in documents if each.get("benchmark") in _SHOWN and not each["options"]["quick"]]
+    paths = sorted((root / "benchmarks" / "results").glob("*.json"))
+    documents = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    shown = [_document(name, each) for name, each in documents.items() if each.get("benchmark") in _SHOWN and not each["options"]["quick"]]
     return "\n\n".join(shown) or "Not measured yet."
 
 
-def _document(doc: dict[str, Any]) -> str:
+def _document(file: str, doc: dict[str, Any]) -> str:
     machine, name = doc["environment"], doc["benchmark"]
     where = f"{machine['cpu']} ({machine['isa']}), {machine['threads']} threads, torch {machine['versions']['torch']}"
     when = f"{machine['date'][:10]}, commit {machine['commit'] or 'unknown'}"
-    link = f"[benchmarks/results/{name}.json](benchmarks/results/{name}.json)"
+    link = f"[benchmarks/results/{file}](benchmarks/results/{file})"
     return f"**{_TITLES[name]}** {where}; {when}; {link}.\n\n{_SHOWN[name](doc['rows'])}\n\nVerdict: {doc['verdict']}."
 
 
@@ -91,9 +92,41 @@ def _tree_attention(rows: Sequence[dict]) -> str:
     )
 
 
-_SHOWN: dict[str, Callable[[Sequence[dict]], str]] = {"end_to_end": _end_to_end, "tree_attention": _tree_attention}
+def _linear(rows: Sequence[dict]) -> str:
+    """Speed over the best int4 peer and over the best of any kind, and the cost in single steps: a line per layer and format."""
+    mine = [row for row in rows if row["provider"].startswith("ramify")]
+    counts = sorted({row["shape"]["M"] for row in mine})
+    lines: dict[tuple, dict[int, str]] = {}
+    for row in mine:
+        if row["status"] == "ok":
+            parts = [
+                f"{row[key]:.2f}{unit}" if key in row else "-" for key, unit in (("over_int4", "x"), ("ratio", "x"), ("single_steps", ""))
+            ]
+            lines.setdefault((row["shape"]["layer"], row["provider"]), {})[row["shape"]["M"]] = " / ".join(parts)
+    return _table(["N x K", "", *(f"M = {n}" for n in counts)], [[*key, *(c.get(n, "-") for n in counts)] for key, c in lines.items()])
+
+
+def _step(rows: Sequence[dict]) -> str:
+    """Milliseconds of a pass and its cost in single steps: a line per model and provider."""
+    counts = sorted({row["shape"]["M"] for row in rows})
+    lines: dict[tuple, dict[int, str]] = {}
+    for row in rows:
+        if row["status"] == "ok":
+            steps = f" / {row['single_steps']:.2f}" if "single_steps" in row else ""
+            lines.setdefault((row["shape"]["model"], row["provider"]), {})[row["shape"]["M"]] = f"{row['us']['median'] / 1e3:.2f}{steps}"
+    return _table(["model", "", *(f"M = {n}" for n in counts)], [[*key, *(c.get(n, "-") for n in counts)] for key, c in lines.items()])
+
+
+_SHOWN: dict[str, Callable[[Sequence[dict]], str]] = {
+    "end_to_end": _end_to_end,
+    "linear": _linear,
+    "step": _step,
+    "tree_attention": _tree_attention,
+}
 _TITLES = {
     "end_to_end": "Whole generations against transformers `generate`.",
+    "linear": "Linear layers of M rows: speed over the best int4 peer / over the best peer of any kind / time in single steps.",
+    "step": "One pass of M rows through a model: milliseconds / time in single steps.",
     "tree_attention": "Tree attention: speed over the fastest torch way.",
 }
 

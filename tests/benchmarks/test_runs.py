@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import end_to_end, engines, probes, report, tree_attention
+from benchmarks import end_to_end, engines, probes, report, step, tree_attention
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,18 @@ def test_end_to_end(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     pytest.importorskip("matplotlib")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    words = ("--only", "model=tiny", "--methods", "plain,prompt_lookup,draft_chain", "--new-tokens", "6", "--zoo", str(tmp_path))
+    words = (
+        "--only",
+        "model=tiny",
+        "--methods",
+        "plain,prompt_lookup,draft_chain",
+        "--new-tokens",
+        "6",
+        "--zoo",
+        str(tmp_path),
+        "--weights",
+        "",
+    )
     code, doc = run(end_to_end.main, tmp_path, *words)
     rows = {row["provider"]: row for row in doc["rows"]}
     assert code == 0
@@ -82,6 +93,80 @@ def test_end_to_end(tmp_path, monkeypatch):
     assert rows["ramify plain"]["steps"] == 12 and rows["ramify prompt_lookup"]["identical"] == "2/2"
     best = [row for row in doc["rows"] if row.get("ratio") == 1]
     assert len(best) == 1 and best[0]["provider"].startswith("transformers generate")
+
+
+def test_end_to_end_in_low_bits(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    refused = engines.ramify_entries(engines.random_model("tiny"), None, ["plain"], ["int5"])
+    assert list(refused) == ["ramify plain", "ramify plain, int5"] and refused["ramify plain, int5"][0] is None
+    assert refused["ramify plain, int5"][1]["status"] == "failed" and "int5" in refused["ramify plain, int5"][1]["reason"]
+    entries = engines.ramify_entries(engines.random_model("tiny"), None, ["plain", "prompt_lookup"], ["int4-g64"])
+    if "status" in entries["ramify plain, int4-g64"][1]:
+        pytest.skip(entries["ramify plain, int4-g64"][1]["reason"])
+    (dense, facts), (plain, small), (lookup, _) = (
+        entries[f"ramify {name}"] for name in ("plain", "plain, int4-g64", "prompt_lookup, int4-g64")
+    )
+    assert small["dtype"] == "int4-g64" and small["bytes"] < facts["bytes"]
+    prompt = [5, 6, 7] * 5
+    assert plain(prompt, 12, 0.0, 0).tokens == lookup(prompt, 12, 0.0, 0).tokens
+    assert len(dense(prompt, 12, 0.0, 0).tokens) == 12
+
+
+def test_each_weight_has_its_own_plain():
+    for name, plain in (
+        ("ramify auto", "ramify plain"),
+        ("ramify auto, int4-g64", "ramify plain, int4-g64"),
+        ("ramify plain, int8", "ramify plain, int8"),
+        ("transformers generate, bf16", "ramify plain"),
+        ("llama.cpp Q4_0", "ramify plain"),
+    ):
+        assert end_to_end.plain_of(name) == plain
+    us = {"ramify plain": 100, "ramify plain, int4-g64": 50, "ramify auto, int4-g64": 25, "transformers generate, bf16": 400}
+    rows = [
+        {"provider": name, "status": "ok", "us": {"median": value}, "baseline": name.startswith("t"), "backend": name}
+        for name, value in us.items()
+    ]
+    end_to_end.finish(rows)
+    assert [row["over_plain"] for row in rows] == [1, 1, 2, 0.25] and [row["ratio"] for row in rows] == [4, 8, 16, 1]
+
+
+def test_verdict_of_low_bits():
+    shape = {"model": "160m", "temperature": 0.0}
+    facts = {"status": "ok", "shape": shape, "backend": "ramify avx2", "over_plain": 1.0, "ratio": 4.0, "share_of_floor": 0.9}
+    rows = [
+        {**facts, "provider": "ramify plain", "dtype": "bf16", "us": {"median": 100.0}, "ms_per_step": 10.0},
+        {**facts, "provider": "ramify plain, int4-g64", "dtype": "int4-g64", "us": {"median": 40.0}, "ms_per_step": 4.0},
+        {**facts, "provider": "ramify auto, int4-g64", "dtype": "int4-g64", "us": {"median": 20.0}, "ms_per_step": 8.0, "over_plain": 2.0},
+        {**facts, "provider": "llama.cpp Q4_0", "backend": "llama.cpp", "dtype": "Q4_0", "us": {"median": 50.0}, "ms_per_step": 5.0},
+    ]
+    text = end_to_end.verdict(rows)
+    assert "int4-g64 2.50x plain in bf16, step 0.80 of llama.cpp Q4_0's, best auto, int4-g64 2.00x that" in text
+
+
+def test_step(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    code, doc = run(step.main, tmp_path, "--providers", "ramify bf16")
+    rows = {row["shape"]["M"]: row for row in doc["rows"]}
+    assert code == 0 and sorted(rows) == [1, 8] and rows[1]["single_steps"] == 1 and rows[8]["single_steps"] > 0
+    assert rows[1]["bytes"] > 0 and rows[8]["share_of_floor"] > 0 and step.Models.held == {}
+    assert "in single steps" in capsys.readouterr().out
+
+
+def test_step_figures():
+    limits = probes.Limits("native", 2, read=10.0, read_one=8.0, peak={"fp32": 100.0, "int8": 200.0})
+    rows = []
+    for M, ours, theirs in ((1, 2000.0, 2500.0), (8, 3000.0, 9000.0)):
+        facts = {"status": "ok", "bytes": 9_000_000, "arithmetic": "int8", "shape": {"model": "160m", "context": 256, "M": M}}
+        rows += [{**facts, "provider": "ramify int4-g64", "baseline": False, "us": {"median": ours}}]
+        rows += [{**facts, "provider": "llama.cpp Q4_0", "baseline": True, "us": {"median": theirs}}]
+        step.finish(rows[-2:], limits, 18_000_000, {9_000_000: 20.0})
+    report.single_steps(rows)
+    assert rows[0]["floor_us"] == 450 and rows[2]["floor_us"] == 2 * 8 * 18e6 / 200e9 * 1e6
+    text = step.verdict(rows)
+    assert "160m: int4-g64 step 2.00 ms, 0.80 of llama.cpp Q4_0's; in single steps: 8 rows 1.50. 0 wrong" in text
 
 
 def test_a_lossless_method_that_parts_from_plain_has_no_speed():

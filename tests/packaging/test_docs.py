@@ -87,3 +87,36 @@ def test_results_of_tree_attention(tmp_path):
     (tmp_path / "benchmarks/results/tree_attention.json").write_text(json.dumps(document(benchmark="tree_attention", rows=rows)))
     text = docs.results(tmp_path)
     assert "| heads and cache | context | T = 8 | T = 64 |" in text and "| 8b bf16 | 2048 | 1.50x | wrong |" in text
+
+
+def test_results_of_linear(tmp_path):
+    rows = [
+        {
+            "provider": "ramify int4-g64",
+            "status": "ok",
+            "over_int4": 1.5,
+            "ratio": 1.2,
+            "single_steps": 1.1,
+            "shape": {"layer": "64x256", "M": 8},
+        },
+        {"provider": "ramify int4-g64", "status": "ok", "ratio": 1.2, "shape": {"layer": "64x256", "M": 1}},
+        {"provider": "torch", "status": "ok", "ratio": 1.2, "shape": {"layer": "64x256", "M": 8}},
+    ]
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "benchmarks/results/linear-here.json").write_text(json.dumps(document(benchmark="linear", rows=rows)))
+    text = docs.results(tmp_path)
+    assert "| 64x256 | ramify int4-g64 | - / 1.20x / - | 1.50x / 1.20x / 1.10 |" in text and "torch |" not in text
+    assert "(benchmarks/results/linear-here.json)" in text
+
+
+def test_results_of_step(tmp_path):
+    shape = {"model": "160m", "context": 256}
+    rows = [
+        {"provider": "ramify bf16", "status": "ok", "us": {"median": 5000.0}, "single_steps": 1.0, "shape": {**shape, "M": 1}},
+        {"provider": "ramify bf16", "status": "ok", "us": {"median": 6000.0}, "single_steps": 1.2, "shape": {**shape, "M": 8}},
+        {"provider": "llama.cpp Q4_0", "status": "not installed", "shape": {**shape, "M": 8}},
+    ]
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "benchmarks/results/step.json").write_text(json.dumps(document(benchmark="step", rows=rows)))
+    text = docs.results(tmp_path)
+    assert "| 160m | ramify bf16 | 5.00 / 1.00 | 6.00 / 1.20 |" in text and "llama.cpp |" not in text
