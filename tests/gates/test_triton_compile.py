@@ -135,6 +135,7 @@ CASES = {
     "tree_attention T64 D256": (lambda: tree_attention(64, 256), (WIDE, "LDGSTS")),
     "tree_attention T16 D128 paged window": (lambda: tree_attention(16, 128, page=64, window=1024), (WIDE, "LDGSTS")),
     "tree_attention T16 D128 f32": (lambda: tree_attention(16, 128, F32), ("LDGSTS",)),
+    "tree_attention T1 D256 f32": (lambda: tree_attention(1, 256, F32), ("LDGSTS",)),
 }
 
 
