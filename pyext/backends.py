@@ -7,7 +7,7 @@ says so once through `logging`.
 
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ramify.checks import one_of
+from ramify.checks import one_of, show
 
 BACKENDS = ("cpu", "triton", "cuda", "reference")
 """In order of preference."""
@@ -71,6 +71,9 @@ TABLE = (
 PLAIN = ("merge_states", "kv_append", "kv_commit", "verify_greedy")
 """Ops on small or user-owned tensors whose reference is as good as a kernel: they have none yet."""
 
+MODEL_BACKEND = "cpu"
+"""What a captured step of the model layer is made of, and so all that `generate` runs on; only ops have a choice."""
+
 OPS = tuple(dict.fromkeys([*(row.op for row in TABLE), *PLAIN]))
 
 _native: ModuleType | None = None
@@ -84,7 +87,8 @@ class backend:
     """Force a backend for the whole process: `ramify.backend("reference")`, or until a `with` block ends.
 
     name: "cpu", "triton", "cuda" or "reference"; None lets the table choose again. An op that the forced backend cannot run
-    raises ValueError with the reason. RAMIFY_BACKEND does the same from outside.
+    raises ValueError with the reason, and so does a model of `ramify.load` under anything but "cpu": its captured steps are made of
+    CPU kernels. RAMIFY_BACKEND does the same from outside.
     """
 
     def __init__(self, name: str | None) -> None:
@@ -129,6 +133,23 @@ def reasons(op: str, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) 
     return {name: rows.get(name, "no such kernel") for name in BACKENDS[:-1]} | {"reference": ""}
 
 
+def taken(op: str, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) -> str | None:
+    """The backend that runs such calls, or None where the forced one cannot and the call is refused."""
+    why = reasons(op, device, dtype, sizes)
+    name = _pick(op, why)
+    return None if why[name] else name
+
+
+def check_model_backend() -> None:
+    """Raises ValueError when another backend is forced than the one whose kernels a captured step of the model layer is made of."""
+    name = forced()
+    if name is not None and name != MODEL_BACKEND:
+        raise ValueError(
+            f'generate: backend "{name}" is forced and the model layer runs on "{MODEL_BACKEND}" alone; takes "{MODEL_BACKEND}" or none. '
+            "Use ramify.backend(None), or unset RAMIFY_BACKEND."
+        )
+
+
 @dataclass(frozen=True)
 class Explanation:
     """What `explain` found. `bytes` and `flops` are the least any kernel can do; None where a shape was not given."""
@@ -150,20 +171,22 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(op: str, *shapes: Collection[int], dtype: torch.dtype = torch.float32, device: str = "cpu", **sizes: Any) -> Explanation:
+def explain(op: str, *shapes: Sequence[int], dtype: torch.dtype = torch.float32, device: str = "cpu", **sizes: Any) -> Explanation:
     """Which kernel would run `op`, why, why no other one, and its floor.
 
     shapes: of the first tensors of the op, in its own order; `dtype` and `device` are those of its rows. Further facts by
-    name: D= of a head, kv= and weight= dtypes, k= of a top-k. Nothing runs. Raises ValueError for an unknown op.
+    name: D= of a head, kv= and weight= and out= dtypes, k= of a top-k. Nothing runs. Raises ValueError for an unknown op, a shape
+    that it does not take or a fact that plays no part in it; TypeError for kinds.
     """
     one_of("op", op, OPS, "explain")
+    device = _check_explain(op, shapes, dtype, device, sizes)
     if op == "tree_attention" and shapes:
-        sizes.setdefault("D", tuple(shapes[0])[-1])
+        sizes.setdefault("D", shapes[0][-1])
     why = reasons(op, device, dtype, sizes)
-    takes = [name for name, reason in why.items() if not reason]
-    name = (forced() if op not in PLAIN else None) or takes[0]
-    if name not in takes:
-        raise ValueError(f'explain: backend "{name}" is forced and cannot run {op} ({why[name]}); takes {_spell(takes)}.')
+    name = _pick(op, why)
+    if why[name]:
+        takes = _spell(other for other, reason in why.items() if not reason)
+        raise ValueError(f'explain: backend "{name}" is forced and cannot run {op} ({why[name]}); takes {takes}.')
     if forced() == name:
         because = "it is forced"
     elif op in PLAIN:
@@ -173,41 +196,69 @@ def explain(op: str, *shapes: Collection[int], dtype: torch.dtype = torch.float3
     else:
         because = f"first that takes {_short(dtype)} on {device}" + (f", at {_level()}" if name == "cpu" else "")
     needed, floor = FLOORS[op]
-    moved, flops = floor(dtype.itemsize, sizes, *map(tuple, shapes)) if len(shapes) >= len(needed) else (None, None)
+    moved, flops = floor(dtype.itemsize, sizes, *shapes) if len(shapes) >= len(needed) else (None, None)
     others = {other: reason or f"{name} comes first" for other, reason in why.items() if other != name}
     return Explanation(op, name, because, others, moved, flops)
 
 
-def _attention_floor(item: int, sizes: Mapping[str, Any], q: tuple, k: tuple, *_: tuple) -> tuple[int, int]:
+def _check_explain(op: str, shapes: tuple, dtype: Any, device: Any, sizes: Mapping[str, Any]) -> str:
+    """Raises for what `explain` cannot reason about; returns the kind of device."""
+    facts = {name: taken for row in TABLE if row.op == op for name, taken in row.limits.items()}
+    for name, value in sizes.items():
+        if name not in facts:
+            known = f"dtype, device{''.join(f', {fact}' for fact in facts)}"
+            raise ValueError(f"explain: {name} is {show(value)}, and {op} asks for no {name}; takes {known}.")
+        kind = type(next(iter(facts[name])))
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError(f"explain: {name} is {show(value)}; takes {'a whole number' if kind is int else f'a {kind.__name__}'}.")
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"explain: dtype is {show(dtype)}; takes a torch.dtype.")
+    letters: dict[str, int] = {}
+    for i, shape in enumerate(shapes):
+        if not isinstance(shape, (tuple, list)) or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in shape):
+            raise TypeError(f"explain: shape {i} is {show(shape)}; takes a tuple of whole numbers of 1 or more, as x.shape is.")
+        name, axes = [*FLOORS[op][0].items(), *[("", "...")] * len(shapes)][i]
+        named = axes.removeprefix("...").split()
+        fits = len(shape) >= len(named) if axes.startswith("...") else len(shape) == len(named)
+        if not fits or any(letters.setdefault(letter, n) != n for letter, n in zip(reversed(named), reversed(shape))):
+            known = "".join(f", {letter} = {n}" for letter, n in letters.items() if letter in named and fits)
+            raise ValueError(f"explain: {name} is {list(shape)}; takes [{', '.join(axes.split())}]{known}.")
+    try:
+        return torch.device(device).type
+    except (RuntimeError, TypeError):
+        raise ValueError(f'explain: device is {show(device)}; takes "cpu" or "cuda".') from None
+
+
+def _attention_floor(item: int, sizes: Mapping[str, Any], q: Sequence[int], k: Sequence[int], *_: Sequence[int]) -> tuple[int, int]:
     kv = sizes["kv"].itemsize if "kv" in sizes else item
     slots = prod(k) // (q[0] * k[-2] * k[-1])  # of one sequence, paged or not
     return 2 * prod(k) * kv + 2 * prod(q) * item, 4 * prod(q) * slots
 
 
-def _linear_floor(item: int, sizes: Mapping[str, Any], x: tuple, weight: tuple, *_: tuple) -> tuple[int, int]:
+def _linear_floor(item: int, sizes: Mapping[str, Any], x: Sequence[int], weight: Sequence[int], *_: Sequence[int]) -> tuple[int, int]:
     stored = sizes["weight"].itemsize if "weight" in sizes else item
     rows = prod(x[:-1])
     return prod(weight) * stored + (prod(x) + rows * weight[0]) * item, 2 * rows * prod(weight)
 
 
-FLOORS: dict[str, tuple[tuple[str, ...], Callable[..., tuple[int, int]]]] = {
-    "tree_attention": (("q", "k"), _attention_floor),
-    "linear": (("x", "weight"), _linear_floor),
-    "merge_states": (("o1",), lambda item, sizes, o, *_: (3 * prod(o) * item + 12 * prod(o[:-1]), 3 * prod(o))),
-    "rms_norm": (("x",), lambda item, sizes, x, *_: (2 * prod(x) * item, 4 * prod(x))),
-    "rope": (("x",), lambda item, sizes, x, *_: (2 * prod(x) * item, 3 * prod(x))),
-    "silu_mul": (("x",), lambda item, sizes, x, *_: (3 * prod(x) // 2 * item, 3 * prod(x))),
-    "embed": (("ids", "table"), lambda item, sizes, ids, table, *_: (2 * prod(ids) * table[-1] * item, 0)),
-    "row_stats": (("logits",), lambda item, sizes, x, *_: (prod(x) * item + 12 * x[0], 3 * prod(x))),
-    "topk_logits": (("logits",), lambda item, sizes, x, *_: (prod(x) * item + 8 * x[0] * sizes.get("k", 1), prod(x))),
-    "verify_greedy": (("tokens",), lambda item, sizes, tokens, *_: (12 * prod(tokens), 0)),
-    "kv_append": (("k",), lambda item, sizes, k, *_: (4 * prod(k) * item, 0)),
+FLOORS: dict[str, tuple[dict[str, str], Callable[..., tuple[int, int]]]] = {
+    "tree_attention": ({"q": "B T Hq D", "k": "pages page Hkv D"}, _attention_floor),
+    "linear": ({"x": "... K", "weight": "N K"}, _linear_floor),
+    "merge_states": ({"o1": "... D"}, lambda item, sizes, o, *_: (3 * prod(o) * item + 12 * prod(o[:-1]), 3 * prod(o))),
+    "rms_norm": ({"x": "... H"}, lambda item, sizes, x, *_: (2 * prod(x) * item, 4 * prod(x))),
+    "rope": ({"x": "... H D"}, lambda item, sizes, x, *_: (2 * prod(x) * item, 3 * prod(x))),
+    "silu_mul": ({"x": "... 2F"}, lambda item, sizes, x, *_: (3 * prod(x) // 2 * item, 3 * prod(x))),
+    "embed": ({"ids": "...", "table": "V H"}, lambda item, sizes, ids, table, *_: (2 * prod(ids) * table[-1] * item, 0)),
+    "row_stats": ({"logits": "R V"}, lambda item, sizes, x, *_: (prod(x) * item + 12 * x[0], 3 * prod(x))),
+    "topk_logits": ({"logits": "R V"}, lambda item, sizes, x, *_: (prod(x) * item + 8 * x[0] * sizes.get("k", 1), prod(x))),
+    "verify_greedy": ({"tokens": "B T"}, lambda item, sizes, tokens, *_: (12 * prod(tokens), 0)),
+    "kv_append": ({"k": "B T Hkv D"}, lambda item, sizes, k, *_: (4 * prod(k) * item, 0)),
     "kv_commit": (
-        ("tail_k", "tail_v", "k_cache", "v_cache", "path"),
+        {"tail_k": "B T Hkv D", "tail_v": "B T Hkv D", "k_cache": "pages page Hkv D", "v_cache": "pages page Hkv D", "path": "B A"},
         lambda item, sizes, k, v, kc, vc, path, *_: (4 * prod(path) * prod(k[2:]) * item, 0),
     ),
 }
-"""Op -> (shapes its floor needs, floor(itemsize, sizes, *shapes) -> least bytes moved, least flops)."""
+"""Op -> (shapes its floor needs, by name and with their axes; floor(itemsize, sizes, *shapes) -> least bytes moved, least flops)."""
 
 
 def params(op: str) -> list:
@@ -232,18 +283,23 @@ class TestBackend:
     device: str
 
 
+def _pick(op: str, why: Mapping[str, str]) -> str:
+    """The forced backend, even where it cannot run; else the first that can. An op without kernels does not notice a forced kernel."""
+    name = forced()
+    if name is None or (op in PLAIN and name != "reference"):
+        return next(other for other, reason in why.items() if not reason)
+    return name
+
+
 def _decide(op: str, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) -> str:
     why = reasons(op, device, dtype, sizes)
-    name = forced()
-    if name is not None and (op not in PLAIN or name == "reference"):
-        if why[name]:
-            can = _spell(other for other, reason in why.items() if not reason)
-            raise ValueError(
-                f'{op}: backend "{name}" was forced and cannot run this call ({why[name]}); takes {can}. Use ramify.backend(None).'
-            )
-        return name
-    name = next(other for other, reason in why.items() if not reason)
-    if name == "reference" and op not in PLAIN and (op, dtype) not in _said:
+    name = _pick(op, why)
+    if why[name]:
+        can = _spell(other for other, reason in why.items() if not reason)
+        raise ValueError(
+            f'{op}: backend "{name}" was forced and cannot run this call ({why[name]}); takes {can}. Use ramify.backend(None).'
+        )
+    if name == "reference" and name != forced() and op not in PLAIN and (op, dtype) not in _said:
         _said.add((op, dtype))
         told = "; ".join(f"{other}: {reason}" for other, reason in why.items() if reason and reason != "no such kernel")
         log.warning("%s on %s %s runs on the reference (%s).", op, device, _short(dtype), told)

@@ -89,6 +89,6 @@ class Fields:
 
 
 def listed(choices: Collection[Any]) -> str:
-    """ "a, b or c"."""
+    """The choices as a message lists them: a, b or c."""
     *most, last = choices
     return ", ".join(map(str, most)) + f" or {last}"
