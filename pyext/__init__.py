@@ -21,7 +21,7 @@ _HOME = {
     "UnsupportedModelError": "errors",
     "backend": "backends",
     "drafter": "registry",
-    "explain": "backends",
+    "explain": "floors",
     "generate": "decode.generate",
     "load": "model",
     "methods": "registry",

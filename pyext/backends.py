@@ -7,17 +7,16 @@ says so once through `logging`.
 
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
-from math import prod
 from types import ModuleType, TracebackType
 from typing import Any
 
 import torch
 
-from ramify.checks import one_of
+from ramify.checks import listed, one_of
 
 BACKENDS = ("cpu", "triton", "cuda", "reference")
 """In order of preference."""
@@ -66,11 +65,11 @@ class Kernel:
         if device != DEVICE_OF[self.backend] and not (self.backend == "triton" and interpreted() and forced() == "triton"):
             return f"tensors are on {device}"
         if dtype not in self.dtypes:
-            return f"dtype is {_short(dtype)}, takes {_spell(map(_short, self.dtypes))}"
+            return f"dtype is {short(dtype)}, takes {listed(map(short, self.dtypes))}"
         for name, taken in self.limits.items():
             if name in sizes and sizes[name] not in taken:
-                values = f"{taken[0]} to {taken[-1]}" if isinstance(taken, range) else _spell(map(_short, taken))
-                return f"{name} is {_short(sizes[name])}, takes {values}"
+                values = f"{taken[0]} to {taken[-1]}" if isinstance(taken, range) else listed(map(short, taken))
+                return f"{name} is {short(sizes[name])}, takes {values}"
         return missing(self.backend)
 
 
@@ -114,6 +113,9 @@ TABLE = (
 PLAIN = ("merge_states", "kv_append", "kv_commit", "verify_greedy", "verify_sample", "residual_sample")
 """Ops on small or user-owned tensors whose reference is as good as a kernel on the CPU: they run it without a word, forced or not."""
 
+MODEL_BACKEND = "cpu"
+"""What a captured step of the model layer is made of, and so all that `generate` runs on; only ops have a choice."""
+
 OPS = tuple(dict.fromkeys([*(row.op for row in TABLE), *PLAIN]))
 
 _native: ModuleType | None = None
@@ -127,7 +129,8 @@ class backend:
     """Force a backend for the whole process: `ramify.backend("reference")`, or until a `with` block ends.
 
     name: "cpu", "triton", "cuda" or "reference"; None lets the table choose again. An op that the forced backend cannot run
-    raises ValueError with the reason. RAMIFY_BACKEND does the same from outside.
+    raises ValueError with the reason, and so does a model of `ramify.load` under anything but "cpu": its captured steps are made of
+    CPU kernels. RAMIFY_BACKEND does the same from outside.
     """
 
     def __init__(self, name: str | None) -> None:
@@ -175,92 +178,21 @@ def reasons(op: str, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) 
     return {name: rows.get(name, "no such kernel") for name in BACKENDS[:-1]} | {"reference": ""}
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """What `explain` found. `bytes` and `flops` are the least any kernel can do; None where a shape was not given."""
-
-    op: str
-    backend: str
-    why: str
-    others: dict[str, str]
-    bytes: int | None
-    flops: int | None
-
-    def __str__(self) -> str:
-        lines = [f"{self.op} runs on {self.backend}: {self.why}"]
-        lines += [f"  {name} does not: {reason}" for name, reason in self.others.items()]
-        if self.bytes is None:
-            lines.append(f"  floor: not known; give the shapes of {', '.join(FLOORS[self.op][0])}")
-        else:
-            lines.append(f"  floor: {self.bytes:,} bytes, {self.flops:,} flops")
-        return "\n".join(lines)
-
-
-def explain(op: str, *shapes: Collection[int], dtype: torch.dtype = torch.float32, device: str = "cpu", **sizes: Any) -> Explanation:
-    """Which kernel would run `op`, why, why no other one, and its floor.
-
-    shapes: of the first tensors of the op, in its own order; `dtype` and `device` are those of its rows. Further facts by
-    name: D= of a head, kv= and weight= dtypes, weight= the name of a low-bit format, k= of a top-k. Nothing runs. Raises
-    ValueError for an unknown op or format.
-    """
-    one_of("op", op, OPS, "explain")
-    if op in ("tree_attention", "interval_attention") and shapes:
-        sizes.setdefault("D", tuple(shapes[0])[-1])
+def taken(op: str, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) -> str | None:
+    """The backend that runs such calls, or None where the forced one cannot and the call is refused."""
     why = reasons(op, device, dtype, sizes)
-    takes = [name for name, reason in why.items() if not reason]
-    name = (forced() if op not in PLAIN else None) or takes[0]
-    if name not in takes:
-        raise ValueError(f'explain: backend "{name}" is forced and cannot run {op} ({why[name]}); takes {_spell(takes)}.')
-    if forced() == name:
-        because = "it is forced"
-    elif op in PLAIN:
-        because = "plain torch is its only form"
-    elif name == "reference":
-        because = "no kernel takes the call"
-    else:
-        because = f"first that takes {_short(dtype)} on {device}" + (f", at {_level()}" if name == "cpu" else "")
-    if name in UNPROVEN:
-        because += f" ({UNPROVEN[name]})"
-    needed, floor = FLOORS[op]
-    moved, flops = floor(dtype.itemsize, sizes, *map(tuple, shapes)) if len(shapes) >= len(needed) else (None, None)
-    others = {other: reason or f"{name} comes first" for other, reason in why.items() if other != name}
-    return Explanation(op, name, because, others, moved, flops)
+    name = pick(op, why)
+    return None if why[name] else name
 
 
-def _attention_floor(item: int, sizes: Mapping[str, Any], q: tuple, k: tuple, *_: tuple) -> tuple[int, int]:
-    kv = sizes["kv"].itemsize if "kv" in sizes else item
-    slots = prod(k) // (q[0] * k[-2] * k[-1])  # of one sequence, paged or not
-    return 2 * prod(k) * kv + 2 * prod(q) * item, 4 * prod(q) * slots
-
-
-def _linear_floor(item: int, sizes: Mapping[str, Any], x: tuple, weight: tuple, *_: tuple) -> tuple[int, int]:
-    kind = sizes.get("weight")
-    bits = LOW_BIT[one_of("weight", kind, LOW_BIT, "explain")] if isinstance(kind, str) else 8 * (kind.itemsize if kind else item)
-    rows = prod(x[:-1])
-    return int(prod(weight) * bits) // 8 + (prod(x) + rows * weight[0]) * item, 2 * rows * prod(weight)
-
-
-FLOORS: dict[str, tuple[tuple[str, ...], Callable[..., tuple[int, int]]]] = {
-    "tree_attention": (("q", "k"), _attention_floor),
-    "interval_attention": (("q", "k"), _attention_floor),
-    "linear": (("x", "weight"), _linear_floor),
-    "merge_states": (("o1",), lambda item, sizes, o, *_: (3 * prod(o) * item + 12 * prod(o[:-1]), 3 * prod(o))),
-    "rms_norm": (("x",), lambda item, sizes, x, *_: (2 * prod(x) * item, 4 * prod(x))),
-    "rope": (("x",), lambda item, sizes, x, *_: (2 * prod(x) * item, 3 * prod(x))),
-    "silu_mul": (("x",), lambda item, sizes, x, *_: (3 * prod(x) // 2 * item, 3 * prod(x))),
-    "embed": (("ids", "table"), lambda item, sizes, ids, table, *_: (2 * prod(ids) * table[-1] * item, 0)),
-    "row_stats": (("logits",), lambda item, sizes, x, *_: (prod(x) * item + 12 * x[0], 3 * prod(x))),
-    "topk_logits": (("logits",), lambda item, sizes, x, *_: (prod(x) * item + 8 * x[0] * sizes.get("k", 1), prod(x))),
-    "verify_greedy": (("tokens",), lambda item, sizes, tokens, *_: (12 * prod(tokens), 0)),
-    "verify_sample": (("logits",), lambda item, sizes, x, *_: (prod(x) * item, 3 * prod(x))),
-    "residual_sample": (("p",), lambda item, sizes, p, *_: (2 * prod(p) * item, 2 * prod(p))),
-    "kv_append": (("k",), lambda item, sizes, k, *_: (4 * prod(k) * item, 0)),
-    "kv_commit": (
-        ("tail_k", "tail_v", "k_cache", "v_cache", "path"),
-        lambda item, sizes, k, v, kc, vc, path, *_: (4 * prod(path) * prod(k[2:]) * item, 0),
-    ),
-}
-"""Op -> (shapes its floor needs, floor(itemsize, sizes, *shapes) -> least bytes moved, least flops)."""
+def check_model_backend() -> None:
+    """Raises ValueError when another backend is forced than the one whose kernels a captured step of the model layer is made of."""
+    name = forced()
+    if name is not None and name != MODEL_BACKEND:
+        raise ValueError(
+            f'generate: backend "{name}" is forced and the model layer runs on "{MODEL_BACKEND}" alone; takes "{MODEL_BACKEND}" or none. '
+            "Use ramify.backend(None), or unset RAMIFY_BACKEND."
+        )
 
 
 def params(op: str) -> list:
@@ -291,22 +223,27 @@ class TestBackend:
     device: str
 
 
+def pick(op: str, why: Mapping[str, str]) -> str:
+    """The forced backend, even where it cannot run; else the first that can. An op without kernels does not notice a forced kernel."""
+    name = forced()
+    if name is None or (op in PLAIN and name != "reference"):
+        return next(other for other, reason in why.items() if not reason)
+    return name
+
+
 def _decide(op: str, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) -> str:
     why = reasons(op, device, dtype, sizes)
-    name = forced()
-    if name is not None and (op not in PLAIN or name == "reference"):
-        if why[name]:
-            can = _spell(other for other, reason in why.items() if not reason)
-            raise ValueError(
-                f'{op}: backend "{name}" was forced and cannot run this call ({why[name]}); takes {can}. Use ramify.backend(None).'
-            )
-        return name
-    name = next(other for other, reason in why.items() if not reason)
-    if name == "reference" and op not in PLAIN and (op, dtype) not in _said:
+    name = pick(op, why)
+    if why[name]:
+        can = listed(other for other, reason in why.items() if not reason)
+        raise ValueError(
+            f'{op}: backend "{name}" was forced and cannot run this call ({why[name]}); takes {can}. Use ramify.backend(None).'
+        )
+    if name == "reference" and name != forced() and op not in PLAIN and (op, dtype) not in _said:
         _said.add((op, dtype))
         here = {other: reason for other, reason in why.items() if DEVICE_OF.get(other) == device and reason != "no such kernel"}
         told = "; ".join(f"{other}: {reason}" for other, reason in here.items()) or "no kernel"
-        log.warning("%s on %s %s runs on the reference (%s).", op, device, _short(dtype), told)
+        log.warning("%s on %s %s runs on the reference (%s).", op, device, short(dtype), told)
     return name
 
 
@@ -359,14 +296,6 @@ def native_cuda() -> ModuleType:
     return import_module("ramify.native_cuda")
 
 
-def _level() -> str:
-    return native().isa()
-
-
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """A dtype, or anything else, without torch in front."""
     return str(value).removeprefix("torch.")
-
-
-def _spell(values: Any) -> str:
-    *most, last = [str(v) for v in values]
-    return f"{', '.join(most)} or {last}" if most else last

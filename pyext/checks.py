@@ -4,7 +4,7 @@ Each returns the value it was given, so a check can stand where the value is use
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -21,6 +21,12 @@ def show(value: Any, limit: int = 60) -> str:
         text = f"a {type(value).__name__}"
     text = text if len(text) <= limit else text[: limit - 3] + "..."
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def listed(choices: Iterable[Any]) -> str:
+    """Choices as a message lists them: a, b or c."""
+    *most, last = map(str, choices)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def at_least(name: str, value: Any, low: float, caller: str = "") -> Any:

@@ -45,6 +45,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "openmp": openmp(),
         "kernels": kernels(),
+        "generate": generation(),
         "variables": {name: value for name, value in sorted(os.environ.items()) if VARIABLES.fullmatch(name)},
     }
 
@@ -81,7 +82,7 @@ def openmp() -> list[str]:
 
 
 def kernels() -> list[dict[str, Any]]:
-    """One row per op: why each backend cannot take its float32 form on the CPU ("" where it can), and the one taken."""
+    """One row per op: why a backend cannot take its float32 form on the CPU, and the one taken; None where the forced one cannot."""
     import torch
 
     from ramify import backends
@@ -89,9 +90,20 @@ def kernels() -> list[dict[str, Any]]:
     rows = []
     for op in backends.OPS:
         why = backends.reasons(op, "cpu", torch.float32, {})
-        taken = backends.forced() or next(name for name, reason in why.items() if not reason)
+        taken = backends.taken(op, "cpu", torch.float32, {})
         rows.append({"op": op, "taken": taken, "why_not": {name: reason for name, reason in why.items() if reason}})
     return rows
+
+
+def generation() -> dict[str, Any]:
+    """The backend of the model layer, on which `ramify generate` runs, and why it is refused, if it is."""
+    from ramify import backends
+
+    try:
+        backends.check_model_backend()
+    except ValueError as error:
+        return {"taken": None, "why_not": str(error)}
+    return {"taken": backends.MODEL_BACKEND, "why_not": backends.missing(backends.MODEL_BACKEND)}
 
 
 def describe(found: dict[str, Any]) -> str:
@@ -116,11 +128,12 @@ def describe(found: dict[str, Any]) -> str:
     rows = []
     for row in found["kernels"]:
         cells = ["-" if name in row["why_not"] else (cpu["level"] or "yes") if name == "cpu" else "yes" for name in names]
-        rows.append([row["op"], *(cell + "*" * (cell == "yes" and name in UNPROVEN) for name, cell in zip(names, cells)), row["taken"]])
+        cells = [cell + "*" * (cell == "yes" and name in UNPROVEN) for name, cell in zip(names, cells)]
+        rows.append([row["op"], *cells, row["taken"] or "refused"])
     lines.append(table(["op", *names, "taken here"], rows, left=6))
     if any("yes*" in row for row in rows):
         lines += [f"* {reason}" for reason in dict.fromkeys(UNPROVEN.values())]
-    lines.append("")
+    lines += ["", found["generate"]["why_not"] or f"generate: the model layer runs on {found['generate']['taken']}"]
     lines += [f"{name}={value}" for name, value in found["variables"].items()] or ["no variable of RAMIFY_*, OMP_*, MKL_*, CUDA_* is set"]
     lines.append('Why not another kernel: ramify.explain("tree_attention", ...) in Python.')
     return "\n".join(lines)

@@ -4,7 +4,7 @@ Whatever a file holds, the complaint is one line: the file, the field, what came
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -86,9 +86,3 @@ class Fields:
         if not isinstance(value, Mapping):
             raise self.wrong(key, "an object")
         return Fields(value, self.file, key)
-
-
-def listed(choices: Collection[Any]) -> str:
-    """The choices as a sentence lists them: a, b or c."""
-    *most, last = choices
-    return ", ".join(map(str, most)) + f" or {last}"

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ramify.backends import HEAD_SIZES
-from ramify.checks import show
+from ramify.checks import listed, show
 from ramify.errors import CheckpointError, UnsupportedModelError
-from ramify.model._fields import Fields, listed
+from ramify.model._fields import Fields
 from ramify.quant.sources import source_of
 
 ROPE_TYPES = ("default", "linear", "llama3")

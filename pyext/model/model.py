@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ramify.backends import MAX_TOPK
+from ramify.backends import MAX_TOPK, check_model_backend
 from ramify.cache.arena import PREFILL_ROWS, Arena
 from ramify.cache.cache import Cache, CacheView
 from ramify.model.config import ModelConfig
@@ -168,6 +168,7 @@ class Model:
         return taps
 
     def _forward(self, tree, view, first, span, head, topk, taps, hidden, limit) -> StepOut:
+        check_model_backend()
         B, arena = len(tree.row_start) - 1, view.cache.arena
         if len(view.slots) != B:
             raise ValueError(f"forward: tree has {B} sequences; takes {len(view.slots)}, as the view has.")

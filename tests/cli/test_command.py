@@ -56,6 +56,20 @@ def test_env_for_a_person():
     assert "tree_attention" in done.stdout and "taken here" in done.stdout and ramify.__version__ in done.stdout
 
 
+def test_env_under_a_forced_backend():
+    """What cannot run is not told as taken; generate says that it runs on the CPU kernels alone."""
+    for name, taken in (("triton", None), ("reference", "reference")):
+        found = json.loads(ramify_command("env", "--json", env={"RAMIFY_BACKEND": name}).stdout)
+        ops = {row["op"]: row for row in found["kernels"]}
+        assert ops["linear"]["taken"] == taken and ops["kv_append"]["taken"] == "reference"
+        assert found["generate"]["taken"] is None and f'backend "{name}" is forced' in found["generate"]["why_not"]
+        done = ramify_command("env", env={"RAMIFY_BACKEND": name})
+        assert ("refused" in done.stdout) == (taken is None) and "Use ramify.backend(None), or unset RAMIFY_BACKEND." in done.stdout
+        done = ramify_command("generate", "--max-new-tokens", "2", "x", env={"RAMIFY_BACKEND": name})
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "model layer runs on" in done.stderr
+    assert json.loads(ramify_command("env", "--json").stdout)["generate"] == {"taken": "cpu", "why_not": ""}
+
+
 def test_env_with_a_level_that_is_not_there():
     done = ramify_command("env", env={"RAMIFY_ISA": "avx9000"})
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "avx9000" in done.stderr and "RAMIFY_ISA" in done.stderr

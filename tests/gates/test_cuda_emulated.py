@@ -10,6 +10,7 @@ import torch
 
 from ramify import native_cuda, ops, reference
 from ramify.ops import _cuda
+from ramify.reference.verify import accept_path
 from ramify.sampling.rng import uniform
 from ramify.testing.tensors import TREES, attention_case, padded, poisoned, random_tree
 

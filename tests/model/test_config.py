@@ -97,7 +97,7 @@ def test_sliding_windows():
         ({"head_dim": 32}, UnsupportedModelError, "32.*64, 96, 128 or 256"),
         ({"quantization_config": {"quant_method": "exl2"}}, UnsupportedModelError, "exl2.*awq, compressed-tensors, gptq, ramify_w4"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, UnsupportedModelError, "bits 3.*4 or 8"),
-        ({"quantization_config": "awq"}, UnsupportedModelError, "method 'awq'"),
+        ({"quantization_config": "awq"}, CheckpointError, '"awq" for "quantization_config".*an object'),
         ({"dtype": "float64"}, UnsupportedModelError, "float64"),
         ({"hidden_size": ...}, CheckpointError, "hidden_size"),
         ({"num_hidden_layers": 0}, CheckpointError, "num_hidden_layers"),

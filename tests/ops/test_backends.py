@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ramify
-from ramify import backends, ops
+from ramify import backends, floors, ops
 
 x = torch.randn(3, 8)
 here = "reference" if backends.missing("cpu") else "cpu"
@@ -95,11 +95,48 @@ def test_explain():
         ramify.explain("tree_atention")
 
 
+def test_explain_refuses_what_plays_no_part():
+    bad = [
+        (ValueError, ("linear", (5, 64), (96, 63)), {}, "explain: weight is [96, 63]; takes [N, K], K = 64."),
+        (ValueError, ("linear", (), (96, 63)), {}, "explain: x is []; takes [..., K]."),
+        (ValueError, ("tree_attention", (2, 3)), {}, "explain: q is [2, 3]; takes [B, T, Hq, D]."),
+        (
+            ValueError,
+            ("tree_attention", (2, 3, 4, 64), (2, 9, 2, 32)),
+            {},
+            "explain: k is [2, 9, 2, 32]; takes [pages, page, Hkv, D], D = 64.",
+        ),
+        (TypeError, ("rms_norm", 5), {}, "explain: shape 0 is 5; takes a tuple of whole numbers of 1 or more, as x.shape is."),
+        (TypeError, ("rms_norm", (2, 0)), {}, "explain: shape 0 is (2, 0); takes a tuple of whole numbers of 1 or more, as x.shape is."),
+        (TypeError, ("rms_norm", (2, 8), "x"), {}, 'explain: shape 1 is "x"; takes a tuple of whole numbers of 1 or more, as x.shape is.'),
+        (ValueError, ("rms_norm",), {"heads": 3}, "explain: heads is 3, and rms_norm asks for no heads; takes dtype, device, weight, H."),
+        (
+            ValueError,
+            ("linear",),
+            {"kv": torch.float32},
+            "explain: kv is torch.float32, and linear asks for no kv; takes dtype, device, weight.",
+        ),
+        (TypeError, ("tree_attention",), {"D": "64"}, 'explain: D is "64"; takes a whole number.'),
+        (TypeError, ("tree_attention",), {"kv": "bf16"}, 'explain: kv is "bf16"; takes a dtype.'),
+        (ValueError, ("linear",), {"weight": "int3"}, 'explain: weight is "int3"; takes "int8" or '),
+        (TypeError, ("linear",), {"weight": 4}, "explain: weight is 4; takes a dtype or a format."),
+        (TypeError, ("linear",), {"dtype": "bf16"}, 'explain: dtype is "bf16"; takes a torch.dtype.'),
+        (ValueError, ("linear",), {"device": "tpu-9"}, 'explain: device is "tpu-9"; takes "cpu" or "cuda".'),
+        (ValueError, (5,), {}, "explain: op is 5; takes "),
+        (ValueError, (torch.zeros(3),), {}, "explain: op is tensor([0., 0., 0.]); takes "),
+    ]
+    for kind, args, kwargs, said in bad:
+        with pytest.raises(kind) as error:
+            ramify.explain(*args, **kwargs)
+        assert str(error.value).startswith(said) and "\n" not in str(error.value), str(error.value)
+    assert ramify.explain("silu_mul", x.shape, device="cuda:0").others["cpu"] == "tensors are on cuda"
+    assert ramify.explain("linear", (5, 64), (96, 64), (96,)).bytes  # shapes behind those that the floor needs are fine
+
+
 @pytest.mark.parametrize("op", backends.OPS)
 def test_every_floor_is_a_number(op):
-    heads = [(2, 3, 4, 64), (2, 9, 2, 64)]
-    shape = {"tree_attention": heads, "interval_attention": heads, "linear": [(3, 8), (5, 8)], "embed": [(3,), (7, 8)]}
-    shapes = shape.get(op) or [(2, 3, 4, 64)] * 4 + [(2, 3)]
+    sizes = {"...": (3,), "K": (8,), "B": (2,), "2F": (6,)}  # any other letter is 64
+    shapes = [sum((sizes.get(letter, (64,)) for letter in axes.split()), ()) for axes in floors.FLOORS[op][0].values()]
     got = ramify.explain(op, *shapes)
     assert got.bytes > 0 and got.flops >= 0 and got.backend in backends.BACKENDS
     assert ramify.explain(op).bytes is None

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ramify import backends, ops, reference
+from ramify import backends, floors, ops, reference
 from ramify.quant import Format, QuantizedWeight
 from ramify.testing.tensors import attention_case
 
@@ -272,7 +272,7 @@ def test_every_op_is_here():
     assert (
         public
         == set(backends.OPS)
-        == set(backends.FLOORS)
+        == set(floors.FLOORS)
         == {name.split(".")[0] for name, _, _ in RAW}
         == {name.split(".")[0] for name in CALLS}
     )

@@ -11,6 +11,7 @@ FLOORS = (
     {"native", "native_cuda", "tree", "sampling"},
     {"reference"},
     {"backends"},
+    {"floors"},
     {"quant"},
     {"ops", "cache"},
     {"model"},
