@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-NOTHING = tl.constexpr(-1e30)  # the softmax reference of a row that has seen no key yet
+NOTHING = tl.constexpr(-3.4028234663852886e38)  # the softmax reference of a row that has seen no key yet: the lowest number
 
 
 @triton.jit
@@ -27,7 +27,8 @@ def load_tile(rows, d, live, D: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.co
 def step(q, keys, values, seen, m, mass, acc, scale, MASKED: tl.constexpr):
     """Add a tile of keys to the running softmax of q's rows: reference m, sum of weights mass, weighted values acc.
 
-    scale turns scores into log2 units. seen [rows, keys] is looked at only with MASKED.
+    scale turns scores into log2 units. seen [rows, keys] is looked at only with MASKED. The largest weight is at least a half, so mass
+    is 0 exactly when no key was seen; a score that is NaN or infinite makes mass and acc NaN, whatever the reference does then.
     """
     s = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
     whole = tl.floor(s)

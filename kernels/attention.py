@@ -139,7 +139,7 @@ def _join(
         sums = tl.load(stats + 2 * row + 1, mask=live, other=0.0)
         o = tl.load(part + row[:, :, None] * D + d[None, None, :], mask=live[:, :, None] & (d < D)[None, None, :], other=0.0)
         m, mass, acc = join(m, mass, acc, each, sums, o)
-    seen, mine = m > NOTHING, r < T * group
+    seen, mine = mass != 0, r < T * group
     mass = tl.where(seen, mass, 1.0)
     to = out + b * out_stride_b + t.to(tl.int64) * out_stride_t + (h * group + r % group) * out_stride_h
     tl.store(to[:, None] + d[None, :], (acc / mass[:, None]).to(out.dtype.element_ty), mask=mine[:, None] & (d < D)[None, :])

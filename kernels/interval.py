@@ -60,7 +60,7 @@ def _interval_attention(
             keys = load_tile(from_k + at * k_stride_s, d, used, D, BLOCK, True).to(WORK)
             values = load_tile(from_v + at * v_stride_s, d, used, D, BLOCK, True).to(WORK)
             m, mass, acc = step(rows, keys, values, seen, m, mass, acc, scale, True)
-    saw = m > NOTHING
+    saw = mass != 0
     mass = tl.where(saw, mass, 1.0)
     to = out + b * out_stride_b + t.to(tl.int64) * out_stride_t + head * out_stride_h
     tl.store(to[:, None] + d[None, :], (acc / mass[:, None]).to(out.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
