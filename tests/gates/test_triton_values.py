@@ -4,6 +4,8 @@ Triton reads TRITON_INTERPRET when it is imported, so a process has one mode: `t
 set, on this file and on the tests of the ops, whose parameter "triton" is skipped otherwise. By hand:
 
     TRITON_INTERPRET=1 pytest -k triton tests/ops tests/gates/test_triton_values.py
+
+Tests marked `interpreted(n)` run n of their cases then, and all of them with -m ''.
 """
 
 import os
@@ -28,12 +30,13 @@ if INTERPRETED:
     install()
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
-def test_in_the_interpreter():
+@pytest.mark.parametrize("cases", ["not slow", pytest.param("", marks=pytest.mark.slow)], ids=["some", "all"])
+def test_in_the_interpreter(cases):
     files = ["tests/gates/test_triton_values.py", "tests/ops"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "triton", *files]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "triton", "-m", cases, *files]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

@@ -46,6 +46,7 @@ SHAPES = [  # prefix lengths, rows, Hq, Hkv, D, tree, tail_rows, page
 ]
 
 
+@pytest.mark.interpreted(7)
 @pytest.mark.parametrize(("backend", "level"), runs("tree_attention"))
 @pytest.mark.parametrize(("dtype", "kv_dtype"), [(F32, F32), (BF16, BF16), (F32, BF16)], ids=["f32", "bf16", "f32-bf16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{len(s[0])}x{s[1]}x{s[2]}/{s[3]}x{s[4]}")
@@ -56,6 +57,7 @@ def test_against_reference(backend, level, dtype, kv_dtype, shape):
         check(case, dot=uses_dot(level, case, backend))
 
 
+@pytest.mark.interpreted(3)
 @pytest.mark.parametrize(("backend", "level"), runs("tree_attention"))
 @pytest.mark.parametrize(("window", "sink"), [(1, None), (3, 2), (64, None), (100, 4), (600, 70), (5000, 1)])
 @pytest.mark.parametrize("page", [None, 16])
@@ -144,6 +146,7 @@ def test_layout_leaves_no_trace(level, dtype):
             assert torch.equal(got, want)
 
 
+@pytest.mark.interpreted(2)
 @pytest.mark.parametrize(("backend", "level"), runs("tree_attention"))
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38], ids=str)
 def test_rows_that_are_not_numbers(backend, level, value):
