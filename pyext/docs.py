@@ -62,19 +62,17 @@ def _document(file: str, doc: dict[str, Any]) -> str:
 
 
 def _end_to_end(rows: Sequence[dict]) -> str:
-    lines = []
+    """Tokens a second, over ramify plain, and tokens a step: a line per provider, a column per model and temperature."""
+    columns = dict.fromkeys(f"{row['shape']['model']} at {row['shape']['temperature']:g}" for row in rows)
+    lines: dict[str, dict[str, str]] = {}
     for row in rows:
-        shape, cell = row["shape"], [row["provider"], row["dtype"] or "-"]
+        cell = "-"
         if row["status"] == "ok":
-            over = [f"{row[key]:.2f}x" if key in row else "-" for key in ("ratio", "over_plain")]
-            floor = f"{row['share_of_floor']:.0%}" if "share_of_floor" in row else "-"
-            figures = [f"{row['tokens_per_second']:.1f}", *over, f"{row['tokens_per_step']:.2f}", floor]
-            lines.append([shape["model"], f"{shape['temperature']:g}", *cell, *figures, row.get("identical", "-")])
-        else:
-            lines.append([shape["model"], f"{shape['temperature']:g}", *cell, *"-----", row["status"]])
-    return _table(
-        ["model", "temperature", "", "dtype", "tok/s", "over transformers", "over plain", "tok/step", "of floor", "same text"], lines
-    )
+            over = f"{row['over_plain']:.2f}x" if "over_plain" in row else "-"
+            cell = f"{row['tokens_per_second']:.0f} / {over} / {row['tokens_per_step']:.2f}"
+        column = f"{row['shape']['model']} at {row['shape']['temperature']:g}"
+        lines.setdefault(row["provider"], {})[column] = cell
+    return _table(["model, temperature", *columns], [[name, *(cells.get(c, "-") for c in columns)] for name, cells in lines.items()])
 
 
 def _tree_attention(rows: Sequence[dict]) -> str:
@@ -124,7 +122,7 @@ _SHOWN: dict[str, Callable[[Sequence[dict]], str]] = {
     "tree_attention": _tree_attention,
 }
 _TITLES = {
-    "end_to_end": "Whole generations against transformers `generate`.",
+    "end_to_end": "Whole generations: tokens a second / over ramify plain on the same weights / tokens a step.",
     "linear": "Linear layers of M rows: speed over the best int4 peer / over the best peer of any kind / time in single steps.",
     "step": "One pass of M rows through a model: milliseconds / time in single steps.",
     "tree_attention": "Tree attention: speed over the fastest torch way.",
