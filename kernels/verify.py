@@ -18,6 +18,17 @@ _NONE = tl.constexpr(-(1 << 63))  # below the key of every number
 
 
 @triton.jit
+def _best(t, col):
+    """The largest of t, NaN above every number; the lowest col that holds it; what to subtract before an exponential."""
+    none = t != t
+    top = tl.max(tl.where(none, float("-inf"), t), 0)
+    broken = tl.max(none.to(tl.int32), 0) > 0
+    at = tl.min(tl.where(tl.where(broken, none, t == top), col, 0x7FFFFFFF), 0)
+    base = tl.where(top == float("-inf"), 0.0, top)  # what is masked adds 0, not exp(inf - inf)
+    return tl.where(broken, float("nan"), top), at, base
+
+
+@triton.jit
 def _row_stats(
     x, tops, sums, args, row_stride, V,
     BLOCK: tl.constexpr,  # columns of one program
@@ -25,12 +36,11 @@ def _row_stats(
     r, c = tl.program_id(0).to(tl.int64), tl.program_id(1)
     col = c * BLOCK + tl.arange(0, BLOCK)
     t = tl.load(x + r * row_stride + col, mask=col < V, other=float("-inf")).to(tl.float32)
-    top, at = tl.max(t, 0, return_indices=True, return_indices_tie_break_left=True)
-    base = tl.where(top == float("-inf"), 0.0, top)  # a masked chunk adds 0, not exp(inf - inf)
+    top, at, base = _best(t, col)
     slot = r * tl.num_programs(1) + c
     tl.store(tops + slot, top)
-    tl.store(sums + slot, tl.sum(tl.exp(t - base), 0))
-    tl.store(args + slot, tl.where(top == float("-inf"), 0, c * BLOCK + at))
+    tl.store(sums + slot, tl.sum(tl.where(t == base, 1.0, tl.exp(t - base)), 0))
+    tl.store(args + slot, tl.where(top == float("-inf"), 0, at))
 
 
 @triton.jit
@@ -43,11 +53,10 @@ def _join_stats(
     t = tl.load(tops + r * chunks + c, mask=c < chunks, other=float("-inf"))
     s = tl.load(sums + r * chunks + c, mask=c < chunks, other=0.0)
     a = tl.load(args + r * chunks + c, mask=c < chunks, other=0x7FFFFFFF)
-    top = tl.max(t, 0)
-    base = tl.where(top == float("-inf"), 0.0, top)
+    top, at, base = _best(t, a)
     tl.store(most + r, top)
-    tl.store(lse + r, base + tl.log(tl.sum(s * tl.exp(t - base), 0)))
-    tl.store(argmax + r, tl.min(tl.where(t == top, a, 0x7FFFFFFF), 0))
+    tl.store(lse + r, base + tl.log(tl.sum(s * tl.where(t == base, 1.0, tl.exp(t - base)), 0)))
+    tl.store(argmax + r, at)
 
 
 @triton.jit
@@ -69,6 +78,7 @@ def _topk_chunk(
     col = c * BLOCK + tl.arange(0, BLOCK)
     t = tl.load(x + r * row_stride + col, mask=col < V, other=float("-inf")).to(tl.float32)
     bits = tl.where(t == 0.0, 0.0, t).to(tl.int32, bitcast=True)  # -0 equals 0
+    bits = tl.where(t == t, bits, 0x7FC00000)  # every NaN is one, above infinity
     order = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the numbers
     keys = (order.to(tl.int64) << 32) | (0x7FFFFFFF - col).to(tl.int64)  # of equal values the lower column is the larger key
     keys = tl.where(t == float("-inf"), _NONE, keys)

@@ -21,7 +21,7 @@ constexpr int kHeld = kParts * kChunk;  // values a thread holds
 constexpr int kLists = 8;               // slices a lane joins: V up to 32 * 8 * 4096
 
 RT_FN Key key_of(float x, int64_t column) {
-  const uint32_t bits = __float_as_uint(x + 0.f);  // -0 becomes 0: they are equal
+  const uint32_t bits = x == x ? __float_as_uint(x + 0.f) : 0x7FC00000u;  // -0 becomes 0, every NaN one above infinity: they are equal
   const uint32_t ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
   return Key(ordered) << 32 | (0xFFFFFFFFu - uint32_t(column));
 }
@@ -144,9 +144,9 @@ __global__ void __launch_bounds__(kThreads, 3) row_stats_kernel(const RowStatsAr
   __syncthreads();
   const Key best = listed[0], kth = bound[0];
   const float top = value_of(best), base = top == -INFINITY ? 0.f : top;
-  float sum = 0;
+  float sum = 0;  // infinity less itself is NaN, so what equals the base counts 1
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) sum += expf(v[i] - base);
+  for (int i = 0; i < kHeld; ++i) sum += v[i] == base ? 1.f : expf(v[i] - base);
   sum = block_sum(sum, part);  // its barrier also ends the reading of listed[0]
   if (k > 1) {
     if (own >= kth && own) {
