@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import engines, plots, probes, report
+from benchmarks import engines, models, plots, probes, report
 from benchmarks.harness import Entry, Plan, Timing, measure
 
 AXES = {"model": ("zoo", "160m"), "temperature": ("0", "0.8")}
@@ -49,12 +49,12 @@ class Contest:
     def __init__(self, model: str, options: argparse.Namespace, limits: probes.Limits, probe: probes.Probe) -> None:
         self.model, self.options = model, options
         if model == "zoo":
-            self.folder, drafter = (engines.zoo_folder(options.zoo, part) for part in ("target", "drafter"))
+            self.folder, drafter = (models.zoo_folder(options.zoo, part) for part in ("target", "drafter"))
             self.title = "ramify zoo, trained on Python sources"
         else:
-            self.folder, drafter, self.title = engines.random_model(model), None, engines.SHAPES[model].title
+            self.folder, drafter, self.title = models.random_model(model), None, models.SHAPES[model].title
         try:
-            tokenizer = engines.zoo_folder(options.zoo, "target")
+            tokenizer = models.zoo_folder(options.zoo, "target")
         except ValueError:
             tokenizer = None
         self.prompts = prompts(tokenizer, options.prompts, options.prompt_tokens)
@@ -77,9 +77,9 @@ class Contest:
             elif call:
                 live[name] = call
         times: dict[str, list[Timing]] = {name: [] for name in live}
-        runs: dict[str, list[engines.Run]] = {name: [] for name in live}
+        runs: dict[str, list[models.Run]] = {name: [] for name in live}
         for prompt in self.prompts.values():
-            last: dict[str, engines.Run] = {}
+            last: dict[str, models.Run] = {}
             entries = [Entry(name, self._keep(call, name, last), [(prompt, temperature)]) for name, call in live.items()]
             for name, timing in zip(live, measure(entries, plan)):
                 times[name].append(timing)
@@ -93,7 +93,7 @@ class Contest:
         counts = {"prompts": len(self.prompts), "prompt_tokens": self.options.prompt_tokens, "new_tokens": self.options.new_tokens}
         return {"model": self.model, "temperature": temperature, **counts}
 
-    def _fails(self, call: engines.Generate, temperature: float) -> str:
+    def _fails(self, call: models.Generate, temperature: float) -> str:
         """A short run that warms everything up: why this provider cannot run here, or ""."""
         try:
             call(next(iter(self.prompts.values())), 4, temperature, self.options.seed)
@@ -101,13 +101,13 @@ class Contest:
             return f"{type(error).__name__}: {error}".splitlines()[0][:300]
         return ""
 
-    def _keep(self, call: engines.Generate, name: str, last: dict[str, engines.Run]) -> Any:
+    def _keep(self, call: models.Generate, name: str, last: dict[str, models.Run]) -> Any:
         def once(prompt: list[int], temperature: float) -> None:
             last[name] = call(prompt, self.options.new_tokens, temperature, self.options.seed)
 
         return once
 
-    def _figures(self, row: dict, times: Sequence[Timing], runs: Sequence[engines.Run]) -> None:
+    def _figures(self, row: dict, times: Sequence[Timing], runs: Sequence[models.Run]) -> None:
         """Sums over prompts of each prompt's medians; `us` is per new token, the prompt's forward pass included."""
         tokens, steps = sum(len(run.tokens) for run in runs), sum(run.steps for run in runs)
         step = sum(run.decode_seconds for run in runs) / max(1, sum(run.decode_steps for run in runs))
@@ -129,7 +129,7 @@ class Contest:
         if runs[0].phases:
             row["seconds"] = {phase: round(sum(run.phases[phase] for run in runs), 6) for phase in runs[0].phases}
 
-    def _identity(self, rows: dict[str, dict], runs: dict[str, list[engines.Run]], temperature: float) -> None:
+    def _identity(self, rows: dict[str, dict], runs: dict[str, list[models.Run]], temperature: float) -> None:
         """Whether each text is that of ramify plain on the same weights; lossless methods must agree where nothing is drawn at random."""
         for name in runs:
             if (plain := runs.get(plain_of(name))) is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks import engines, plots, probes, report
+from benchmarks import models, plots, probes, report
 from benchmarks.linear import no_ramify, ours, ramify_backend
 from benchmarks.peers import llama_model
 from benchmarks.registry import OPS, Case, Loaded, op, provider, run_cell
@@ -38,7 +38,7 @@ class Models:
         if name != cls.name:
             cls.name, cls.held = name, {}
         if title not in cls.held:
-            cls.held[title] = make(engines.random_model(name))
+            cls.held[title] = make(models.random_model(name))
         return cls.held[title]
 
 
@@ -126,7 +126,7 @@ def show(rows: Sequence[dict]) -> None:
     """For each model: milliseconds and share of the floor, then the curve in single steps."""
     for model in dict.fromkeys(row["shape"]["model"] for row in rows):
         here = [row for row in rows if row["shape"]["model"] == model]
-        print(f"\n{engines.SHAPES[model].title}, context {here[0]['shape']['context']}: ms per pass, share of the floor\n")
+        print(f"\n{models.SHAPES[model].title}, context {here[0]['shape']['context']}: ms per pass, share of the floor\n")
         report.matrix(here, "M", lambda row: f"{row['us']['median'] / 1e3:.2f} {report.share(row)}")
         print("\nM rows in single steps: time(M) / time(1)\n")
         report.matrix([row for row in here if "single_steps" in row], "M", lambda row: f"{row['single_steps']:.2f}")
@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report.progress(f"{number + 1}/{len(cells)} {' '.join(f'{k}={v}' for k, v in cell.items())}")
         rows += (found := run_cell(target, cell, plan, seed=options.seed, named=named)[0])
         sizes = {row["bytes"] for row in found if "bytes" in row}
-        weights = engines.weights_read(engines.random_model(cell["model"]))
+        weights = models.weights_read(models.random_model(cell["model"]))
         finish(found, limits, weights, {size: max(probe.read(size, limits.threads), limits.read) for size in sizes})
     Models.name, Models.held = "", {}
     report.progress("")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.engines import Run
+from benchmarks.models import Run
 
 TYPE = "Q4_0"
 NAMES = {

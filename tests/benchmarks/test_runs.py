@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import end_to_end, engines, probes, report, step, tree_attention
+from benchmarks import end_to_end, engines, models, probes, report, step, tree_attention
 
 
 @pytest.fixture(autouse=True)
@@ -98,10 +98,10 @@ def test_end_to_end(tmp_path, monkeypatch):
 def test_end_to_end_in_low_bits(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    refused = engines.ramify_entries(engines.random_model("tiny"), None, ["plain"], ["int5"])
+    refused = engines.ramify_entries(models.random_model("tiny"), None, ["plain"], ["int5"])
     assert list(refused) == ["ramify plain", "ramify plain, int5"] and refused["ramify plain, int5"][0] is None
     assert refused["ramify plain, int5"][1]["status"] == "failed" and "int5" in refused["ramify plain, int5"][1]["reason"]
-    entries = engines.ramify_entries(engines.random_model("tiny"), None, ["plain", "prompt_lookup"], ["int4-g64"])
+    entries = engines.ramify_entries(models.random_model("tiny"), None, ["plain", "prompt_lookup"], ["int4-g64"])
     if "status" in entries["ramify plain, int4-g64"][1]:
         pytest.skip(entries["ramify plain, int4-g64"][1]["reason"])
     (dense, facts), (plain, small), (lookup, _) = (
@@ -170,7 +170,7 @@ def test_step_figures():
 
 
 def test_a_lossless_method_that_parts_from_plain_has_no_speed():
-    same, other = (engines.Run([1, 2, last], 3, 0.1, 3) for last in (3, 4))
+    same, other = (models.Run([1, 2, last], 3, 0.1, 3) for last in (3, 4))
     contest = object.__new__(end_to_end.Contest)
     contest.prompts = {"argparse": [1]}
     rows = {name: {"status": "ok", "us": {}, "tokens_per_second": 1.0} for name in ("ramify plain", "ramify x", "transformers generate")}
