@@ -67,7 +67,8 @@ PYBIND11_MODULE(_cpu, m) {
     py::dict d;
 #define SIZE(T) d[#T] = sizeof(T)
     SIZE(LinearArgs), SIZE(AttentionArgs), SIZE(RopeAppendArgs), SIZE(EmbedArgs), SIZE(RmsNormArgs), SIZE(SiluMulArgs), SIZE(RopeArgs),
-        SIZE(CopyRowsArgs), SIZE(CommitArgs), SIZE(RowStatsArgs), SIZE(PackArgs), SIZE(ProbeArgs);
+        SIZE(CopyRowsArgs), SIZE(CommitArgs), SIZE(RowStatsArgs), SIZE(PackArgs), SIZE(ProbeArgs), SIZE(MergeArgs), SIZE(PlaceArgs),
+        SIZE(VerifyArgs), SIZE(ResidualArgs);
 #undef SIZE
     return d;
   });

@@ -82,6 +82,13 @@ TABLE = (
     Kernel("embed", "cpu", _F32_BF16, {"out": _F32_BF16}),
     Kernel("row_stats", "cpu", _F32_BF16),
     Kernel("topk_logits", "cpu", _F32_BF16, {"k": range(1, MAX_TOPK + 1)}),
+    Kernel("interval_attention", "cpu", _F32_BF16, {"D": HEAD_SIZES, "kv": _F32_BF16}),
+    Kernel("merge_states", "cpu", _F32_BF16),
+    Kernel("kv_append", "cpu", _F32_BF16, {"cache": _F32_BF16}),
+    Kernel("kv_commit", "cpu", _F32_BF16, {"cache": _F32_BF16}),
+    Kernel("verify_greedy", "cpu", (torch.int32, torch.int64)),
+    Kernel("verify_sample", "cpu", _F32_BF16),
+    Kernel("residual_sample", "cpu", (torch.float32, torch.bfloat16, torch.float64)),
     Kernel("tree_attention", "cuda", (torch.bfloat16,), {"D": HEAD_SIZES, "kv": (torch.bfloat16,)}),
     Kernel("tree_attention", "cuda", (torch.float16,), {"D": HEAD_SIZES, "kv": (torch.float16,)}),
     Kernel("rms_norm", "cuda", _GPU, {"weight": _GPU}),
@@ -108,15 +115,12 @@ TABLE = (
     Kernel("verify_sample", "triton", _GPU, {"T": range(1, 1025)}),
     Kernel("residual_sample", "triton", (torch.float32, torch.float64)),
 )
-"""Everything that runs on a kernel. An op without a row here runs in plain torch on every device."""
-
-PLAIN = ("merge_states", "kv_append", "kv_commit", "verify_greedy", "verify_sample", "residual_sample")
-"""Ops on small or user-owned tensors whose reference is as good as a kernel on the CPU: they run it without a word, forced or not."""
+"""Everything that runs on a kernel; a call that no row takes runs in plain torch."""
 
 MODEL_BACKEND = "cpu"
 """What a captured step of the model layer is made of, and so all that `generate` runs on; only ops have a choice."""
 
-OPS = tuple(dict.fromkeys([*(row.op for row in TABLE), *PLAIN]))
+OPS = tuple(dict.fromkeys(row.op for row in TABLE))
 
 _native: ModuleType | None = None
 _forced: str | None = None
@@ -181,7 +185,7 @@ def reasons(op: str, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) 
 def taken(op: str, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) -> str | None:
     """The backend that runs such calls, or None where the forced one cannot and the call is refused."""
     why = reasons(op, device, dtype, sizes)
-    name = pick(op, why)
+    name = pick(why)
     return None if why[name] else name
 
 
@@ -223,23 +227,20 @@ class TestBackend:
     device: str
 
 
-def pick(op: str, why: Mapping[str, str]) -> str:
-    """The forced backend, even where it cannot run; else the first that can. An op without kernels does not notice a forced kernel."""
-    name = forced()
-    if name is None or (op in PLAIN and name != "reference"):
-        return next(other for other, reason in why.items() if not reason)
-    return name
+def pick(why: Mapping[str, str]) -> str:
+    """The forced backend, even where it cannot run; else the first that can."""
+    return forced() or next(name for name, reason in why.items() if not reason)
 
 
 def _decide(op: str, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) -> str:
     why = reasons(op, device, dtype, sizes)
-    name = pick(op, why)
+    name = pick(why)
     if why[name]:
         can = listed(other for other, reason in why.items() if not reason)
         raise ValueError(
             f'{op}: backend "{name}" was forced and cannot run this call ({why[name]}); takes {can}. Use ramify.backend(None).'
         )
-    if name == "reference" and name != forced() and op not in PLAIN and (op, dtype) not in _said:
+    if name == "reference" and name != forced() and (op, dtype) not in _said:
         _said.add((op, dtype))
         here = {other: reason for other, reason in why.items() if DEVICE_OF.get(other) == device and reason != "no such kernel"}
         told = "; ".join(f"{other}: {reason}" for other, reason in here.items()) or "no kernel"

@@ -66,7 +66,7 @@ def _end_to_end(rows: Sequence[dict]) -> str:
     columns = dict.fromkeys(f"{row['shape']['model']} at {row['shape']['temperature']:g}" for row in rows)
     lines: dict[str, dict[str, str]] = {}
     for row in rows:
-        cell = "-"
+        cell = row["status"] if row["status"] in ("wrong", "failed") else "-"
         if row["status"] == "ok":
             over = f"{row['over_plain']:.2f}x" if "over_plain" in row else "-"
             cell = f"{row['tokens_per_second']:.0f} / {over} / {row['tokens_per_step']:.2f}"

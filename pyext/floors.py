@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ramify.backends import LOW_BIT, OPS, PLAIN, TABLE, UNPROVEN, forced, native, pick, reasons, short
+from ramify.backends import LOW_BIT, OPS, TABLE, UNPROVEN, forced, native, pick, reasons, short
 from ramify.checks import listed, one_of, show
 
 
@@ -42,14 +42,12 @@ def explain(op: str, *shapes: Sequence[int], dtype: torch.dtype = torch.float32,
     one_of("op", op, OPS, "explain")
     device, sizes = _checked(op, shapes, dtype, device, sizes)
     why = reasons(op, device, dtype, sizes)
-    name = pick(op, why)
+    name = pick(why)
     if why[name]:
         takes = listed(other for other, reason in why.items() if not reason)
         raise ValueError(f'explain: backend "{name}" is forced and cannot run {op} ({why[name]}); takes {takes}.')
     if forced() == name:
         because = "it is forced"
-    elif op in PLAIN:
-        because = "plain torch is its only form"
     elif name == "reference":
         because = "no kernel takes the call"
     else:

@@ -14,10 +14,11 @@ from ramify import _cpu
 
 _P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
-F32, BF16, F16, INT8, INT4, FP8 = range(6)
-DTYPES = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16}
+F32, BF16, F16, INT8, INT4, FP8, F64 = range(7)
+DTYPES = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16, torch.float64: F64}
 LOW_BIT = {"int8": INT8, "int4": INT4, "fp8": FP8}
 ACTIVATIONS = {"exact": 0, "int8": 1, "int8-group": 2}
+DRAWN = {"det": 0, "iid": 1, "wor": 2}
 COPY, RMS_NORM, SILU_MUL = 0, 1, 2
 NO_ACTIVATION, SILU = 0, 1
 PANEL, TILE, CHUNK = 32, 64, 512
@@ -45,7 +46,7 @@ AttentionArgs = _struct(
     "prefix_len:p tail_len:p ancestors:p words:i row_depth:p tail_depth:p tail_offset:p kv_dtype:i plain:i k:p v:p page_stride:i "
     "page_table:p table_stride:i page:i k_stride_b:i k_stride_s:i k_stride_h:i v_stride_b:i v_stride_s:i v_stride_h:i "
     "tail_k:p tail_v:p tail_page_stride:i tail_page:p tail_stride_b:i tail_stride_t:i tail_stride_h:i "
-    "tail_v_stride_b:i tail_v_stride_t:i tail_v_stride_h:i max_slots:i scratch:p",
+    "tail_v_stride_b:i tail_v_stride_t:i tail_v_stride_h:i max_slots:i scratch:p start:p end:p",
 )
 RopeAppendArgs = _struct(
     "RopeAppendArgs",
@@ -67,6 +68,20 @@ RowStatsArgs = _struct(
 )
 PackArgs = _struct("PackArgs", 10, "weight:p dtype:i N:i K:i stride:i out:p")
 ProbeArgs = _struct("ProbeArgs", 11, "kind:i data:p bytes:i streams:i repeat:i done:p sink:p")
+MergeArgs = _struct("MergeArgs", 13, "rows:i D:i dtype:i o1:p o2:p o1_stride:i o2_stride:i lse1:p lse2:p out:p out_stride:i lse:p")
+PlaceArgs = _struct(
+    "PlaceArgs",
+    14,
+    "L:i B:i A:i Hkv:i D:i path:p count:p length:p x:p dtype:i x_stride_l:i x_stride_b:i x_stride_t:i x_stride_h:i "
+    "cache:p cache_dtype:i cache_stride_l:i cache_stride_b:i cache_stride_s:i cache_stride_h:i page_table:p table_stride:i page:i",
+)
+VerifyArgs = _struct(
+    "VerifyArgs",
+    15,
+    "B:i T:i tokens:p parents:p n_rows:p path:p count:p bonus:p argmax:p logits:p dtype:i V:i stride_b:i stride_t:i "
+    "temperature:p seed:p position:p q:p q_stride_b:i q_stride_t:i drawn:i scratch:p",
+)
+ResidualArgs = _struct("ResidualArgs", 16, "rows:i V:i dtype:i p:p q:p p_stride:i q_stride:i u:p ids:p scratch:p")
 
 STRUCTS = (
     LinearArgs,
@@ -81,6 +96,10 @@ STRUCTS = (
     RowStatsArgs,
     PackArgs,
     ProbeArgs,
+    MergeArgs,
+    PlaceArgs,
+    VerifyArgs,
+    ResidualArgs,
 )
 
 uniform = _cpu.uniform

@@ -8,8 +8,8 @@
 
 namespace ramify {
 
-// kInt8 and on are weights only (layouts.h), kF16 scales and zeros only.
-enum DType : int64_t { kF32 = 0, kBf16 = 1, kF16 = 2, kInt8 = 3, kInt4 = 4, kFp8 = 5 };
+// kInt8 to kFp8 are weights only (layouts.h), kF16 scales and zeros only, kF64 probabilities only.
+enum DType : int64_t { kF32 = 0, kBf16 = 1, kF16 = 2, kInt8 = 3, kInt4 = 4, kFp8 = 5, kF64 = 6 };
 
 // What a linear layer does to its input row before the product.
 enum Prologue : int64_t { kCopy = 0, kRmsNorm = 1, kSiluMul = 2 };
@@ -81,6 +81,18 @@ struct AttentionArgs {
   int64_t tail_stride_b, tail_stride_t, tail_stride_h, tail_v_stride_b, tail_v_stride_t, tail_v_stride_h;
   int64_t max_slots;  // upper bound of prefix_len + tail depth, sizes the scratch
   void* scratch;
+  const int32_t *start, *end;  // [B, T] or null: the slots that each row sees instead, up to prefix_len; the tail is empty then
+};
+
+// One attention over two disjoint sets of keys, row by row.
+struct MergeArgs {
+  int64_t rows, D, dtype;
+  const void *o1, *o2;  // a side whose lse is -inf may hold anything
+  int64_t o1_stride, o2_stride;
+  const float *lse1, *lse2;
+  void* out;
+  int64_t out_stride;
+  float* lse;
 };
 
 // Rotate q and k by position (after an optional RMS norm per head), append k and v to the draft region.
@@ -155,6 +167,19 @@ struct CommitArgs {
   int64_t draft_layer_stride;
 };
 
+// Rows of a plain tensor into slots of a plain cache: step i of sequence b goes to slot length[b] + i.
+struct PlaceArgs {
+  int64_t L, B, A, Hkv, D;  // A: steps a sequence at most
+  const int32_t* path;      // [B, A] the row of each step; null: step i is row i
+  const int32_t *count, *length;
+  const void* x;
+  int64_t dtype, x_stride_l, x_stride_b, x_stride_t, x_stride_h;
+  void* cache;
+  int64_t cache_dtype, cache_stride_l, cache_stride_b, cache_stride_s, cache_stride_h;
+  const int32_t* page_table;  // [B, table_stride] or null
+  int64_t table_stride, page;
+};
+
 struct RowStatsArgs {
   const int32_t* rows;
   const void* logits;
@@ -164,6 +189,34 @@ struct RowStatsArgs {
   int64_t topk;
   int32_t* topk_ids;
   float* topk_values;
+  void* scratch;
+};
+
+// How the children of a row were chosen: by any rule, or drawn from q with or without replacement.
+enum Drawn : int64_t { kByRule = 0, kWith = 1, kWithout = 2 };
+
+// The path of each tree that a step accepts: by arg-maxes where they are given, else by chance.
+struct VerifyArgs {
+  int64_t B, T;
+  const int32_t *tokens, *parents, *n_rows;  // [B, T], [B, T], [B]
+  int32_t *path, *count, *bonus;             // [B, T], [B], [B]
+  const int32_t* argmax;                     // [B, T] or null; what follows is for null
+  const void* logits;                        // [B, T, V]
+  int64_t dtype, V, stride_b, stride_t;
+  const float* temperature;  // [B]; 0: the most likely token
+  const int64_t *seed, *position;
+  const float* q;  // [B, T, V], what the children of each row were drawn from; not for kByRule
+  int64_t q_stride_b, q_stride_t, drawn;
+  void* scratch;
+};
+
+// A draw from norm([p - q]_+), or from p where nothing is left.
+struct ResidualArgs {
+  int64_t rows, V, dtype;
+  const void *p, *q;
+  int64_t p_stride, q_stride;
+  const double* u;
+  int32_t* ids;
   void* scratch;
 };
 
@@ -200,6 +253,10 @@ enum Kernel : int64_t {
   kPack,
   kProbe,
   kLinearLowBit,
+  kMerge,
+  kPlace,
+  kVerify,
+  kResidualSample,
   kKernels
 };
 
@@ -210,6 +267,7 @@ constexpr int kTile = 64;          // slots in a page: one ancestor word
 constexpr int kChunk = 512;        // slots whose attention is summed before it joins the rest: fixed, so no split shows
 constexpr int kStatsBlock = 512;   // columns whose statistics are summed before they join the rest
 constexpr int kMaxTopK = 32;
+constexpr int kMaxHead = 256;  // head size
 constexpr int kRowBlock = 48;  // packed query rows of one attention work item
 
 }  // namespace ramify

@@ -1,7 +1,7 @@
-// csrc/cpu/attention.cpp: tree attention. Meaning: reference/attention.py.
+// csrc/cpu/attention.cpp: tree attention and interval attention. Meaning: reference/attention.py.
 //
 // What     softmax(scale q k^T) v of every query row over the committed slots of its sequence (no mask but the window) and
-//          those rows of the step's tree that its ancestor words name.
+//          those rows of the step's tree that its ancestor words name; or over the slots of the row's own interval.
 // Tiling   a work item is (sequence, KV head, kRowBlock packed rows of T * Hq/Hkv); it walks tiles of 64 slots: scores with
 //          slots in the lanes, one softmax update a tile, values with the head dimension in the lanes (gemm.h for both).
 // Split    few items: also over chunks of 512 positions, each chunk summed from zero and joined in order. The order of
@@ -31,6 +31,7 @@ struct Attention {
   const AttentionArgs& a;
   Buffers& w;
   const int64_t D;
+  static constexpr T kZeros[kMaxHead] = {};
   const T* key_rows[kTile];
   const T* value_rows[kTile];
 
@@ -41,7 +42,8 @@ struct Attention {
     int count;
   };
 
-  Tile prefix_tile(const Item& it, int64_t slot, int count) {
+  // `used` names the slots that some row sees: the others may hold anything, and 0 * NaN is NaN.
+  Tile prefix_tile(const Item& it, int64_t slot, int count, [[maybe_unused]] uint64_t used) {
     if constexpr (!kPlain) {
       const int64_t at = a.page_table[it.b * a.table_stride + slot / kTile] * a.page_stride + it.h * kTile * D;
       return {static_cast<const T*>(a.k) + at, static_cast<const T*>(a.v) + at, count};
@@ -51,6 +53,7 @@ struct Attention {
         const int64_t page = a.page_table ? a.page_table[it.b * a.table_stride + s / a.page] : it.b, in = a.page_table ? s % a.page : s;
         key_rows[i] = static_cast<const T*>(a.k) + page * a.k_stride_b + in * a.k_stride_s + it.h * a.k_stride_h;
         value_rows[i] = static_cast<const T*>(a.v) + page * a.v_stride_b + in * a.v_stride_s + it.h * a.v_stride_h;
+        if (!(used >> i & 1)) value_rows[i] = kZeros;
       }
       return gathered(count);
     }
@@ -194,22 +197,32 @@ struct Attention {
   void run_chunk(const Item& it, int64_t chunk, const State& st) {
     const int64_t g = a.Hq / a.Hkv, begin = chunk * kChunk, end = begin + kChunk;
     reset(st, it.rows, D);
-    int64_t starts[kRowBlock], lowest = 0, highest = 0;  // first position inside each row's window
+    int64_t starts[kRowBlock], ends[kRowBlock];  // the slots of the prefix that each row sees, but for the sink
+    int64_t lowest = it.prefix, highest = 0, first_end = it.prefix, last_end = 0;
     for (int64_t r = 0; r < it.rows; ++r) {
-      const int64_t position = it.prefix + a.row_depth[it.query + (it.first + r) / g];
-      starts[r] = a.window > 0 && position - a.window + 1 > 0 ? position - a.window + 1 : 0;
-      lowest = r == 0 || starts[r] < lowest ? starts[r] : lowest, highest = starts[r] > highest ? starts[r] : highest;
+      const int64_t row = it.query + (it.first + r) / g;
+      if (a.start) {
+        starts[r] = a.start[row], ends[r] = a.end[row];
+      } else {
+        const int64_t position = it.prefix + a.row_depth[row];
+        starts[r] = a.window > 0 && position - a.window + 1 > 0 ? position - a.window + 1 : 0, ends[r] = it.prefix;
+      }
+      lowest = starts[r] < lowest ? starts[r] : lowest, highest = starts[r] > highest ? starts[r] : highest;
+      first_end = ends[r] < first_end ? ends[r] : first_end, last_end = ends[r] > last_end ? ends[r] : last_end;
     }
     uint64_t words[kRowBlock];
-    for (int64_t slot = begin; slot < end && slot < it.prefix; slot += kTile) {
+    for (int64_t slot = begin; slot < end && slot < last_end; slot += kTile) {
       const int count = int(it.prefix - slot < kTile ? it.prefix - slot : kTile);
       if (slot + count <= lowest && slot >= a.sink) continue;
-      const bool masked = slot < highest;
+      const bool masked = slot < highest || slot + count > first_end;
+      uint64_t used = masked ? 0 : ~uint64_t(0);
       for (int64_t r = 0; masked && r < it.rows; ++r) {
-        words[r] = above(starts[r] - slot) | (a.sink > slot ? ~above(a.sink - slot) : 0);
+        words[r] = (above(starts[r] - slot) | ~above(a.sink - slot)) & ~above(ends[r] - slot);
+        used |= words[r];
       }
-      visit(it, prefix_tile(it, slot, count), masked ? words : nullptr, st);
+      if (used) visit(it, prefix_tile(it, slot, count, used), masked ? words : nullptr, st);
     }
+    if (a.start) return;
     const int32_t* depth = a.tail_depth + it.tail;
     for (int64_t first = 0; first < a.tail_len[it.b]; first += kTile) {
       const int count = int(a.tail_len[it.b] - first < kTile ? a.tail_len[it.b] - first : kTile);
@@ -261,6 +274,7 @@ struct Attention {
 };
 
 int64_t rows_of(const AttentionArgs& a, int64_t b) {
+  if (a.start) return a.T;
   if (a.row_start) return a.row_start[b + 1] - a.row_start[b];
   return a.T < a.tail_len[b] ? a.T : a.tail_len[b];
 }
@@ -276,13 +290,13 @@ Item item_at(const AttentionArgs& a, int64_t index) {
           first,
           all - first < kRowBlock ? all - first : kRowBlock,
           a.row_start ? a.row_start[b] : b * a.T,
-          a.tail_offset[b],
+          a.start ? 0 : a.tail_offset[b],
           a.prefix_len[b]};
 }
 
 int64_t chunks_of(const AttentionArgs& a, int64_t b) {
   int64_t last = a.prefix_len[b];
-  for (int64_t j = 0; j < a.tail_len[b]; ++j) {
+  for (int64_t j = 0; !a.start && j < a.tail_len[b]; ++j) {
     const int64_t position = a.prefix_len[b] + a.tail_depth[a.tail_offset[b] + j] + 1;
     last = position > last ? position : last;
   }

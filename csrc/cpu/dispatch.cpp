@@ -14,6 +14,9 @@ namespace ramify {
   extern const KernelRow attention_kernels[]; \
   extern const KernelRow glue_kernels[];      \
   extern const KernelRow kv_kernels[];        \
+  extern const KernelRow merge_kernels[];     \
+  extern const KernelRow place_kernels[];     \
+  extern const KernelRow sample_kernels[];    \
   extern const KernelRow verify_kernels[];    \
   extern const KernelRow probe_kernels[];     \
   }
@@ -22,17 +25,17 @@ RAMIFY_LEVELS(X)
 
 namespace {
 
-constexpr int kFiles = 7;
+constexpr int kFiles = 10;
 
 struct Level {
   const char* name;
   const KernelRow* files[kFiles];
 };
 
-#define X(level)                                                                                                     \
-  {#level,                                                                                                           \
-   {level::linear_kernels, level::low_bit_kernels, level::attention_kernels, level::glue_kernels, level::kv_kernels, \
-    level::verify_kernels, level::probe_kernels}},
+#define X(level)                                                                                                                           \
+  {#level,                                                                                                                                 \
+   {level::linear_kernels, level::low_bit_kernels, level::attention_kernels, level::glue_kernels, level::kv_kernels, level::merge_kernels, \
+    level::place_kernels, level::sample_kernels, level::verify_kernels, level::probe_kernels}},
 const Level levels[] = {RAMIFY_LEVELS(X)};
 #undef X
 constexpr int kLevels = sizeof(levels) / sizeof(levels[0]);

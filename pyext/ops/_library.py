@@ -116,11 +116,12 @@ class InPlaceOp:
         check: Callable[..., None],
         sizes: Callable[..., dict[str, Any]],
         reference: Callable[..., None],
+        cpu: Callable[..., None] | None = None,
         cuda: Callable[..., None] | None = None,
         triton: str = "",
     ) -> None:
         self.name, self.tensors = name, _tensors(arguments)
-        self._kernels = {"cuda": cuda, "triton": launcher(triton, lambda args: args[0]) if triton else None}
+        self._kernels = {"cpu": cpu, "cuda": cuda, "triton": launcher(triton, lambda args: args[0]) if triton else None}
         self._written = [(i, argument) for i, argument, _ in self.tensors if "!" in arguments.split(", ")[i]]
         self._check, self._sizes, self._reference = check, sizes, reference
         _register(name, f"({arguments}) -> ()", self._run, check)

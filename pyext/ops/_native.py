@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ramify.backends import native
+from ramify.ops._memory import crosses
 from ramify.quant.formats import Format
 from ramify.quant.packing import pack_panels
 
@@ -164,20 +165,12 @@ def tree_attention(
     if tail_rows is None:
         tail_rows = torch.full((B,), T, dtype=torch.int32)
     args = n.AttentionArgs(B=B, T=T, Hq=Hq, Hkv=tail_k.shape[2], D=D, scale=scale, window=window, sink=sink)
-    args.q, args.q_dtype = q.data_ptr(), n.DTYPES[q.dtype]
-    args.q_stride_b, args.q_stride_t, args.q_stride_h, _ = q.stride()
-    args.out = out.data_ptr()
-    args.out_stride_b, args.out_stride_t, args.out_stride_h, _ = out.stride()
-    args.lse = lse.data_ptr()
-    args.lse_stride_b, args.lse_stride_t, _ = lse.stride()
+    _place_heads(args, q, k, v, out, lse)
     args.prefix_len, args.tail_len = prefix_len.data_ptr(), tail_rows.data_ptr()
     args.ancestors, args.words = ancestors.data_ptr(), ancestors.shape[2]
     args.row_depth = args.tail_depth = depth.data_ptr()
     args.tail_offset = offset.data_ptr()
-    args.kv_dtype, args.plain = n.DTYPES[k.dtype], 1
-    args.k, args.v = k.data_ptr(), v.data_ptr()
-    args.k_stride_b, args.k_stride_s, args.k_stride_h, _ = k.stride()
-    args.v_stride_b, args.v_stride_s, args.v_stride_h, _ = v.stride()
+    args.plain = 1
     if page_table is not None:
         args.page_table, args.table_stride, args.page = page_table.data_ptr(), page_table.stride(0), k.shape[1]
     args.tail_k, args.tail_v = tail_k.data_ptr(), tail_v.data_ptr()
@@ -189,6 +182,117 @@ def tree_attention(
         if used < T:
             out[b, used:] = 0
             lse[b, used:] = -torch.inf
+
+
+def interval_attention(outs: Outputs, q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float) -> None:
+    """o and lse, straight into the outputs."""
+    n = native()
+    out, lse = outs
+    B, T, Hq, D = q.shape
+    start, end = start.contiguous(), end.contiguous()
+    last = end.amax(1)
+    args = n.AttentionArgs(B=B, T=T, Hq=Hq, Hkv=k.shape[2], D=D, scale=scale, plain=1, max_slots=int(last.max()))
+    _place_heads(args, q, k, v, out, lse)
+    args.prefix_len, args.start, args.end = last.data_ptr(), start.data_ptr(), end.data_ptr()
+    _run_with_scratch(args)
+
+
+def _place_heads(args: Structure, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Addresses, kinds and strides of rows, slots and results."""
+    n = native()
+    args.q, args.q_dtype = q.data_ptr(), n.DTYPES[q.dtype]
+    args.q_stride_b, args.q_stride_t, args.q_stride_h, _ = q.stride()
+    args.out = out.data_ptr()
+    args.out_stride_b, args.out_stride_t, args.out_stride_h, _ = out.stride()
+    args.lse = lse.data_ptr()
+    args.lse_stride_b, args.lse_stride_t, _ = lse.stride()
+    args.k, args.v, args.kv_dtype = k.data_ptr(), v.data_ptr(), n.DTYPES[k.dtype]
+    args.k_stride_b, args.k_stride_s, args.k_stride_h, _ = k.stride()
+    args.v_stride_b, args.v_stride_s, args.v_stride_h, _ = v.stride()
+
+
+def merge_states(outs: Outputs, o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> None:
+    """o and lse of both sides together."""
+    n = native()
+    D = o1.shape[-1]
+    x, y, l1, l2 = o1.reshape(-1, D), o2.reshape(-1, D), lse1.reshape(-1), lse2.reshape(-1)
+    l1, l2 = l1.contiguous(), l2.contiguous()
+    out = outs[0].view(-1, D) if outs[0].is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
+    lse = outs[1].view(-1) if outs[1].is_contiguous() else torch.empty_like(l1)
+    args = n.MergeArgs(rows=x.shape[0], D=D, dtype=n.DTYPES[x.dtype], o1=x.data_ptr(), o1_stride=x.stride(0), lse1=l1.data_ptr())
+    args.o2, args.o2_stride, args.lse2 = y.data_ptr(), y.stride(0), l2.data_ptr()
+    args.out, args.out_stride, args.lse = out.data_ptr(), out.stride(0), lse.data_ptr()
+    n.run(args)
+    _store(out, outs[0])
+    _store(lse, outs[1])
+
+
+def place(x: Tensor, cache: Tensor, path: Tensor | None, count: Tensor, length: Tensor, page_table: Tensor | None) -> None:
+    """Rows of x [L, B, T, Hkv, D] into a cache [L, ..., Hkv, D] behind `length`: rows path[b, :count[b]], or the first count[b]."""
+    n = native()
+    x = x.clone() if crosses(x, cache) else x  # a row may not be read after its place was written
+    path, count, length = None if path is None else path.int().contiguous(), count.contiguous(), length.contiguous()
+    L, B, T, Hkv, D = x.shape
+    args = n.PlaceArgs(L=L, B=B, A=T if path is None else path.shape[1], Hkv=Hkv, D=D, path=n.pointer(path))
+    args.count, args.length = count.data_ptr(), length.data_ptr()
+    args.x, args.dtype = x.data_ptr(), n.DTYPES[x.dtype]
+    args.x_stride_l, args.x_stride_b, args.x_stride_t, args.x_stride_h, _ = x.stride()
+    args.cache, args.cache_dtype = cache.data_ptr(), n.DTYPES[cache.dtype]
+    args.cache_stride_l, args.cache_stride_b, args.cache_stride_s, args.cache_stride_h, _ = cache.stride()
+    if page_table is not None:
+        args.page_table, args.table_stride, args.page = page_table.data_ptr(), page_table.stride(0), cache.shape[2]
+    n.run(args)
+
+
+def verify_greedy(outs: Outputs, tokens: Tensor, parents: Tensor, argmax: Tensor, n_rows: Tensor) -> None:
+    """path, count and bonus of the walk along arg-maxes."""
+    argmax = argmax.int().contiguous()
+    _walk(outs, native().VerifyArgs(argmax=argmax.data_ptr()), tokens, parents, n_rows)
+
+
+def verify_sample(
+    outs: Outputs,
+    logits: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    n_rows: Tensor,
+    temperature: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    q: Tensor | None,
+    mode: str,
+) -> None:
+    """path, count and bonus of the walk by chance."""
+    n = native()
+    temperature, seed, position = temperature.contiguous(), seed.contiguous(), position.long().contiguous()
+    args = n.VerifyArgs(logits=logits.data_ptr(), dtype=n.DTYPES[logits.dtype], V=logits.shape[2], drawn=n.DRAWN[mode])
+    args.stride_b, args.stride_t, _ = logits.stride()
+    args.temperature, args.seed, args.position = temperature.data_ptr(), seed.data_ptr(), position.data_ptr()
+    if q is not None:
+        args.q = q.data_ptr()
+        args.q_stride_b, args.q_stride_t, _ = q.stride()
+    _walk(outs, args, tokens, parents, n_rows)
+
+
+def _walk(outs: Outputs, args: Structure, tokens: Tensor, parents: Tensor, n_rows: Tensor) -> None:
+    tokens, parents, n_rows = tokens.int().contiguous(), parents.int().contiguous(), n_rows.contiguous()
+    results = [out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype) for out in outs]
+    args.B, args.T = tokens.shape
+    args.tokens, args.parents, args.n_rows = tokens.data_ptr(), parents.data_ptr(), n_rows.data_ptr()
+    args.path, args.count, args.bonus = (result.data_ptr() for result in results)
+    _run_with_scratch(args)
+    for result, out in zip(results, outs):
+        _store(result, out)
+
+
+def residual_sample(outs: Outputs, p: Tensor, q: Tensor, u: Tensor) -> None:
+    """Ids of draws from what p has more than q."""
+    n = native()
+    u, ids = u.contiguous(), outs[0] if outs[0].is_contiguous() else torch.empty(outs[0].shape, dtype=outs[0].dtype)
+    args = n.ResidualArgs(rows=p.shape[0], V=p.shape[1], dtype=n.DTYPES[p.dtype], p=p.data_ptr(), p_stride=p.stride(0))
+    args.q, args.q_stride, args.u, args.ids = q.data_ptr(), q.stride(0), u.data_ptr(), ids.data_ptr()
+    _run_with_scratch(args)
+    _store(ids, outs[0])
 
 
 def _stats(logits: Tensor, argmax: Tensor, lse: Tensor, top: Tensor, values: Tensor | None = None, ids: Tensor | None = None) -> None:

@@ -228,13 +228,23 @@ _tree_attention = Op(
 )
 
 
-def _interval_reference(q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float) -> Any:
+def _check_bounds(q: Tensor, k: Tensor, start: Tensor, end: Tensor) -> None:
+    """Intervals lie inside the slots. On the CPU only: elsewhere the answer would cost a synchronisation."""
     if q.device.type == "cpu" and start.numel():
         for name, bound in (("start", start), ("end", end)):
             low, high = (int(x) for x in bound.aminmax())
             if low < 0 or high > k.shape[1]:
                 raise ValueError(f"interval_attention: {name} holds {low if low < 0 else high}; takes 0 to {k.shape[1]}, the slots of k.")
+
+
+def _interval_reference(q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float) -> Any:
+    _check_bounds(q, k, start, end)
     return reference.interval_attention(q, k, v, start, end, scale=scale, return_lse=True)
+
+
+def _interval_cpu(outs: tuple[Tensor, ...], q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float) -> None:
+    _check_bounds(q, k, start, end)
+    _native.interval_attention(outs, q, k, v, start, end, scale)
 
 
 _interval_attention = Op(
@@ -244,6 +254,7 @@ _interval_attention = Op(
     check=_check_interval,
     sizes=lambda q, k, *_: {"dtype": q.dtype, "D": q.shape[3], "kv": k.dtype},
     reference=_interval_reference,
+    cpu=_interval_cpu,
     triton="interval_attention",
 )
 _merge_states = Op(
@@ -253,5 +264,6 @@ _merge_states = Op(
     check=_check_merge_states,
     sizes=lambda o1, *_: {"dtype": o1.dtype},
     reference=reference.merge_states,
+    cpu=_native.merge_states,
     triton="merge_states",
 )

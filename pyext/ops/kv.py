@@ -1,12 +1,13 @@
 """kv_append and kv_commit: the only two ways a token enters a cache of plain tensors."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ramify import reference
-from ramify.ops import _cuda
+from ramify.ops import _cuda, _native
 from ramify.ops._checks import FLOATS, INDICES, INT32, Shapes, check_cache
 from ramify.ops._library import InPlaceOp
 
@@ -23,7 +24,7 @@ def kv_append(
 ) -> None:
     """Write row t of sequence b to slot length[b] + t of the caches, for t < n_rows[b] (all T rows by default).
 
-    k, v [B, T, Hkv, D] float; k_cache, v_cache [B, S, Hkv, D], or [pages, page, Hkv, D] with page_table int32 [B, P]; length,
+    k, v [B, T, Hkv, D] of one float dtype; k_cache, v_cache [B, S, Hkv, D], or [pages, page, Hkv, D] with page_table int32 [B, P]; length,
     n_rows int32 [B]. The caches change in place, rounded to their dtype; `length` does not change. Raises ValueError for shapes
     and for slots beyond the cache, TypeError for dtypes.
     """
@@ -43,7 +44,7 @@ def kv_commit(
 ) -> None:
     """Append the accepted rows of a tree: tail row path[b, i] goes to slot length[b] + i, for i < count[b].
 
-    tail_k, tail_v [B, T, Hkv, D] float; caches as for kv_append; path int32 or int64 [B, A] and count int32 [B] as verify_greedy
+    tail_k, tail_v [B, T, Hkv, D] of one float dtype; caches as for kv_append; path int32 or int64 [B, A], count int32 [B] as verify_greedy
     returns them; length int32 [B]. Entries of path from count[b] on are not read. With one more axis L in front of tails and caches,
     all layers of a model at once, on a GPU in one launch. The caches change in place; rejected rows leave no trace. Raises ValueError
     for shapes, for rows outside the tail and slots beyond the cache; TypeError for dtypes.
@@ -56,7 +57,7 @@ def _check_append(
 ) -> None:
     check = Shapes("kv_append")
     check("k", k, "B T Hkv D", FLOATS)
-    check("v", v, "B T Hkv D", FLOATS)
+    check("v", v, "B T Hkv D", (k.dtype,))
     check_cache(check, "k_cache", k_cache, "v_cache", v_cache, page_table)
     check("length", length, "B", INT32)
     if n_rows is not None:
@@ -68,7 +69,7 @@ def _check_commit(
 ) -> None:
     check, layers = Shapes("kv_commit"), "L " if tail_k.ndim == 5 else ""
     check("tail_k", tail_k, f"{layers}B T Hkv D", FLOATS)
-    check("tail_v", tail_v, f"{layers}B T Hkv D", FLOATS)
+    check("tail_v", tail_v, f"{layers}B T Hkv D", (tail_k.dtype,))
     check_cache(check, "k_cache", k_cache, "v_cache", v_cache, page_table, layers)
     check("path", path, "B A", INDICES)
     check("count", count, "B", INT32)
@@ -107,34 +108,49 @@ def _check_path(path: Tensor, count: Tensor, T: int) -> None:
         raise ValueError(f"kv_commit: path[{b}, {i}] is {path[b, i]}; takes 0 to {T - 1}, the rows of tail_k.")
 
 
-def _append(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor, n_rows: Tensor | None, page_table: Tensor | None
-) -> None:
-    T = k.shape[1]
-    _check_slots("kv_append", "n_rows", torch.full_like(length, T) if n_rows is None else n_rows, T, length, k_cache, page_table)
+def _checked_append(kernel: Callable[..., None]) -> Callable[..., None]:
+    """`kernel` behind the checks of values."""
+
+    def append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor, n_rows: Tensor | None, *rest: Tensor | None) -> None:
+        n_rows = torch.full_like(length, k.shape[1]) if n_rows is None else n_rows
+        _check_slots("kv_append", "n_rows", n_rows, k.shape[1], length, k_cache, *rest)
+        kernel(k, v, k_cache, v_cache, length, n_rows, *rest)
+
+    return append
+
+
+def _checked_commit(kernel: Callable[..., None]) -> Callable[..., None]:
+    """`kernel` behind the checks of values."""
+
+    def commit(tail_k: Tensor, tail_v: Tensor, k_cache: Tensor, v_cache: Tensor, path: Tensor, count: Tensor, *rest: Any) -> None:
+        _check_slots("kv_commit", "count", count, path.shape[1], rest[0], k_cache, rest[1])
+        _check_path(path, count, tail_k.shape[-3])
+        kernel(tail_k, tail_v, k_cache, v_cache, path, count, *rest)
+
+    return commit
+
+
+def _append_reference(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor, n_rows: Tensor, page_table: Any) -> None:
     reference.kv_append(k, v, k_cache, v_cache, length, n_rows=n_rows, page_table=page_table)
 
 
-def _commit(
-    tail_k: Tensor, tail_v: Tensor, k_cache: Tensor, v_cache: Tensor, path: Tensor, count: Tensor, length: Tensor, page_table: Tensor | None
+def _append_cpu(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor, n_rows: Tensor, page_table: Any) -> None:
+    for x, cache in ((k, k_cache), (v, v_cache)):
+        _native.place(x[None], cache[None], None, n_rows, length, page_table)
+
+
+def _commit_reference(
+    tail_k: Tensor, tail_v: Tensor, k_cache: Tensor, v_cache: Tensor, path: Tensor, count: Tensor, length: Tensor, page_table: Any
 ) -> None:
-    _check_slots("kv_commit", "count", count, path.shape[1], length, k_cache, page_table)
-    _check_path(path, count, tail_k.shape[-3])
     reference.kv_commit(tail_k, tail_v, k_cache, v_cache, path, count, length, page_table=page_table)
 
 
-def _append_cuda(k: Tensor, v: Tensor, k_cache: Tensor, *rest: Any) -> None:
-    length, n_rows, page_table = rest[1:]
-    T = k.shape[1]
-    _check_slots("kv_append", "n_rows", torch.full_like(length, T) if n_rows is None else n_rows, T, length, k_cache, page_table)
-    _cuda.kv_append(k, v, k_cache, *rest)
-
-
-def _commit_cuda(tail_k: Tensor, tail_v: Tensor, k_cache: Tensor, v_cache: Tensor, path: Tensor, *rest: Any) -> None:
-    count, length, page_table = rest
-    _check_slots("kv_commit", "count", count, path.shape[1], length, k_cache, page_table)
-    _check_path(path, count, tail_k.shape[-3])
-    _cuda.kv_commit(tail_k, tail_v, k_cache, v_cache, path, *rest)
+def _commit_cpu(
+    tail_k: Tensor, tail_v: Tensor, k_cache: Tensor, v_cache: Tensor, path: Tensor, count: Tensor, length: Tensor, page_table: Any
+) -> None:
+    layers = (lambda x: x) if tail_k.ndim == 5 else (lambda x: x[None])
+    for x, cache in ((tail_k, k_cache), (tail_v, v_cache)):
+        _native.place(layers(x), layers(cache), path, count, length, page_table)
 
 
 def _sizes(k: Tensor, v: Tensor, k_cache: Tensor, *_: Any) -> dict[str, Any]:
@@ -146,8 +162,9 @@ _kv_append = InPlaceOp(
     "Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor length, Tensor? n_rows, Tensor? page_table",
     _check_append,
     _sizes,
-    _append,
-    cuda=_append_cuda,
+    _checked_append(_append_reference),
+    cpu=_checked_append(_append_cpu),
+    cuda=_checked_append(_cuda.kv_append),
     triton="kv_append",
 )
 _kv_commit = InPlaceOp(
@@ -155,7 +172,8 @@ _kv_commit = InPlaceOp(
     "Tensor tail_k, Tensor tail_v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor path, Tensor count, Tensor length, Tensor? page_table",
     _check_commit,
     _sizes,
-    _commit,
-    cuda=_commit_cuda,
+    _checked_commit(_commit_reference),
+    cpu=_checked_commit(_commit_cpu),
+    cuda=_checked_commit(_cuda.kv_commit),
     triton="kv_commit",
 )

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ramify import reference
 from ramify.checks import one_of
+from ramify.ops import _native
 from ramify.ops._checks import FLOATS, INDICES, INT32, INT64, Results, Shapes
 from ramify.ops._library import Op
 from ramify.ops.verify import check_tree
@@ -88,11 +89,29 @@ def _check_residual_sample(p: Tensor, q: Tensor, u: Tensor) -> Results:
     return ((u.shape, torch.int32),)
 
 
-def _sample_reference(logits, tokens, parents, n_rows, temperature, seed, position, q, mode):
+def _check_values(logits: Tensor, tokens: Tensor, parents: Tensor, n_rows: Tensor, temperature: Tensor, q: Tensor | None) -> None:
+    """Trees are trees, and what is looked up is there. On the CPU only: elsewhere the answers would cost a synchronisation."""
     check_tree("verify_sample", parents, n_rows)
-    if logits.device.type == "cpu" and not bool((temperature >= 0).all()):
+    if logits.device.type != "cpu":
+        return
+    if not bool((temperature >= 0).all()):
         raise ValueError(f"verify_sample: temperature is {temperature.tolist()}; takes 0 or more.")
+    _, T, V = logits.shape
+    drawn = torch.arange(T) * (q is not None)  # the root was not drawn
+    wrong = (drawn > 0) & (drawn < n_rows[:, None]) & ((tokens < 0) | (tokens >= V))
+    if wrong.any():
+        b, i = wrong.nonzero()[0].tolist()
+        raise ValueError(f"verify_sample: tokens[{b}, {i}] is {tokens[b, i]}; takes 0 to {V - 1}, the columns of q.")
+
+
+def _sample_reference(logits, tokens, parents, n_rows, temperature, seed, position, q, mode):
+    _check_values(logits, tokens, parents, n_rows, temperature, q)
     return reference.verify_sample(logits, tokens, parents, n_rows, temperature, seed, position, q, mode=mode)
+
+
+def _sample_cpu(outs, logits, tokens, parents, n_rows, temperature, seed, position, q, mode):
+    _check_values(logits, tokens, parents, n_rows, temperature, q)
+    _native.verify_sample(outs, logits, tokens, parents, n_rows, temperature, seed, position, q, mode)
 
 
 _verify_sample = Op(  # its mode is `how` in the schema: torch has a use of its own for an argument `mode`
@@ -102,6 +121,7 @@ _verify_sample = Op(  # its mode is `how` in the schema: torch has a use of its 
     check=_check_verify_sample,
     sizes=lambda logits, *_: {"dtype": logits.dtype, "T": logits.shape[1]},
     reference=_sample_reference,
+    cpu=_sample_cpu,
     triton="verify_sample",
 )
 _residual_sample = Op(
@@ -111,5 +131,6 @@ _residual_sample = Op(
     check=_check_residual_sample,
     sizes=lambda p, *_: {"dtype": p.dtype},
     reference=lambda p, q, u: (reference.residual_sample(p, q, u),),
+    cpu=_native.residual_sample,
     triton="residual_sample",
 )

@@ -105,6 +105,11 @@ def _walk_cuda(outs: tuple[Tensor, ...], tokens: Tensor, parents: Tensor, argmax
     _cuda.verify_greedy(outs, tokens, parents, argmax, n_rows)
 
 
+def _walk_cpu(outs: tuple[Tensor, ...], tokens: Tensor, parents: Tensor, argmax: Tensor, n_rows: Tensor) -> None:
+    check_tree("verify_greedy", parents, n_rows)
+    _native.verify_greedy(outs, tokens, parents, argmax, n_rows)
+
+
 _row_stats = Op(
     "row_stats",
     "Tensor logits",
@@ -134,6 +139,7 @@ _verify_greedy = Op(
     check=_check_verify_greedy,
     sizes=lambda tokens, *_: {"dtype": tokens.dtype, "T": tokens.shape[1]},
     reference=_walk,
+    cpu=_walk_cpu,
     cuda=_walk_cuda,
     triton="verify_greedy",
 )

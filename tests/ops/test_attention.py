@@ -70,6 +70,18 @@ def test_window(backend, level, window, sink, page):
 
 
 @pytest.mark.parametrize(("backend", "level"), runs("tree_attention"))
+def test_slots_behind_every_window_may_hold_anything(backend, level):
+    """Also in a tile of which some slots are seen."""
+    case = attention_case([150], 9, 4, 2, 64, tree="chain", seed=5)
+    clean = attention_case([150], 9, 4, 2, 64, tree="chain", seed=5)
+    case.k[:, 3:130], case.v[:, 3:130] = torch.nan, torch.nan  # row 0 is at 150 and sees slots from 131
+    with running(backend, level):
+        o, lse = ops.tree_attention(*case.tensors, window=20, sink=3, return_lse=True)
+        want, want_lse = ops.tree_attention(*clean.tensors, window=20, sink=3, return_lse=True)
+    assert torch.equal(o, want) and torch.equal(lse, want_lse)
+
+
+@pytest.mark.parametrize(("backend", "level"), runs("tree_attention"))
 def test_large_scores(backend, level):
     """Scores far apart: one key takes all, and nothing overflows on the way."""
     case = attention_case([150, 3], 9, seed=5)

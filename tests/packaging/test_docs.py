@@ -67,12 +67,8 @@ def test_results(tmp_path):
     assert docs.results(tmp_path) == "Not measured yet."
     (folder / "end_to_end.json").write_text(json.dumps(document()))
     text = docs.results(tmp_path)
-    assert "| zoo | 0 | ramify plain | bf16 | 401.2 | 5.50x | - | 1.00 | 50% | 6/6 |" in text
-    assert (
-        "| ramify broken | bf16 | - | - | - | - | - | failed |" in text
-        and "Some CPU (avx2), 2 threads" in text
-        and "2026-01-02, commit abc" in text
-    )
+    assert "| model, temperature | zoo at 0 |" in text and "| ramify plain | 401 / - / 1.00 |" in text
+    assert "| ramify broken | failed |" in text and "Some CPU (avx2), 2 threads" in text and "2026-01-02, commit abc" in text
     (folder / "end_to_end.json").write_text(json.dumps(document(options={"quick": True})))
     assert docs.results(tmp_path) == "Not measured yet."
 

@@ -1,0 +1,189 @@
+// csrc/cpu/sample.cpp: which path of a tree a step accepts, and draws from what is left. Meaning: reference/verify.py.
+//
+// What     the walk from the root to the child that a row's arg-max or draw names (verify_greedy, verify_sample "det"), or whose
+//          test passes (children drawn from q); residual_sample.
+// Numbers  Philox on (seed, position, purpose, lane), rng.h. Exponentials are f32, sums f64: a decision is the reference's unless
+//          a random number lies within about 1e-7 of its border.
+// Traffic  V * sizeof(logits) bytes a row of the path, and as much of q where children are tested: rows that are never reached are
+//          never read. A sequence, or a row of residual_sample, is one thread's work.
+#include "common/rng.h"
+#include "cpu/stats.h"
+
+namespace ramify::RAMIFY_ISA {
+namespace {
+
+constexpr float kMasked = -__builtin_inff();
+
+// The first i at which the running sum of w passes u * sum; where rounding leaves none, the last i with a weight, or 0.
+int32_t draw(const double* w, int64_t n, double u) {
+  double total = 0, sum = 0;
+  for (int64_t i = 0; i < n; ++i) total += w[i];
+  for (int64_t i = 0; i < n; ++i) {
+    sum += w[i];
+    if (sum > u * total) return int32_t(i);
+  }
+  for (int64_t i = n; i-- > 0;)
+    if (w[i] != 0) return int32_t(i);
+  return 0;
+}
+
+// w = norm([w - q]_+), or w as it is where nothing is left.
+void subtract(double* w, const double* q, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += w[i] > q[i] ? w[i] - q[i] : 0;
+  if (!(sum > 0)) return;
+  for (int64_t i = 0; i < n; ++i) w[i] = (w[i] > q[i] ? w[i] - q[i] : 0) / sum;
+}
+
+void divide(double* w, int64_t n, double by) {
+  for (int64_t i = 0; i < n; ++i) w[i] /= by;
+}
+
+double sum_of(const double* w, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += w[i];
+  return sum;
+}
+
+// Arg-max of a row and its maximum.
+template <class T>
+int32_t best_of(const T* x, int64_t V, float& top) {
+  BlockStats best, block;
+  for (int64_t j = 0; j < V; j += kStatsBlock) {
+    block_stats(x + j, V - j < kStatsBlock ? V - j : kStatsBlock, int32_t(j), 0, block);
+    if (j == 0 || above(block.top, best.top)) best.top = block.top, best.arg = block.arg;
+  }
+  top = best.top;
+  return best.arg < 0 ? 0 : best.arg;
+}
+
+// w = softmax(x / temperature).
+template <class T>
+void weigh(const T* x, int64_t V, float temperature, double* w) {
+  float top;
+  best_of(x, V, top);
+  const Vec heat = Vec::set(temperature), most = Vec::set(top == kMasked ? 0.f : top) / heat;
+  float e[L];
+  for (int64_t j = 0; j < V; j += L) {
+    exp(load_part(x + j, V - j, kMasked) / heat - most).store(e);
+    for (int i = 0; i < L && j + i < V; ++i) w[j + i] = e[i];
+  }
+  divide(w, V, sum_of(w, V));
+}
+
+struct Tree {
+  const int32_t *tokens, *parents;
+  int64_t rows;
+  int64_t child(int64_t parent, int64_t after) const {  // the first one behind `after`, or -1
+    for (int64_t r = after + 1; r < rows; ++r)
+      if (parents[r] == parent) return r;
+    return -1;
+  }
+  int64_t holder(int64_t parent, int32_t token) const {
+    int64_t r = child(parent, parent);
+    while (r >= 0 && tokens[r] != token) r = child(parent, r);
+    return r;
+  }
+};
+
+struct Choice {
+  int32_t token;
+  int64_t next;  // the accepted child, or -1
+};
+
+template <class T>
+Choice choose(const VerifyArgs& a, const Tree& tree, int64_t b, int64_t row, int64_t depth, double* target, double* guess) {
+  if (a.argmax) {
+    const int32_t token = a.argmax[b * a.T + row];
+    return {token, tree.holder(row, token)};
+  }
+  const T* const x = static_cast<const T*>(a.logits) + b * a.stride_b + row * a.stride_t;
+  const float heat = a.temperature[b];
+  if (!(heat > 0.f)) {
+    float top;
+    const int32_t token = best_of(x, a.V, top);
+    return {token, tree.holder(row, token)};
+  }
+  const uint64_t seed = uint64_t(a.seed[b]), at = uint64_t(a.position[b] + depth);
+  weigh(x, a.V, heat, target);
+  int64_t child = tree.child(row, row);
+  if (a.drawn == kByRule || child < 0) {
+    const int32_t token = draw(target, a.V, uniform(seed, at, kSample, 0));
+    return {token, tree.holder(row, token)};
+  }
+  for (int64_t i = 0; i < a.V; ++i) guess[i] = a.q[b * a.q_stride_b + row * a.q_stride_t + i];
+  divide(guess, a.V, sum_of(guess, a.V));
+  for (uint32_t sibling = 0; child >= 0; ++sibling, child = tree.child(row, child)) {
+    const int32_t token = tree.tokens[child];
+    if (uniform(seed, at, kAccept, sibling) * guess[token] < target[token]) return {token, child};
+    subtract(target, guess, a.V);
+    if (a.drawn != kWithout) continue;
+    guess[token] = 0;
+    const double rest = sum_of(guess, a.V);
+    if (!(rest > 0)) break;
+    divide(guess, a.V, rest);
+  }
+  return {draw(target, a.V, uniform(seed, at, kResidual, 0)), -1};
+}
+
+template <class T>
+void walk(const VerifyArgs& a, Team& team) {
+  double* const target = static_cast<double*>(a.scratch) + 2 * a.V * team.id;
+  for (int64_t b = take(team); b < a.B; b = take(team)) {
+    const Tree tree{a.tokens + b * a.T, a.parents + b * a.T, a.n_rows[b]};
+    int32_t* const path = a.path + b * a.T;
+    int64_t steps = 0;
+    for (int64_t row = 0; row >= 0;) {
+      const Choice made = choose<T>(a, tree, b, row, steps, target, target + a.V);
+      path[steps++] = int32_t(row);
+      a.bonus[b] = made.token, row = made.next;
+    }
+    a.count[b] = int32_t(steps);
+    for (; steps < a.T; ++steps) path[steps] = -1;
+  }
+}
+
+void verify(const void* p, Team& team) {
+  const VerifyArgs& a = *static_cast<const VerifyArgs*>(p);
+  a.dtype == kF32 ? walk<float>(a, team) : walk<bf16>(a, team);
+}
+
+int64_t verify_scratch(const void* p, int threads) {
+  const VerifyArgs& a = *static_cast<const VerifyArgs*>(p);
+  return a.argmax ? 0 : threads * 2 * a.V * int64_t(sizeof(double));
+}
+
+double wide(double x) { return x; }
+double wide(float x) { return double(x); }
+double wide(bf16 x) { return double(widen(x)); }
+
+template <class T>
+void residual(const ResidualArgs& a, Team& team) {
+  double* const p = static_cast<double*>(a.scratch) + 2 * a.V * team.id;
+  double* const q = p + a.V;
+  for (int64_t r = take(team); r < a.rows; r = take(team)) {
+    for (int64_t i = 0; i < a.V; ++i) {
+      p[i] = wide(static_cast<const T*>(a.p)[r * a.p_stride + i]);
+      q[i] = wide(static_cast<const T*>(a.q)[r * a.q_stride + i]);
+    }
+    subtract(p, q, a.V);
+    a.ids[r] = draw(p, a.V, a.u[r]);
+  }
+}
+
+void residual_sample(const void* p, Team& team) {
+  const ResidualArgs& a = *static_cast<const ResidualArgs*>(p);
+  a.dtype == kF64 ? residual<double>(a, team) : a.dtype == kF32 ? residual<float>(a, team) : residual<bf16>(a, team);
+}
+
+int64_t residual_scratch(const void* p, int threads) {
+  return threads * 2 * static_cast<const ResidualArgs*>(p)->V * int64_t(sizeof(double));
+}
+
+}  // namespace
+
+extern const KernelRow sample_kernels[];
+const KernelRow sample_kernels[] = {
+    {kVerify, verify, verify_scratch}, {kResidualSample, residual_sample, residual_scratch}, {-1, nullptr, nullptr}};
+
+}  // namespace ramify::RAMIFY_ISA
