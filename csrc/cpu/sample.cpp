@@ -14,13 +14,33 @@ namespace {
 
 constexpr float kMasked = -__builtin_inff();
 
+// Sum of f(0), ..., f(n - 1) in eight chains, a fixed order that compilers turn into vectors.
+template <class F>
+RAMIFY_INLINE double sum_of(int64_t n, F&& f) {
+  double part[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int j = 0; j < 8; ++j) part[j] += f(i + j);
+  for (; i < n; ++i) part[0] += f(i);
+  return ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
+}
+double sum_of(const double* w, int64_t n) {
+  return sum_of(n, [=](int64_t i) { return w[i]; });
+}
+
 // The first i at which the running sum of w passes u * sum; where rounding leaves none, the last i with a weight, or 0.
 int32_t draw(const double* w, int64_t n, double u) {
-  double total = 0, sum = 0;
-  for (int64_t i = 0; i < n; ++i) total += w[i];
-  for (int64_t i = 0; i < n; ++i) {
-    sum += w[i];
-    if (sum > u * total) return int32_t(i);
+  const auto width = [=](int64_t j) { return n - j < kStatsBlock ? n - j : kStatsBlock; };
+  double total = 0, before = 0;
+  for (int64_t j = 0; j < n; j += kStatsBlock) total += sum_of(w + j, width(j));
+  for (int64_t j = 0; j < n; j += kStatsBlock) {
+    const double after = before + sum_of(w + j, width(j));
+    double sum = before;
+    for (int64_t i = j; after > u * total && i < j + width(j); ++i) {
+      sum += w[i];
+      if (sum > u * total) return int32_t(i);
+    }
+    before = after;
   }
   for (int64_t i = n; i-- > 0;)
     if (w[i] != 0) return int32_t(i);
@@ -29,20 +49,13 @@ int32_t draw(const double* w, int64_t n, double u) {
 
 // w = norm([w - q]_+), or w as it is where nothing is left.
 void subtract(double* w, const double* q, int64_t n) {
-  double sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += w[i] > q[i] ? w[i] - q[i] : 0;
+  const double sum = sum_of(n, [=](int64_t i) { return w[i] > q[i] ? w[i] - q[i] : 0; });
   if (!(sum > 0)) return;
   for (int64_t i = 0; i < n; ++i) w[i] = (w[i] > q[i] ? w[i] - q[i] : 0) / sum;
 }
 
 void divide(double* w, int64_t n, double by) {
   for (int64_t i = 0; i < n; ++i) w[i] /= by;
-}
-
-double sum_of(const double* w, int64_t n) {
-  double sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += w[i];
-  return sum;
 }
 
 // Arg-max of a row and its maximum.
