@@ -109,7 +109,8 @@ RT_FN void scores(const Rows<S>& rows, const typename S::Type* staged, const typ
     for (int e = 0; e < 4; ++e) s[n][e] *= scale;
 }
 
-// Scores become weights, rounded as the product with the values needs them; moves the rows' references where it has to.
+// Scores become weights, rounded as the product with the values needs them; moves the rows' references where it has to. The largest
+// weight is at least a half, so a sum is 0 exactly when its row saw no key; a score that is NaN or infinite makes it NaN for good.
 template <class S>
 RT_FN void softmax(Rows<S>& rows, const uint64_t (&seen)[2], float (&s)[S::kKeys / 8][4]) {
   using T = typename S::Type;
@@ -122,13 +123,11 @@ RT_FN void softmax(Rows<S>& rows, const uint64_t (&seen)[2], float (&s)[S::kKeys
     for (int n = 0; n < S::kKeys / 8; ++n)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        float& x = s[n][2 * half + e];
-        x = own >> (8 * n + e) & 1 ? x : kNothing;
-        top = fmaxf(top, x);
+        if (own >> (8 * n + e) & 1) top = fmaxf(top, s[n][2 * half + e]);
       }
     top = fmaxf(top, __shfl_xor_sync(rt::kAll, top, 1));
     top = fmaxf(top, __shfl_xor_sync(rt::kAll, top, 2));
-    const float next = top == kNothing ? kNothing : floorf(top) + 1;
+    const float next = floorf(top) + 1;  // nothing + 1 is nothing
     if (next > rows.m[half]) {
       const float shrink = power2(rows.m[half] - next);
       rows.m[half] = next, rows.l[half] *= shrink;
@@ -142,7 +141,7 @@ RT_FN void softmax(Rows<S>& rows, const uint64_t (&seen)[2], float (&s)[S::kKeys
       for (int e = 0; e < 2; ++e) {
         float& x = s[n][2 * half + e];
         const float whole = floorf(x);
-        const float weight = x == kNothing ? 0.f : exp2f(x - whole) * power2(whole - rows.m[half]);
+        const float weight = own >> (8 * n + e) & 1 ? exp2f(x - whole) * power2(whole - rows.m[half]) : 0.f;
         x = to_float(from_float<T>(weight));
         sum += x;
       }
@@ -185,7 +184,7 @@ RT_FN void finish(const AttentionArgs& a, const Item& it, Rows<S>& rows) {
     l += __shfl_xor_sync(rt::kAll, l, 2);
     const int r = int(threadIdx.x / 32) * 16 + g + 8 * half;
     if (r >= it.rows) continue;
-    const bool seen = rows.m[half] != kNothing && it.live(r);
+    const bool seen = l != 0;
     if (it.chunks == 1) {
       T* const out = output<T>(a, it, r);
       const float share = seen ? 1.f / l : 0.f;
@@ -258,15 +257,14 @@ __global__ void __launch_bounds__(256) join_kernel(const AttentionArgs a) {
   const int r = int(blockIdx.x % kRowBlock), D = int(a.D), d = threadIdx.x;
   if (r >= it.rows) return;
   float m = kNothing, o = 0, l = 0;
-  for (int c = 0; it.live(r) && c < it.chunks; ++c) m = fmaxf(m, part_at(a, it, c)[r * (D + 2) + D]);
-  for (int c = 0; m != kNothing && c < it.chunks; ++c) {
+  for (int c = 0; c < it.chunks; ++c) m = fmaxf(m, part_at(a, it, c)[r * (D + 2) + D]);
+  for (int c = 0; c < it.chunks; ++c) {
     const float* const part = part_at(a, it, c) + r * (D + 2);
-    if (part[D] == kNothing) continue;
     const float share = power2(part[D] - m);
     o += part[d] * share, l += part[D + 1] * share;
   }
-  output<T>(a, it, r)[d] = from_float<T>(m == kNothing ? 0.f : o * (1.f / l));
-  if (d == 0) *lse_at(a, it, r) = m == kNothing ? -INFINITY : (m + log2f(l)) * kLn2;
+  output<T>(a, it, r)[d] = from_float<T>(l != 0 ? o * (1.f / l) : 0.f);
+  if (d == 0) *lse_at(a, it, r) = l != 0 ? (m + log2f(l)) * kLn2 : -INFINITY;
 }
 
 template <class S>

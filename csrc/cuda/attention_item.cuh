@@ -8,7 +8,7 @@
 namespace ramify::gpu {
 namespace {
 
-constexpr float kNothing = -1e30f;  // the softmax reference of a row that has seen no key, and the score of a masked one
+constexpr float kNothing = -3.40282347e38f;  // the softmax reference of a row that has seen no key yet: the lowest number
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 
 template <class T, int D_>
@@ -22,8 +22,8 @@ struct Shape {
   static_assert(kBytes <= 99 * 1024, "sm_86, sm_89 and sm_120 have no more");
 };
 
-// 2^x for a whole x at most 127; 0 below the normal numbers.
-RT_FN float power2(float x) { return x < -126.f ? 0.f : __int_as_float((int(x) + 127) << 23); }
+// 2^x for a whole x at most 127; 0 below the normal numbers, and of NaN.
+RT_FN float power2(float x) { return x >= -126.f ? __int_as_float((int(x) + 127) << 23) : 0.f; }
 
 struct Item {
   int b, h, block, chunk, chunks;
