@@ -84,6 +84,8 @@ TABLE = (
     Kernel("topk_logits", "cpu", _F32_BF16, {"k": range(1, MAX_TOPK + 1)}),
     Kernel("tree_attention", "cuda", (torch.bfloat16,), {"D": HEAD_SIZES, "kv": (torch.bfloat16,)}),
     Kernel("tree_attention", "cuda", (torch.float16,), {"D": HEAD_SIZES, "kv": (torch.float16,)}),
+    Kernel("interval_attention", "cuda", (torch.bfloat16,), {"D": HEAD_SIZES, "kv": (torch.bfloat16,)}),
+    Kernel("interval_attention", "cuda", (torch.float16,), {"D": HEAD_SIZES, "kv": (torch.float16,)}),
     Kernel("rms_norm", "cuda", _GPU, {"weight": _GPU}),
     Kernel("rope", "cuda", _GPU),
     Kernel("silu_mul", "cuda", _GPU),

@@ -143,7 +143,8 @@ struct ResidualSampleArgs {
   int64_t* ids;
 };
 
-// Attention of T tree rows a sequence over its committed slots and over those rows of the tree that their words name.
+// Attention of T tree rows a sequence over its committed slots and over those rows of the tree that their words name; or, where
+// `start` is given, over the slots from each row's start up to its end, and then there is no tail, no window and one chunk.
 struct AttentionArgs {
   int64_t B, T, Hq, Hkv, D, type;  // q, k and v are of one type, bf16 or f16
   const void* q;
@@ -158,6 +159,7 @@ struct AttentionArgs {
   const int32_t* tail_rows;   // [B] or null: T
   const int64_t* ancestors;   // [B, T, words]
   int64_t words;
+  const int32_t *start, *end;  // [B, T] or null
   const void *k, *v;
   int64_t k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h;  // b: a sequence's, or with a page table a page's
   const int32_t* page_table;                                                       // [B, ...] or null

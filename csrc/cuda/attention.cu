@@ -1,11 +1,13 @@
-// csrc/cuda/attention.cu: tree attention for sm_80 and newer (mma.sync). Meaning: reference/attention.py.
+// csrc/cuda/attention.cu: tree and interval attention for sm_80 and newer (mma.sync). Meaning: reference/attention.py.
 // Status: compiled and emulated, not yet run on hardware.
 //
 // What     o[B, T, Hq, D] and lse over the committed slots, unmasked but for the window, and a tail of at most 256 rows masked by
-//          ancestor words. bf16 and f16, head sizes 64, 96, 128 and 256, contiguous or paged.
+//          ancestor words; or over the slots between each row's start and end, with any number of rows and no tail. bf16 and f16,
+//          head sizes 64, 96, 128 and 256, contiguous or paged.
 // Tiling   an item is (sequence, KV head, 64 packed rows of T * Hq/Hkv, chunk of slots). 16 rows a warp, Q in registers (D 256: in
 //          shared memory); K and V arrive in tiles of kKeys through a ring of two stages. Warps without rows only copy.
-// Schedule a fixed grid; blocks take items by their number, which they work out from the lengths on the device. No host plan.
+// Schedule a fixed grid; blocks take items by their number, which they work out from the lengths on the device. No host plan. Slots
+//          before the first start and behind the last end of an item's rows are not read; intervals are not split over keys.
 // Bits     chunks end at multiples of `chunk` slots, never by T, B or load; weights are 2^(s - m) with an integral m, so rescaling
 //          is exact; parts are joined in chunk order, without atomics: the same bits for any grid (row_invariance).
 //          Not yet row-invariant: the tail's keys are summed in tiles of their own, not at their positions.
@@ -22,9 +24,10 @@ RT_FN void fetch(const AttentionArgs& a, const Item& it, const Tiling& tiles, in
                  typename S::Type* values) {
   using T = typename S::Type;
   constexpr int kPieces = S::D / 8;
+  const uint64_t wanted = wanted_keys(a, it, tiles, tile);
   for (int n = threadIdx.x; n < S::kKeys * kPieces; n += S::kThreads) {
     const int row = n / kPieces, d = n % kPieces * 8;
-    const Source<T> from = source<T>(a, it, tiles, tile, row);
+    const Source<T> from = wanted >> row & 1 ? source<T>(a, it, tiles, tile, row) : Source<T>{nullptr, nullptr};
     T *const k = keys + row * S::kPitch + d, *const v = values + row * S::kPitch + d;
     if (words) {
       rt::cp16(k, from.k ? from.k + d : static_cast<const T*>(a.k), from.k ? 16 : 0);
@@ -297,7 +300,8 @@ int start_of_type(const AttentionArgs& a, cudaStream_t stream) {
 
 int attention(const AttentionArgs& a, void* stream) {
   if (a.B == 0 || a.T == 0) return cudaSuccess;
-  if (a.T > kMaxRows || a.chunk < 64 || a.chunk % 64) return cudaErrorInvalidValue;
+  if (a.chunk < 64 || a.chunk % 64 || a.T * (a.Hq / a.Hkv) > INT32_MAX - kRowBlock) return cudaErrorInvalidValue;
+  if (a.start ? chunks_of(a) > 1 || a.window > 0 : a.T > kMaxRows) return cudaErrorInvalidValue;
   if (a.type == kBf16) return start_of_type<bf16>(a, cudaStream_t(stream));
   if (a.type == kF16) return start_of_type<f16>(a, cudaStream_t(stream));
   return cudaErrorInvalidValue;

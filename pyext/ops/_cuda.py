@@ -185,30 +185,45 @@ def tree_attention(
     page_table: Tensor | None, scale: float, window: int, sink: int, tail_rows: Tensor | None,
 ) -> None:  # fmt: skip
     """o and lse; rows that are not in use give 0 and -inf."""
-    out, lse = outs
-    B, T, Hq, D = q.shape
-    result = torch.empty_like(out) if out.data_ptr() == q.data_ptr() else out  # blocks read q while others write
-    args = n.AttentionArgs(B=B, T=T, Hq=Hq, Hkv=tail_k.shape[2], D=D, type=n.TYPES[q.dtype], scale=scale, window=window, sink=sink)
-    for name, x, axes in (("q", q, "bth"), ("out", result, "bth"), ("lse", lse, "bt"), ("k", k, "bsh"), ("v", v, "bsh")):
-        setattr(args, name, x.data_ptr())
-        for axis, stride in zip(axes, x.stride()):
-            setattr(args, f"{name}_stride_{axis}", stride)
-    for name, x in (("tail_k", tail_k), ("tail_v", tail_v)):
-        setattr(args, name, x.data_ptr())
-        for axis, stride in zip("bth", x.stride()):
-            setattr(args, f"{name}_stride_{axis}", stride)
+    args = n.AttentionArgs(Hkv=tail_k.shape[2], scale=scale, window=window, sink=sink)
     ancestors = ancestors.contiguous()
     args.ancestors, args.words = ancestors.data_ptr(), ancestors.shape[2]
     args.prefix_len, args.tail_rows = prefix_len.data_ptr(), n.pointer(tail_rows)
-    args.page, args.pages = k.shape[1], k.shape[0]
     if page_table is not None:
         args.page_table, args.table_stride, args.table_width = page_table.data_ptr(), page_table.stride(0), page_table.shape[1]
-    args.chunk = chunk_of(args.page * (args.table_width if page_table is not None else 1))
+    args.chunk = chunk_of(k.shape[1] * (1 if page_table is None else page_table.shape[1]))
+    _place(args, "tail_k", tail_k, "bth"), _place(args, "tail_v", tail_v, "bth")
+    _attend(args, outs, q, k, v, tail_k, tail_v, ancestors, prefix_len, tail_rows, page_table)
+
+
+def interval_attention(outs: Outputs, q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float) -> None:
+    """o and lse; rows that see nothing give 0 and -inf."""
+    start, end = start.contiguous(), end.contiguous()
+    args = n.AttentionArgs(Hkv=k.shape[2], scale=scale, start=start.data_ptr(), end=end.data_ptr())
+    args.chunk = max(64, -(-k.shape[1] // 64) * 64)  # one chunk: where rows are many, their parts would outweigh the keys
+    _attend(args, outs, q, k, v, start, end)
+
+
+def _attend(args: ctypes.Structure, outs: Outputs, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> None:
+    """Launch attention; `rest`: what the pointers in args name besides q, k and v."""
+    out, lse = outs
+    result = torch.empty_like(out) if out.data_ptr() == q.data_ptr() else out  # blocks read q while others write
+    args.B, args.T, args.Hq, args.D = q.shape
+    args.type, args.page, args.pages = n.TYPES[q.dtype], k.shape[1], k.shape[0]
+    for name, x, axes in (("q", q, "bth"), ("out", result, "bth"), ("lse", lse, "bt"), ("k", k, "bsh"), ("v", v, "bsh")):
+        _place(args, name, x, axes)
     scratch = torch.empty(max(1, n.library().attention_scratch(ctypes.addressof(args)) // 4), device=q.device)
     args.scratch = scratch.data_ptr()
-    n.run(args, q, result, lse, k, v, tail_k, tail_v, ancestors, prefix_len, tail_rows, page_table, scratch)
+    n.run(args, q, result, lse, k, v, *rest, scratch)
     if result is not out:
         out.copy_(result)
+
+
+def _place(args: ctypes.Structure, name: str, x: Tensor, axes: str) -> None:
+    """Address and strides of a tensor."""
+    setattr(args, name, x.data_ptr())
+    for axis, stride in zip(axes, x.stride()):
+        setattr(args, f"{name}_stride_{axis}", stride)
 
 
 def chunk_of(slots: int) -> int:

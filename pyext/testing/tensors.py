@@ -123,6 +123,25 @@ def path_of(parents: Sequence[int], row: int) -> list[int]:
     return path
 
 
+def intervals(kind: str, B: int, T: int, S: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """start and end int32 [B, T] of one kind of mask: "causal", "window", "blocks", "full", or "random", of which half are empty."""
+    t, whole = torch.arange(T).expand(B, T), torch.full((B, T), S)
+    start, end = {
+        "causal": (t * 0, t + 1 + S - T),
+        "window": (t + 1 + S - T - 9, t + 1 + S - T),
+        "blocks": (t // 8 * 8 * S // T, (t // 8 + 1) * 8 * S // T),
+        "full": (t * 0, whole),
+        "random": tuple(torch.randint(0, S + 1, (2, B, T), generator=generator)),
+    }[kind]
+    return start.clamp(0, S).int(), end.clamp(0, S).int()
+
+
+def unseen_slots(start: Tensor, end: Tensor, S: int) -> Tensor:
+    """bool [B, S]: slots that no row of a sequence sees."""
+    slot = torch.arange(S)
+    return ~((slot >= start[..., None]) & (slot < end[..., None])).any(1)
+
+
 @dataclass
 class AttentionCase:
     """Inputs of one tree_attention call, and the trees they were made from."""

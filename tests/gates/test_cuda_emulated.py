@@ -12,7 +12,7 @@ from ramify import native_cuda, ops, reference
 from ramify.ops import _cuda
 from ramify.reference.verify import accept_path
 from ramify.sampling.rng import uniform
-from ramify.testing.tensors import TREES, attention_case, padded, poisoned, random_tree
+from ramify.testing.tensors import TREES, attention_case, intervals, padded, poisoned, random_tree
 
 F32, BF16, F16, I32 = torch.float32, torch.bfloat16, torch.float16, torch.int32
 DTYPES = pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
@@ -383,3 +383,7 @@ def calls():
         case.k, case.v = case.k.contiguous(), case.v.contiguous()
         case.tail_k = case.tail_k.contiguous() if page else case.tail_k
         ops.tree_attention(*case.tensors, **case.options, window=None if page else 300, sink=2)
+    q, k, v = (torch.randn(1, rows, 1, 64, generator=g).to(BF16) for rows in (5, 90, 90))
+    start, end = intervals("random", 1, 5, 90, g)
+    ops.interval_attention(q, k, v, start, end)
+    ops.interval_attention(padded(q), padded(k), padded(v), start, end)

@@ -4,22 +4,9 @@ import pytest
 import torch
 
 from ramify import ops, reference
-from ramify.testing.tensors import attention_case, padded, poisoned, running, runs
+from ramify.testing.tensors import attention_case, intervals, padded, poisoned, running, runs, unseen_slots
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-
-
-def bounds(kind, B, T, S, g):
-    """start and end int32 [B, T] of one kind of mask."""
-    t, whole = torch.arange(T).expand(B, T), torch.full((B, T), S)
-    start, end = {
-        "causal": (t * 0, (t + 1 + S - T).clamp(0, S)),
-        "window": ((t + 1 + S - T - 9).clamp(0, S), (t + 1 + S - T).clamp(0, S)),
-        "blocks": (t // 8 * 8 * S // T, (t // 8 + 1) * 8 * S // T),
-        "full": (t * 0, whole),
-        "random": (torch.randint(0, S + 1, (B, T), generator=g), torch.randint(0, S + 1, (B, T), generator=g)),  # half of them empty
-    }[kind]
-    return start.clamp(0, S).int(), end.clamp(0, S).int()
 
 
 def check(q, k, v, start, end, **options):
@@ -44,12 +31,29 @@ def check(q, k, v, start, end, **options):
 def test_against_reference(backend, level, kind, B, T, S, Hq, Hkv, D, dtype):
     g = torch.Generator().manual_seed(T + S)
     q, k, v = (torch.randn(B, n, H, D, generator=g) for n, H in ((T, Hq), (S, Hkv), (S, Hkv)))
-    start, end = bounds(kind, B, T, S, g)
-    slot = torch.arange(S)
-    unseen = ~((slot >= start[..., None]) & (slot < end[..., None])).any(1)
+    start, end = intervals(kind, B, T, S, g)
+    unseen = unseen_slots(start, end, S)
     k[unseen], v[unseen] = torch.nan, torch.nan
     with running(backend, level):
         check(padded(q.to(dtype)), padded(k.to(dtype)), padded(v.to(dtype)), padded(start), padded(end), scale=0.1)
+
+
+@pytest.mark.parametrize(("backend", "level"), runs("interval_attention"))
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_rows_that_are_not_numbers(backend, level, value):
+    """A row with a score that is NaN or infinite is NaN in o and lse; other rows keep their bits, and empty ones stay empty."""
+    g = torch.Generator().manual_seed(4)
+    q, k, v = torch.randn(1, 9, 4, 64, generator=g), torch.randn(1, 40, 2, 64, generator=g), torch.randn(1, 40, 2, 64, generator=g)
+    start, end = torch.tensor([[0, 5, 7, 7, 9, 0, 20, 30, 3]]).int(), torch.tensor([[6, 7, 7, 9, 40, 40, 10, 31, 4]]).int()
+    bad = torch.zeros(1, 9, 4, dtype=torch.bool)
+    with running(backend, level):
+        clean, clean_lse = ops.interval_attention(q, k, v, start, end, return_lse=True)
+        q[0, 1, 3, 5], q[0, 2, 0, 5], k[0, 8, 0, 1] = value, value, value
+        bad[0, 1, 3] = True  # row 2 sees nothing
+        bad[0, [3, 5], :2] = True  # they see slot 8
+        o, lse = ops.interval_attention(q, k, v, start, end, return_lse=True)
+    assert torch.equal(lse.isnan(), bad) and torch.equal(o.isnan(), bad[..., None].expand(o.shape))
+    assert torch.equal(o[~bad], clean[~bad]) and torch.equal(lse[~bad], clean_lse[~bad])
 
 
 def test_is_tree_attention_of_a_chain():
