@@ -14,6 +14,7 @@ from ramify import native_cuda as n
 Outputs = tuple[Tensor, ...]
 
 CHUNK, MOST_CHUNKS = 512, 64
+SAMPLE_TILE = 2048  # kSampleTile
 
 
 def rms_norm(outs: Outputs, x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> None:
@@ -137,8 +138,8 @@ def topk_logits(outs: Outputs, logits: Tensor, k: int) -> None:
 def verify_greedy(outs: Outputs, tokens: Tensor, parents: Tensor, argmax: Tensor, n_rows: Tensor) -> None:
     """Path, count and bonus of each sequence."""
     tokens, parents, argmax = (x.int().contiguous() for x in (tokens, parents, argmax))
-    path, n_rows = _target(outs[0]), n_rows.contiguous()
-    count, bonus = (torch.empty_like(n_rows) if not out.is_contiguous() else out for out in outs[1:])
+    n_rows = n_rows.contiguous()
+    path, count, bonus = _target(outs[0]), _vector(outs[1]), _vector(outs[2])
     args = n.VerifyGreedyArgs(B=tokens.shape[0], T=tokens.shape[1], tokens=tokens.data_ptr(), parents=parents.data_ptr())
     args.argmax, args.n_rows = argmax.data_ptr(), n_rows.data_ptr()
     args.path, args.count, args.bonus = path.data_ptr(), count.data_ptr(), bonus.data_ptr()
@@ -147,37 +148,39 @@ def verify_greedy(outs: Outputs, tokens: Tensor, parents: Tensor, argmax: Tensor
         _store(made, out)
 
 
-def tree_uniforms(u: Tensor, seed: Tensor, position: Tensor, parents: Tensor, n_rows: Tensor) -> None:
-    """reference.tree_uniforms into u float64 [B, T, 3]; seed, position int64 [B], parents and n_rows int32, all contiguous."""
-    args = n.TreeUniformsArgs(B=parents.shape[0], T=parents.shape[1], seed=seed.data_ptr(), position=position.data_ptr())
-    args.parents, args.n_rows, args.u = parents.data_ptr(), n_rows.data_ptr(), u.data_ptr()
-    n.run(args, seed, position, parents, n_rows, u)
-
-
 def verify_sample(
-    outs: Outputs, tokens: Tensor, parents: Tensor, p: Tensor, n_rows: Tensor, u: Tensor, mode: str, q: Tensor | None,
-    p_lse: Tensor | None = None, q_lse: Tensor | None = None,
+    outs: Outputs, logits: Tensor, tokens: Tensor, parents: Tensor, n_rows: Tensor, temperature: Tensor, seed: Tensor, position: Tensor,
+    q: Tensor | None, mode: str,
 ) -> None:  # fmt: skip
-    """reference.verify_sample into (path, count, bonus), int32 and contiguous; with p_lse [B, T], p holds logits, and so for q."""
-    path, count, bonus = outs
-    B, T, V = p.shape
-    tokens, parents, u = tokens.int().contiguous(), parents.int().contiguous(), u.double().contiguous()
-    args = n.VerifySampleArgs(B=B, T=T, V=V, mode=n.MODES[mode], tokens=tokens.data_ptr(), parents=parents.data_ptr())
-    args.n_rows, args.u = n_rows.data_ptr(), u.data_ptr()
-    args.p, args.p_type, args.p_stride_b, args.p_stride_t, args.p_lse = p.data_ptr(), n.TYPES[p.dtype], *p.stride()[:2], n.pointer(p_lse)
+    """Path, count and bonus of each sequence."""
+    B, T, V = logits.shape
+    tokens, parents, position = tokens.int().contiguous(), parents.int().contiguous(), position.long().contiguous()
+    n_rows, temperature, seed = n_rows.contiguous(), temperature.contiguous(), seed.contiguous()
+    path, count, bonus = _target(outs[0]), _vector(outs[1]), _vector(outs[2])
+    args = n.VerifySampleArgs(B=B, T=T, V=V, mode=n.MODES[mode], logits=logits.data_ptr(), type=n.TYPES[logits.dtype])
+    args.stride_b, args.stride_t = logits.stride()[:2]
     if q is not None:
-        args.q, args.q_type, args.q_stride_b, args.q_stride_t = q.data_ptr(), n.TYPES[q.dtype], *q.stride()[:2]
-        args.q_lse = n.pointer(q_lse)
+        args.q, args.q_stride_b, args.q_stride_t = q.data_ptr(), *q.stride()[:2]
+    args.tokens, args.parents, args.n_rows = tokens.data_ptr(), parents.data_ptr(), n_rows.data_ptr()
+    args.temperature, args.seed, args.position = temperature.data_ptr(), seed.data_ptr(), position.data_ptr()
+    parts = B * T * -(-V // SAMPLE_TILE)
+    best, drawn = logits.new_empty(parts, dtype=torch.int64), logits.new_empty(B * T, dtype=torch.int32)
+    sums, scale = logits.new_empty(parts, dtype=torch.float64), logits.new_empty(2 * B * T, dtype=torch.float64)
+    args.best, args.sums, args.scale, args.drawn = best.data_ptr(), sums.data_ptr(), scale.data_ptr(), drawn.data_ptr()
     args.path, args.count, args.bonus = path.data_ptr(), count.data_ptr(), bonus.data_ptr()
-    n.run(args, tokens, parents, n_rows, u, p, p_lse, q, q_lse, *outs)
+    data = logits, q, tokens, parents, n_rows, temperature, seed, position
+    n.run(args, *data, best, sums, scale, drawn, path, count, bonus)
+    for made, out in zip((path, count, bonus), outs):
+        _store(made, out)
 
 
-def residual_sample(ids: Tensor, p: Tensor, q: Tensor, u: Tensor) -> None:
-    """reference.residual_sample into ids int64 [R]; u float64."""
-    args = n.ResidualSampleArgs(rows=p.shape[0], V=p.shape[1], u=u.data_ptr(), ids=ids.data_ptr())
-    args.p, args.p_type, args.p_stride_t = p.data_ptr(), n.TYPES[p.dtype], p.stride(0)
-    args.q, args.q_type, args.q_stride_t = q.data_ptr(), n.TYPES[q.dtype], q.stride(0)
+def residual_sample(outs: Outputs, p: Tensor, q: Tensor, u: Tensor) -> None:
+    """One id a row."""
+    u, ids = u.contiguous(), _vector(outs[0])
+    args = n.ResidualSampleArgs(rows=p.shape[0], V=p.shape[1], type=n.TYPES[p.dtype], p=p.data_ptr(), q=q.data_ptr())
+    args.p_stride, args.q_stride, args.u, args.ids = p.stride(0), q.stride(0), u.data_ptr(), ids.data_ptr()
     n.run(args, p, q, u, ids)
+    _store(ids, outs[0])
 
 
 def tree_attention(
@@ -192,7 +195,8 @@ def tree_attention(
     if page_table is not None:
         args.page_table, args.table_stride, args.table_width = page_table.data_ptr(), page_table.stride(0), page_table.shape[1]
     args.chunk = chunk_of(k.shape[1] * (1 if page_table is None else page_table.shape[1]))
-    _place(args, "tail_k", tail_k, "bth"), _place(args, "tail_v", tail_v, "bth")
+    _place(args, "tail_k", tail_k, "bth")
+    _place(args, "tail_v", tail_v, "bth")
     _attend(args, outs, q, k, v, tail_k, tail_v, ancestors, prefix_len, tail_rows, page_table)
 
 
@@ -202,6 +206,18 @@ def interval_attention(outs: Outputs, q: Tensor, k: Tensor, v: Tensor, start: Te
     args = n.AttentionArgs(Hkv=k.shape[2], scale=scale, start=start.data_ptr(), end=end.data_ptr())
     args.chunk = max(64, -(-k.shape[1] // 64) * 64)  # one chunk: where rows are many, their parts would outweigh the keys
     _attend(args, outs, q, k, v, start, end)
+
+
+def merge_states(outs: Outputs, o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> None:
+    """o and lse of two sides."""
+    o1, o2, lse1, lse2 = _rows(o1), _rows(o2), lse1.reshape(-1), lse2.reshape(-1)
+    out, lse = _target(outs[0]), _vector(outs[1])
+    args = n.MergeStatesArgs(rows=o1.shape[0], D=o1.shape[1], type=n.TYPES[o1.dtype], o1=o1.data_ptr(), o2=o2.data_ptr())
+    args.o1_stride, args.o2_stride, args.lse1, args.lse2 = o1.stride(0), o2.stride(0), lse1.data_ptr(), lse2.data_ptr()
+    args.out, args.out_stride, args.lse = out.data_ptr(), out.stride(0), lse.data_ptr()
+    n.run(args, o1, o2, lse1, lse2, out, lse)
+    _store(out, outs[0])
+    _store(lse, outs[1])
 
 
 def _attend(args: ctypes.Structure, outs: Outputs, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> None:
@@ -257,6 +273,11 @@ def _target(out: Tensor) -> Tensor:
     if out.is_contiguous():
         return out.view(-1, out.shape[-1])
     return torch.empty(out.numel() // out.shape[-1], out.shape[-1], dtype=out.dtype, device=out.device)
+
+
+def _vector(out: Tensor) -> Tensor:
+    """A dense tensor for a kernel to write: `out` itself where it is one, else a buffer."""
+    return out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
 
 
 def _store(rows: Tensor, out: Tensor) -> None:

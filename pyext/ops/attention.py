@@ -266,5 +266,6 @@ _merge_states = Op(
     check=_check_merge_states,
     sizes=lambda o1, *_: {"dtype": o1.dtype},
     reference=reference.merge_states,
+    cuda=_kernels.merge_states,
     triton="merge_states",
 )

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ramify import reference
 from ramify.checks import one_of
+from ramify.ops import _cuda
 from ramify.ops._checks import FLOATS, INDICES, INT32, INT64, Results, Shapes
 from ramify.ops._library import Op
 from ramify.ops.verify import check_tree
@@ -88,11 +89,21 @@ def _check_residual_sample(p: Tensor, q: Tensor, u: Tensor) -> Results:
     return ((u.shape, torch.int32),)
 
 
-def _sample_reference(logits, tokens, parents, n_rows, temperature, seed, position, q, mode):
+def _check_values(parents: Tensor, n_rows: Tensor, temperature: Tensor) -> None:
+    """Trees are trees and no temperature is below 0. On the CPU only."""
     check_tree("verify_sample", parents, n_rows)
-    if logits.device.type == "cpu" and not bool((temperature >= 0).all()):
+    if temperature.device.type == "cpu" and not bool((temperature >= 0).all()):
         raise ValueError(f"verify_sample: temperature is {temperature.tolist()}; takes 0 or more.")
+
+
+def _sample_reference(logits, tokens, parents, n_rows, temperature, seed, position, q, mode):
+    _check_values(parents, n_rows, temperature)
     return reference.verify_sample(logits, tokens, parents, n_rows, temperature, seed, position, q, mode=mode)
+
+
+def _sample_cuda(outs, logits, tokens, parents, n_rows, temperature, seed, position, q, mode):
+    _check_values(parents, n_rows, temperature)
+    _cuda.verify_sample(outs, logits, tokens, parents, n_rows, temperature, seed, position, q, mode)
 
 
 _verify_sample = Op(  # its mode is `how` in the schema: torch has a use of its own for an argument `mode`
@@ -100,8 +111,9 @@ _verify_sample = Op(  # its mode is `how` in the schema: torch has a use of its 
     "Tensor logits, Tensor tokens, Tensor parents, Tensor n_rows, Tensor temperature, Tensor seed, Tensor position, Tensor? q, str how",
     ["path", "count", "bonus"],
     check=_check_verify_sample,
-    sizes=lambda logits, *_: {"dtype": logits.dtype, "T": logits.shape[1]},
+    sizes=lambda logits, *_: {"dtype": logits.dtype, "T": logits.shape[1], "V": logits.shape[2]},
     reference=_sample_reference,
+    cuda=_sample_cuda,
     triton="verify_sample",
 )
 _residual_sample = Op(
@@ -109,7 +121,8 @@ _residual_sample = Op(
     "Tensor p, Tensor q, Tensor u",
     ["ids"],
     check=_check_residual_sample,
-    sizes=lambda p, *_: {"dtype": p.dtype},
+    sizes=lambda p, *_: {"dtype": p.dtype, "V": p.shape[1]},
     reference=lambda p, q, u: (reference.residual_sample(p, q, u),),
+    cuda=_cuda.residual_sample,
     triton="residual_sample",
 )

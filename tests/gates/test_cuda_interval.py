@@ -7,7 +7,7 @@ from ramify import ops, reference
 from ramify.ops import _cuda
 from ramify.testing.tensors import intervals, padded, poisoned, unseen_slots
 
-BF16, F16 = torch.bfloat16, torch.float16
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
 def make(kind, B, T, S, Hq, Hkv, D, dtype):
@@ -114,3 +114,28 @@ def test_bounds_outside_the_slots_are_cut(place):
         o, lse = torch.empty_like(q), torch.empty(q.shape[:3], device=q.device)
         _cuda.interval_attention((o, lse), q, k, v, start - 9, end + 1000, 0.125)
     assert torch.equal(o, want)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("D", [1, 40, 96, 300])
+def test_merge_states(place, dtype, D):
+    """Sides that saw nothing may hold NaN; a side whose lse is NaN makes the row NaN."""
+    g = torch.Generator().manual_seed(D)
+    o1, o2 = (torch.randn(2, 5, 3, D, generator=g).to(dtype) for _ in "12")
+    lse1, lse2 = (10 * torch.randn(2, 5, 3, generator=g) for _ in "12")
+    lse1[0, :2], lse2[0, 1:3] = -torch.inf, -torch.inf
+    o1[0, :2], o2[0, 1:3] = torch.nan, torch.nan
+    lse1[1, 0], lse2[1, 1, 1], lse2[1, 0, 0] = torch.nan, torch.nan, -torch.inf
+    data = [t.to(place.device) for t in (padded(o1), padded(lse1), padded(o2), lse2)]
+
+    def call():
+        return ops.merge_states(
+            *data, out=(padded(poisoned(o1.shape, dtype)).to(place.device), padded(poisoned(lse1.shape)).to(place.device))
+        )
+
+    o, lse = (t.cpu() for t in place.everywhere(call))
+    want, want_lse = reference.merge_states(o1.double(), lse1.double(), o2.double(), lse2.double())
+    assert torch.equal(lse.isnan(), want_lse.isnan()) and torch.equal(o.isnan(), want.isnan())
+    off = (o.double() - want).abs() / (1e-5 + {F32: 0, BF16: 2.0**-8, F16: 2.0**-11}[dtype] * want.abs())
+    assert off.nan_to_num(0).max() <= 1
+    assert (lse - want_lse).abs().masked_fill(lse == want_lse, 0).nan_to_num(0).max() <= 1e-5

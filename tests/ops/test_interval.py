@@ -72,12 +72,14 @@ def test_merge_states(backend, level, dtype):
     lse1, lse2 = (10 * torch.randn(2, 5, 3, generator=g) for _ in "12")
     lse1[0, :2], lse2[0, 1:3] = -torch.inf, -torch.inf
     o1[0, :2], o2[0, 1:3] = torch.nan, torch.nan  # a side that saw nothing may hold anything
+    lse1[1, 0], lse2[1, 1, 1], lse2[1, 0, 0] = torch.nan, torch.nan, -torch.inf  # NaN makes the row NaN
     out = padded(poisoned(o1.shape, dtype)), padded(poisoned(lse1.shape))
     with running(backend, level):
         o, lse = ops.merge_states(padded(o1), padded(lse1), padded(o2), lse2, out=out)
     want, want_lse = reference.merge_states(o1.double(), lse1.double(), o2.double(), lse2.double())
-    assert (o.double() - want).abs().max() <= (1e-6 if dtype == F32 else 2**-8 * 4)
-    assert ((lse - want_lse).abs().masked_fill(lse == want_lse, 0)).max() <= 1e-5
+    assert torch.equal(lse.isnan(), want_lse.isnan()) and torch.equal(o.isnan(), want.isnan())
+    assert (o.double() - want).abs().nan_to_num(0).max() <= (1e-6 if dtype == F32 else 2**-8 * 4)
+    assert ((lse - want_lse).abs().masked_fill(lse == want_lse, 0)).nan_to_num(0).max() <= 1e-5
 
 
 def test_says_what_it_does_not_take():
