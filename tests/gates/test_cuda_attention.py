@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ramify import ops, reference
 from ramify.ops import _cuda
-from ramify.testing.tensors import attention_case, padded, poisoned
+from ramify.testing.tensors import TREES, attention_case, padded, poisoned
 
 BF16, F16 = torch.bfloat16, torch.float16
 NAMES = ("q", "k", "v", "tail_k", "tail_v", "ancestors", "prefix_len", "page_table", "tail_rows")
@@ -68,6 +70,25 @@ def test_dense_rows_are_copied_in_words(place, D, page):
     for name in ("k", "v", "tail_k", "tail_v"):
         setattr(case, name, getattr(case, name).contiguous())
     assert all(torch.equal(a, b) for a, b in zip(check(place, case, copies=True), want))
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    prefix=st.lists(st.integers(0, 140), min_size=1, max_size=3),
+    T=st.integers(1, 70),
+    group=st.sampled_from([1, 2, 3, 8]),
+    Hkv=st.integers(1, 2),
+    D=st.sampled_from([64, 96]),
+    tree=st.sampled_from(TREES),
+    page=st.sampled_from([None, 1, 16, 64]),
+    window=st.one_of(st.none(), st.integers(1, 150)),
+    dtype=st.sampled_from([BF16, F16]),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(place, prefix, T, group, Hkv, D, tree, page, window, dtype, seed):
+    rows = [(T * (b + 1) + seed) % (T + 1) for b in range(len(prefix))]
+    case = attention_case(prefix, T, group * Hkv, Hkv, D, dtype=dtype, tree=tree, tail_rows=rows, page=page, seed=seed)
+    check(place, case, window=window, sink=None if window is None else window % 7)
 
 
 @pytest.mark.parametrize(("window", "sink"), [(1, None), (3, 2), (64, None), (100, 4), (600, 70), (5000, 1)])

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ramify import ops, reference
 from ramify.ops import _cuda
@@ -53,6 +55,23 @@ def check(place, case, copies=False, **options):
 ], ids=str)  # fmt: skip
 def test_against_reference(place, dtype, kind, B, T, S, Hq, Hkv, D):
     check(place, [padded(t) for t in make(kind, B, T, S, Hq, Hkv, D, dtype)], scale=0.1)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kind=st.sampled_from(["causal", "window", "blocks", "full", "random"]),
+    B=st.integers(1, 3),
+    T=st.integers(1, 90),
+    S=st.integers(0, 200),
+    group=st.sampled_from([1, 2, 3, 8]),
+    Hkv=st.integers(1, 2),
+    D=st.sampled_from([64, 96]),
+    dtype=st.sampled_from([BF16, F16]),
+    gap=st.booleans(),
+)
+def test_any_shape(place, kind, B, T, S, group, Hkv, D, dtype, gap):
+    case = make(kind, B, T, S, group * Hkv, Hkv, D, dtype)
+    check(place, [padded(t) for t in case] if gap else case)
 
 
 @pytest.mark.parametrize("D", [64, 96, 128, 256])
