@@ -76,14 +76,14 @@ def _merge_states(
     r = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     a, b = tl.load(lse1 + r), tl.load(lse2 + r)
-    top = tl.maximum(a, b)
-    base = tl.where(top == float("-inf"), 0.0, top)
+    nothing = (a == float("-inf")) & (b == float("-inf"))
+    base = tl.where(nothing, 0.0, tl.maximum(a, b))
     p, q = tl.exp(a - base), tl.exp(b - base)
-    total = tl.where(top == float("-inf"), 1.0, p + q)
+    total = tl.where(nothing, 1.0, p + q)
     x = tl.load(o1 + r * stride1 + d, mask=(d < D) & (p > 0), other=0.0).to(tl.float32)  # a side that saw nothing may hold NaN
     y = tl.load(o2 + r * stride2 + d, mask=(d < D) & (q > 0), other=0.0).to(tl.float32)
     tl.store(out + r * out_stride + d, ((p * x + q * y) / total).to(out.dtype.element_ty), mask=d < D)
-    tl.store(lse + r, tl.where(top == float("-inf"), top, base + tl.log(total)))
+    tl.store(lse + r, tl.where(nothing, float("-inf"), base + tl.log(total)))
 
 
 def interval_attention(q, k, v, start, end, scale, out, lse):

@@ -47,8 +47,6 @@ def _struct(name: str, kernel: int, fields: str) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": pairs, "kernel": kernel, "__doc__": f"{name} of csrc/common/args_cuda.h."})
 
 
-_P = "p:p p_type:i p_stride_b:i p_stride_t:i p_lse:p q:p q_type:i q_stride_b:i q_stride_t:i q_lse:p"
-
 FillArgs = _struct("FillArgs", 0, "out:p count:i value:i")
 RmsNormArgs = _struct(
     "RmsNormArgs",
@@ -85,14 +83,21 @@ RowStatsArgs = _struct(
     "live:p rows:i V:i type:i logits:p stride:i argmax:p lse:p top:p topk:i values:p ids:p scratch:p tickets:p",
 )
 VerifyGreedyArgs = _struct("VerifyGreedyArgs", 8, "B:i T:i tokens:p parents:p argmax:p n_rows:p path:p count:p bonus:p")
-TreeUniformsArgs = _struct("TreeUniformsArgs", 9, "B:i T:i seed:p position:p parents:p n_rows:p u:p")
-VerifySampleArgs = _struct("VerifySampleArgs", 10, f"B:i T:i V:i mode:i tokens:p parents:p n_rows:p {_P} u:p path:p count:p bonus:p")
-ResidualSampleArgs = _struct("ResidualSampleArgs", 11, f"rows:i V:i {_P} u:p ids:p")
+MergeStatesArgs = _struct(
+    "MergeStatesArgs", 9, "rows:i D:i type:i o1:p o2:p o1_stride:i o2_stride:i lse1:p lse2:p out:p out_stride:i lse:p"
+)
+VerifySampleArgs = _struct(
+    "VerifySampleArgs",
+    10,
+    "B:i T:i V:i mode:i logits:p type:i stride_b:i stride_t:i q:p q_stride_b:i q_stride_t:i tokens:p parents:p n_rows:p temperature:p "
+    "seed:p position:p best:p sums:p scale:p drawn:p path:p count:p bonus:p",
+)
+ResidualSampleArgs = _struct("ResidualSampleArgs", 11, "rows:i V:i type:i p:p q:p p_stride:i q_stride:i u:p ids:p")
 AttentionArgs = _struct(
     "AttentionArgs",
     12,
     "B:i T:i Hq:i Hkv:i D:i type:i q:p q_stride_b:i q_stride_t:i q_stride_h:i out:p out_stride_b:i out_stride_t:i out_stride_h:i "
-    "lse:p lse_stride_b:i lse_stride_t:i scale:d window:i sink:i prefix_len:p tail_rows:p ancestors:p words:i "
+    "lse:p lse_stride_b:i lse_stride_t:i scale:d window:i sink:i prefix_len:p tail_rows:p ancestors:p words:i start:p end:p "
     "k:p v:p k_stride_b:i k_stride_s:i k_stride_h:i v_stride_b:i v_stride_s:i v_stride_h:i "
     "page_table:p table_stride:i table_width:i page:i pages:i tail_k:p tail_v:p "
     "tail_k_stride_b:i tail_k_stride_t:i tail_k_stride_h:i tail_v_stride_b:i tail_v_stride_t:i tail_v_stride_h:i chunk:i scratch:p",
@@ -108,7 +113,7 @@ STRUCTS = (
     CommitArgs,
     RowStatsArgs,
     VerifyGreedyArgs,
-    TreeUniformsArgs,
+    MergeStatesArgs,
     VerifySampleArgs,
     ResidualSampleArgs,
     AttentionArgs,

@@ -111,39 +111,47 @@ struct VerifyGreedyArgs {
   int32_t *path, *count, *bonus;             // [B, T], [B], [B]
 };
 
-// u[b, t, purpose] as pyext/sampling/rng.py draws them; position[b] is the absolute position of the token after the root.
-struct TreeUniformsArgs {
-  int64_t B, T;
-  const int64_t *seed, *position;  // [B]
-  const int32_t* parents;          // [B, T]
-  const int32_t* n_rows;
-  double* u;  // [B, T, 3]
+// One attention from those over two sets of keys; lse -inf: nothing was seen, and o may hold anything.
+struct MergeStatesArgs {
+  int64_t rows, D, type;
+  const void *o1, *o2;
+  int64_t o1_stride, o2_stride;
+  const float *lse1, *lse2;
+  void* out;
+  int64_t out_stride;
+  float* lse;
 };
 
 enum Mode : int64_t { kDet = 0, kIid = 1, kWor = 2 };
 
-struct Distribution {  // rows of V probabilities; with lse, of logits whose probability is exp(x - lse)
-  const void* x;
-  int64_t type, stride_b, stride_t;
-  const float* lse;  // [B, T] or null
-};
+constexpr int kSampleTile = 2048;  // columns of a row of logits that one block weighs
 
+// A tree of rows of logits is walked by chance; position[b] is the absolute position of the token that row 0 decides.
 struct VerifySampleArgs {
   int64_t B, T, V, mode;
-  const int32_t *tokens, *parents, *n_rows;
-  Distribution p, q;  // q.x null: mode is kDet
-  const double* u;    // [B, T, 3]
+  const void* logits;  // [B, T, V]
+  int64_t type, stride_b, stride_t;
+  const float* q;  // [B, T, V]; null: mode is kDet
+  int64_t q_stride_b, q_stride_t;
+  const int32_t *tokens, *parents, *n_rows;  // [B, T], [B, T], [B]
+  const float* temperature;                  // [B]
+  const int64_t *seed, *position;            // [B]
+  uint64_t* best;                            // [B, T, tiles], scratch as the next three
+  double *sums, *scale;                      // [B, T, tiles], [B, T, 2]
+  int32_t* drawn;                            // [B, T]
   int32_t *path, *count, *bonus;
 };
 
 struct ResidualSampleArgs {
-  int64_t rows, V;
-  Distribution p, q;  // stride_t is the rows' stride
-  const double* u;    // [rows]
-  int64_t* ids;
+  int64_t rows, V, type;
+  const void *p, *q;
+  int64_t p_stride, q_stride;
+  const double* u;  // [rows]
+  int32_t* ids;
 };
 
-// Attention of T tree rows a sequence over its committed slots and over those rows of the tree that their words name.
+// Attention of T tree rows a sequence over its committed slots and over those rows of the tree that their words name; or, where
+// `start` is given, over the slots from each row's start up to its end, and then there is no tail, no window and one chunk.
 struct AttentionArgs {
   int64_t B, T, Hq, Hkv, D, type;  // q, k and v are of one type, bf16 or f16
   const void* q;
@@ -158,6 +166,7 @@ struct AttentionArgs {
   const int32_t* tail_rows;   // [B] or null: T
   const int64_t* ancestors;   // [B, T, words]
   int64_t words;
+  const int32_t *start, *end;  // [B, T] or null
   const void *k, *v;
   int64_t k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h;  // b: a sequence's, or with a page table a page's
   const int32_t* page_table;                                                       // [B, ...] or null
@@ -183,7 +192,7 @@ enum Kernel : int64_t {
   kCommit,
   kRowStats,
   kVerifyGreedy,
-  kTreeUniforms,
+  kMergeStates,
   kVerifySample,
   kResidualSample,
   kAttention,

@@ -1,11 +1,13 @@
-// csrc/cuda/attention.cu: tree attention for sm_80 and newer (mma.sync). Meaning: reference/attention.py.
+// csrc/cuda/attention.cu: tree and interval attention for sm_80 and newer (mma.sync). Meaning: reference/attention.py.
 // Status: compiled and emulated, not yet run on hardware.
 //
 // What     o[B, T, Hq, D] and lse over the committed slots, unmasked but for the window, and a tail of at most 256 rows masked by
-//          ancestor words. bf16 and f16, head sizes 64, 96, 128 and 256, contiguous or paged.
+//          ancestor words; or over the slots between each row's start and end, with any number of rows and no tail. bf16 and f16,
+//          head sizes 64, 96, 128 and 256, contiguous or paged.
 // Tiling   an item is (sequence, KV head, 64 packed rows of T * Hq/Hkv, chunk of slots). 16 rows a warp, Q in registers (D 256: in
 //          shared memory); K and V arrive in tiles of kKeys through a ring of two stages. Warps without rows only copy.
-// Schedule a fixed grid; blocks take items by their number, which they work out from the lengths on the device. No host plan.
+// Schedule a fixed grid; blocks take items by their number, which they work out from the lengths on the device. No host plan. Slots
+//          before the first start and behind the last end of an item's rows are not read; intervals are not split over keys.
 // Bits     chunks end at multiples of `chunk` slots, never by T, B or load; weights are 2^(s - m) with an integral m, so rescaling
 //          is exact; parts are joined in chunk order, without atomics: the same bits for any grid (row_invariance).
 //          Not yet row-invariant: the tail's keys are summed in tiles of their own, not at their positions.
@@ -22,9 +24,10 @@ RT_FN void fetch(const AttentionArgs& a, const Item& it, const Tiling& tiles, in
                  typename S::Type* values) {
   using T = typename S::Type;
   constexpr int kPieces = S::D / 8;
+  const uint64_t wanted = wanted_keys(a, it, tiles, tile);
   for (int n = threadIdx.x; n < S::kKeys * kPieces; n += S::kThreads) {
     const int row = n / kPieces, d = n % kPieces * 8;
-    const Source<T> from = source<T>(a, it, tiles, tile, row);
+    const Source<T> from = wanted >> row & 1 ? source<T>(a, it, tiles, tile, row) : Source<T>{nullptr, nullptr};
     T *const k = keys + row * S::kPitch + d, *const v = values + row * S::kPitch + d;
     if (words) {
       rt::cp16(k, from.k ? from.k + d : static_cast<const T*>(a.k), from.k ? 16 : 0);
@@ -109,7 +112,8 @@ RT_FN void scores(const Rows<S>& rows, const typename S::Type* staged, const typ
     for (int e = 0; e < 4; ++e) s[n][e] *= scale;
 }
 
-// Scores become weights, rounded as the product with the values needs them; moves the rows' references where it has to.
+// Scores become weights, rounded as the product with the values needs them; moves the rows' references where it has to. The largest
+// weight is at least a half, so a sum is 0 exactly when its row saw no key; a score that is NaN or infinite makes it NaN for good.
 template <class S>
 RT_FN void softmax(Rows<S>& rows, const uint64_t (&seen)[2], float (&s)[S::kKeys / 8][4]) {
   using T = typename S::Type;
@@ -122,13 +126,11 @@ RT_FN void softmax(Rows<S>& rows, const uint64_t (&seen)[2], float (&s)[S::kKeys
     for (int n = 0; n < S::kKeys / 8; ++n)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        float& x = s[n][2 * half + e];
-        x = own >> (8 * n + e) & 1 ? x : kNothing;
-        top = fmaxf(top, x);
+        if (own >> (8 * n + e) & 1) top = fmaxf(top, s[n][2 * half + e]);
       }
     top = fmaxf(top, __shfl_xor_sync(rt::kAll, top, 1));
     top = fmaxf(top, __shfl_xor_sync(rt::kAll, top, 2));
-    const float next = top == kNothing ? kNothing : floorf(top) + 1;
+    const float next = floorf(top) + 1;  // nothing + 1 is nothing
     if (next > rows.m[half]) {
       const float shrink = power2(rows.m[half] - next);
       rows.m[half] = next, rows.l[half] *= shrink;
@@ -142,7 +144,7 @@ RT_FN void softmax(Rows<S>& rows, const uint64_t (&seen)[2], float (&s)[S::kKeys
       for (int e = 0; e < 2; ++e) {
         float& x = s[n][2 * half + e];
         const float whole = floorf(x);
-        const float weight = x == kNothing ? 0.f : exp2f(x - whole) * power2(whole - rows.m[half]);
+        const float weight = own >> (8 * n + e) & 1 ? exp2f(x - whole) * power2(whole - rows.m[half]) : 0.f;
         x = to_float(from_float<T>(weight));
         sum += x;
       }
@@ -185,7 +187,7 @@ RT_FN void finish(const AttentionArgs& a, const Item& it, Rows<S>& rows) {
     l += __shfl_xor_sync(rt::kAll, l, 2);
     const int r = int(threadIdx.x / 32) * 16 + g + 8 * half;
     if (r >= it.rows) continue;
-    const bool seen = rows.m[half] != kNothing && it.live(r);
+    const bool seen = l != 0;
     if (it.chunks == 1) {
       T* const out = output<T>(a, it, r);
       const float share = seen ? 1.f / l : 0.f;
@@ -258,15 +260,14 @@ __global__ void __launch_bounds__(256) join_kernel(const AttentionArgs a) {
   const int r = int(blockIdx.x % kRowBlock), D = int(a.D), d = threadIdx.x;
   if (r >= it.rows) return;
   float m = kNothing, o = 0, l = 0;
-  for (int c = 0; it.live(r) && c < it.chunks; ++c) m = fmaxf(m, part_at(a, it, c)[r * (D + 2) + D]);
-  for (int c = 0; m != kNothing && c < it.chunks; ++c) {
+  for (int c = 0; c < it.chunks; ++c) m = fmaxf(m, part_at(a, it, c)[r * (D + 2) + D]);
+  for (int c = 0; c < it.chunks; ++c) {
     const float* const part = part_at(a, it, c) + r * (D + 2);
-    if (part[D] == kNothing) continue;
     const float share = power2(part[D] - m);
     o += part[d] * share, l += part[D + 1] * share;
   }
-  output<T>(a, it, r)[d] = from_float<T>(m == kNothing ? 0.f : o * (1.f / l));
-  if (d == 0) *lse_at(a, it, r) = m == kNothing ? -INFINITY : (m + log2f(l)) * kLn2;
+  output<T>(a, it, r)[d] = from_float<T>(l != 0 ? o * (1.f / l) : 0.f);
+  if (d == 0) *lse_at(a, it, r) = l != 0 ? (m + log2f(l)) * kLn2 : -INFINITY;
 }
 
 template <class S>
@@ -299,7 +300,8 @@ int start_of_type(const AttentionArgs& a, cudaStream_t stream) {
 
 int attention(const AttentionArgs& a, void* stream) {
   if (a.B == 0 || a.T == 0) return cudaSuccess;
-  if (a.T > kMaxRows || a.chunk < 64 || a.chunk % 64) return cudaErrorInvalidValue;
+  if (a.chunk < 64 || a.chunk % 64 || a.T * (a.Hq / a.Hkv) > INT32_MAX - kRowBlock) return cudaErrorInvalidValue;
+  if (a.start ? chunks_of(a) > 1 || a.window > 0 : a.T > kMaxRows) return cudaErrorInvalidValue;
   if (a.type == kBf16) return start_of_type<bf16>(a, cudaStream_t(stream));
   if (a.type == kF16) return start_of_type<f16>(a, cudaStream_t(stream));
   return cudaErrorInvalidValue;

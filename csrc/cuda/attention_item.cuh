@@ -8,7 +8,7 @@
 namespace ramify::gpu {
 namespace {
 
-constexpr float kNothing = -1e30f;  // the softmax reference of a row that has seen no key, and the score of a masked one
+constexpr float kNothing = -3.40282347e38f;  // the softmax reference of a row that has seen no key yet: the lowest number
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 
 template <class T, int D_>
@@ -22,23 +22,25 @@ struct Shape {
   static_assert(kBytes <= 99 * 1024, "sm_86, sm_89 and sm_120 have no more");
 };
 
-// 2^x for a whole x at most 127; 0 below the normal numbers.
-RT_FN float power2(float x) { return x < -126.f ? 0.f : __int_as_float((int(x) + 127) << 23); }
+// 2^x for a whole x at most 127; 0 below the normal numbers, and of NaN.
+RT_FN float power2(float x) { return x >= -126.f ? __int_as_float((int(x) + 127) << 23) : 0.f; }
 
 struct Item {
   int b, h, block, chunk, chunks;
-  int prefix, tail, group;  // committed slots, tree rows in use, query heads of a KV head
-  int first, rows;          // packed rows [first, first + rows)
-  RT_FN bool live(int r) const { return first + r < tail * group; }
+  int slots, tail, used, group;  // keys in slots and in the tail, query rows in use, query heads of a KV head
+  int first, rows;               // packed rows [first, first + rows)
+  RT_FN bool live(int r) const { return first + r < used * group; }
+  RT_FN int row(int r) const { return (first + r) / group; }
 };
 
 // Packed rows of one block, all but the chunk; false beyond the end.
 RT_FN bool row_item(const AttentionArgs& a, int b, int h, int block, Item& it) {
   const int slots = int(a.page_table ? a.table_width * a.page : a.page), T = int(a.T);
   it.b = b, it.h = h, it.block = block, it.chunk = 0, it.group = int(a.Hq / a.Hkv);
-  it.prefix = min(max(a.prefix_len[b], 0), slots);
-  it.tail = a.tail_rows ? min(max(a.tail_rows[b], 0), T) : T;
-  it.chunks = max(1, int((it.prefix + a.chunk - 1) / a.chunk));
+  it.slots = a.start ? slots : min(max(a.prefix_len[b], 0), slots);
+  it.used = a.tail_rows ? min(max(a.tail_rows[b], 0), T) : T;
+  it.tail = a.start ? 0 : it.used;
+  it.chunks = max(1, int((it.slots + a.chunk - 1) / a.chunk));
   it.first = block * kRowBlock;
   it.rows = min(T * it.group - it.first, kRowBlock);
   return it.rows > 0;
@@ -68,7 +70,17 @@ RT_FN int depth_of(const AttentionArgs& a, const Item& it, int row) {
   return seen - 1;
 }
 
-// The tiles of an item: those of its slots, then, in the last chunk, those of the tail.
+// The slots [low, high) that a query row sees; under a window those below `sink` as well.
+struct Span {
+  int low, high;
+};
+
+RT_FN Span span_of(const AttentionArgs& a, const Item& it, int row) {
+  if (a.start) return {max(a.start[it.b * a.T + row], 0), min(a.end[it.b * a.T + row], it.slots)};
+  return {a.window > 0 ? max(0, it.slots + depth_of(a, it, row) - int(a.window) + 1) : 0, it.slots};
+}
+
+// The tiles of an item: those of its slots, then, in the last chunk, those of the tail. They begin at multiples of `keys`.
 struct Tiling {
   int keys, begin, end, slots, count, lowest, sink;
   RT_FN bool wanted(int tile) const {  // tiles that lie before every row's window and behind the sink are never fetched
@@ -82,42 +94,79 @@ struct Tiling {
   }
 };
 
-RT_FN int window_start(const AttentionArgs& a, const Item& it, int row) {
-  return a.window > 0 && row < it.tail ? max(0, it.prefix + depth_of(a, it, row) - int(a.window) + 1) : 0;
-}
-
+// Every lane of a warp asks for the same tiling.
 RT_FN Tiling tiling(const AttentionArgs& a, const Item& it, int keys) {
+  int lowest = 0, highest = it.slots;
+  if (a.start || a.window > 0) {
+    lowest = it.slots, highest = 0;
+    for (int r = threadIdx.x % 32; r < it.rows && it.live(r); r += 32) {
+      const Span span = span_of(a, it, it.row(r));
+      if (span.low < span.high) lowest = min(lowest, span.low), highest = max(highest, span.high);
+    }
+    lowest = int(__reduce_min_sync(rt::kAll, unsigned(lowest)));
+    highest = int(__reduce_max_sync(rt::kAll, unsigned(highest)));
+    if (!a.start) highest = it.slots;  // a window that lies behind the slots leaves the sink
+  }
   Tiling t;
-  t.keys = keys, t.begin = int(it.chunk * a.chunk), t.end = min(it.prefix, t.begin + int(a.chunk));
+  t.keys = keys, t.lowest = lowest;
+  t.sink = a.window > 0 ? int(min(a.sink, int64_t(it.slots))) : 0;
+  t.begin = int(it.chunk * a.chunk), t.end = min(highest, t.begin + int(a.chunk));
+  if (a.start) t.begin = lowest / keys * keys;
   t.slots = max(0, (t.end - t.begin + keys - 1) / keys);
   t.count = t.slots + (it.chunk == it.chunks - 1 ? (it.tail + keys - 1) / keys : 0);
-  t.sink = a.window > 0 ? int(min(a.sink, int64_t(it.prefix))) : 0;
-  t.lowest = 0;
-  if (a.window > 0) {
-    t.lowest = it.prefix;  // a row's own position is behind it
-    for (int row = it.first / it.group; row <= (it.first + it.rows - 1) / it.group && row < it.tail; ++row)
-      t.lowest = min(t.lowest, window_start(a, it, row));
-  }
   if (!it.live(0)) t.count = 0;
   return t;
 }
 
+// Bits at or above n.
+RT_FN uint64_t above(int n) { return n <= 0 ? ~uint64_t(0) : n >= 64 ? 0 : ~uint64_t(0) << n; }
+
+// Bit j: the packed row r of the item sees key j of the tile.
+RT_FN uint64_t visible(const AttentionArgs& a, const Item& it, const Tiling& t, int tile, int r) {
+  if (r >= it.rows || !it.live(r)) return 0;
+  const int row = it.row(r);
+  const bool bounded = a.start || a.window > 0;
+  const Span span = bounded ? span_of(a, it, row) : Span{0, it.slots};
+  if (tile < t.slots) {
+    const int slot = t.begin + tile * t.keys;
+    uint64_t seen = ~above(min(t.keys, min(t.end, span.high) - slot));
+    if (bounded) seen &= above(span.low - slot) | ~above(t.sink - slot);
+    return seen;
+  }
+  const int j = (tile - t.slots) * t.keys, count = min(t.keys, it.tail - j);
+  uint64_t seen = (uint64_t(a.ancestors[(it.b * a.T + row) * a.words + j / 64]) >> (j % 64)) & ~above(count);
+  if (a.window > 0) {
+    for (int i = 0; i < count; ++i) {
+      const int position = it.slots + depth_of(a, it, j + i);
+      if (position < span.low && position >= a.sink) seen &= ~(uint64_t(1) << i);
+    }
+  }
+  return seen;
+}
+
+// Bit j: some row of the item sees key j of the tile; the others may hold anything. Every lane of a warp asks for the same tile.
+RT_FN uint64_t wanted_keys(const AttentionArgs& a, const Item& it, const Tiling& t, int tile) {
+  if (tile >= t.slots) return ~above(it.tail - (tile - t.slots) * t.keys);
+  const int slot = t.begin + tile * t.keys, lane = threadIdx.x % 32;
+  if (!a.start) return ~above(t.end - slot) & (above(t.lowest - slot) | ~above(t.sink - slot));
+  const uint64_t seen = visible(a, it, t, tile, lane) | visible(a, it, t, tile, lane + 32);  // intervals may leave holes
+  return uint64_t(__reduce_or_sync(rt::kAll, unsigned(seen >> 32))) << 32 | __reduce_or_sync(rt::kAll, unsigned(seen));
+}
+
 template <class T>
 struct Source {
-  const T *k, *v;  // null: nobody sees this key
+  const T *k, *v;  // null: a page that does not exist
 };
 
-// Where the row `row` of a tile lies.
+// Where the key `row` of a tile lies.
 template <class T>
 RT_FN Source<T> source(const AttentionArgs& a, const Item& it, const Tiling& t, int tile, int row) {
   if (tile >= t.slots) {
     const int64_t j = (tile - t.slots) * t.keys + row;
-    if (j >= it.tail) return {nullptr, nullptr};
     return {static_cast<const T*>(a.tail_k) + it.b * a.tail_k_stride_b + j * a.tail_k_stride_t + it.h * a.tail_k_stride_h,
             static_cast<const T*>(a.tail_v) + it.b * a.tail_v_stride_b + j * a.tail_v_stride_t + it.h * a.tail_v_stride_h};
   }
   int64_t slot = t.begin + tile * t.keys + row, place = it.b;
-  if (slot >= t.end || (slot < t.lowest && slot >= t.sink)) return {nullptr, nullptr};
   if (a.page_table) {
     place = a.page_table[it.b * a.table_stride + slot / a.page], slot %= a.page;
     if (place < 0 || place >= a.pages) return {nullptr, nullptr};
@@ -126,42 +175,18 @@ RT_FN Source<T> source(const AttentionArgs& a, const Item& it, const Tiling& t, 
           static_cast<const T*>(a.v) + place * a.v_stride_b + slot * a.v_stride_s + it.h * a.v_stride_h};
 }
 
-// Bits at or above n.
-RT_FN uint64_t above(int n) { return n <= 0 ? ~uint64_t(0) : n >= 64 ? 0 : ~uint64_t(0) << n; }
-
-// Bit j: the packed row r of the item sees row j of the tile.
-RT_FN uint64_t visible(const AttentionArgs& a, const Item& it, const Tiling& t, int tile, int r) {
-  if (r >= it.rows || !it.live(r)) return 0;
-  const int row = (it.first + r) / it.group, start = window_start(a, it, row);
-  if (tile < t.slots) {
-    const int slot = t.begin + tile * t.keys;
-    uint64_t seen = ~above(min(t.keys, t.end - slot));
-    if (a.window > 0) seen &= above(start - slot) | ~above(t.sink - slot);
-    return seen;
-  }
-  const int j = (tile - t.slots) * t.keys, count = min(t.keys, it.tail - j);
-  uint64_t seen = (uint64_t(a.ancestors[(it.b * a.T + row) * a.words + j / 64]) >> (j % 64)) & ~above(count);
-  if (a.window > 0) {
-    for (int i = 0; i < count; ++i) {
-      const int position = it.prefix + depth_of(a, it, j + i);
-      if (position < start && position >= a.sink) seen &= ~(uint64_t(1) << i);
-    }
-  }
-  return seen;
-}
-
 template <class T>
 RT_FN const T* query(const AttentionArgs& a, const Item& it, int r) {
-  const int row = (it.first + r) / it.group, head = it.h * it.group + (it.first + r) % it.group;
+  const int row = it.row(r), head = it.h * it.group + (it.first + r) % it.group;
   return static_cast<const T*>(a.q) + it.b * a.q_stride_b + row * a.q_stride_t + head * a.q_stride_h;
 }
 template <class T>
 RT_FN T* output(const AttentionArgs& a, const Item& it, int r) {
-  const int row = (it.first + r) / it.group, head = it.h * it.group + (it.first + r) % it.group;
+  const int row = it.row(r), head = it.h * it.group + (it.first + r) % it.group;
   return static_cast<T*>(a.out) + it.b * a.out_stride_b + row * a.out_stride_t + head * a.out_stride_h;
 }
 RT_FN float* lse_at(const AttentionArgs& a, const Item& it, int r) {
-  const int row = (it.first + r) / it.group, head = it.h * it.group + (it.first + r) % it.group;
+  const int row = it.row(r), head = it.h * it.group + (it.first + r) % it.group;
   return a.lse + it.b * a.lse_stride_b + row * a.lse_stride_t + head;
 }
 

@@ -13,7 +13,7 @@ int rope_append(const RopeAppendArgs& a, void* stream);
 int commit(const CommitArgs& a, void* stream);
 int row_stats(const RowStatsArgs& a, void* stream);
 int verify_greedy(const VerifyGreedyArgs& a, void* stream);
-int tree_uniforms(const TreeUniformsArgs& a, void* stream);
+int merge_states(const MergeStatesArgs& a, void* stream);
 int verify_sample(const VerifySampleArgs& a, void* stream);
 int attention(const AttentionArgs& a, void* stream);
 int residual_sample(const ResidualSampleArgs& a, void* stream);

@@ -62,8 +62,8 @@ int ramify_cuda_run(int64_t kernel, const void* args, void* stream) {
       return call(row_stats, args, stream);
     case kVerifyGreedy:
       return call(verify_greedy, args, stream);
-    case kTreeUniforms:
-      return call(tree_uniforms, args, stream);
+    case kMergeStates:
+      return call(merge_states, args, stream);
     case kVerifySample:
       return call(verify_sample, args, stream);
     case kAttention:
@@ -97,8 +97,8 @@ int64_t ramify_cuda_size(int64_t kernel) {
       return sizeof(RowStatsArgs);
     case kVerifyGreedy:
       return sizeof(VerifyGreedyArgs);
-    case kTreeUniforms:
-      return sizeof(TreeUniformsArgs);
+    case kMergeStates:
+      return sizeof(MergeStatesArgs);
     case kVerifySample:
       return sizeof(VerifySampleArgs);
     case kAttention:

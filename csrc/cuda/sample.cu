@@ -1,12 +1,15 @@
 // csrc/cuda/sample.cu: the random decisions of a step, on the device. Meaning: reference/verify.py; numbers: common/rng.h.
 // Status: compiled and emulated, not yet run on hardware.
 //
-// What     tree_uniforms draws the numbers of a tree; verify_sample walks it; residual_sample draws from norm([p - q]_+).
-// Shape    a block a sequence, or a row. After j rejections the target is a recurrence in j scalars, so no distribution is ever
-//          stored: each pass recomputes it from p and q.
-// Decides  in double, columns in order: equal p, q and u give equal decisions on every backend, up to sums that differ by
-//          2^-50 or so and a u that falls between them.
-// Traffic  V (p + q) bytes a rejection, twice V p a draw. One block reads a row: this is latency, not bandwidth.
+// What     verify_sample draws a token at every row of a tree and walks it, or tests its drawn children on the way; residual_sample draws
+//          from norm([p - q]_+).
+// Shape    weigh: a block a (row, tile of 2048 columns). draw_rows: a block a row, which joins its tiles and reads one of them again. Then
+//          the greedy walk over what was drawn (verify.cu), or judge: a block a sequence. After j rejections the target is a recurrence in
+//          j scalars, so no distribution is ever stored: each pass recomputes it from logits and q.
+// Decides  in double, columns in order: equal logits, q and seeds give equal decisions on every backend, up to sums that differ by
+//          2^-50 or so and a number that falls between them.
+// Traffic  V * sizeof(logits) bytes and V exponentials in double a row, spread over the grid; judge adds V (p + q) bytes a rejection, and
+//          twice that where all children are rejected. There one block reads a row: this is latency, not bandwidth.
 #include "common/rng.h"
 #include "cuda/entries.h"
 #include "cuda/values.cuh"
@@ -15,28 +18,21 @@ namespace ramify::gpu {
 namespace {
 
 constexpr int kThreads = 256, kTile = kThreads * kChunk, kMostTiles = 512;  // V up to 2^20
+static_assert(kTile == kSampleTile, "Python makes the scratch");
 
-struct Row {  // one row of a Distribution
+struct Row {  // weights of V columns: as they lie there, or with a heat above 0 exp(x / heat - top) * over of logits
   const void* x;
   int64_t type;
-  bool logits;
-  double lse;
+  float heat;
+  double top, over;
 };
 
-RT_FN Row row_of(const Distribution& d, int64_t b, int64_t t, int64_t lse_at) {
-  const int64_t at = b * d.stride_b + t * d.stride_t, size = d.type == kF64 ? 8 : d.type == kF32 ? 4 : 2;
-  return {static_cast<const char*>(d.x) + at * size, d.type, d.lse != nullptr, d.lse ? double(d.lse[lse_at]) : 0.0};
+RT_FN const void* row_at(const void* x, int64_t type, int64_t at) {
+  return static_cast<const char*>(x) + at * (type == kF64 ? 8 : type == kF32 ? 4 : 2);
 }
 
-// Probabilities of eight columns; 0 behind the end.
-RT_FN void probabilities(const Row& row, int64_t at, int64_t left, double (&p)[kChunk]) {
-  float x[kChunk];
-  if (row.type == kF64) {
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) p[i] = i < left ? static_cast<const double*>(row.x)[at + i] : 0.0;
-    return;
-  }
-  const float fill = row.logits ? -INFINITY : 0.f;
+// Eight columns of any type but double; `fill` behind the end.
+RT_FN void load(const Row& row, int64_t at, int64_t left, float fill, float (&x)[kChunk]) {
   if (row.type == kF32) {
     const float* const from = static_cast<const float*>(row.x);
     load_chunk(from + at, left, wide(from, 0), fill, x);
@@ -47,14 +43,25 @@ RT_FN void probabilities(const Row& row, int64_t at, int64_t left, double (&p)[k
     const f16* const from = static_cast<const f16*>(row.x);
     load_chunk(from + at, left, wide(from, 0), fill, x);
   }
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i) p[i] = row.logits ? exp(double(x[i]) - row.lse) : double(x[i]);
 }
 
-RT_FN double probability(const Row& row, int64_t at) {
+// Weights of eight columns; 0 behind the end.
+RT_FN void weights(const Row& row, int64_t at, int64_t left, double (&p)[kChunk]) {
+  if (row.type == kF64) {
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) p[i] = i < left ? static_cast<const double*>(row.x)[at + i] : 0.0;
+    return;
+  }
+  float x[kChunk];
+  load(row, at, left, row.heat > 0 ? -INFINITY : 0.f, x);
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) p[i] = row.heat > 0 ? exp(double(x[i] / row.heat) - row.top) * row.over : double(x[i]);
+}
+
+RT_FN double weight(const Row& row, int64_t at) {
   if (row.type == kF64) return static_cast<const double*>(row.x)[at];
-  const double x = value_at(row.x, row.type, at);
-  return row.logits ? exp(x - row.lse) : x;
+  const float x = value_at(row.x, row.type, at);
+  return row.heat > 0 ? exp(double(x / row.heat) - row.top) * row.over : double(x);
 }
 
 // What `rejected` tests left of p: t -> max(t - q / mass, 0) / left, once for each; q loses the tokens rejected before it if
@@ -80,10 +87,10 @@ struct Target {
     return p0;
   }
   RT_FN void chunk(int64_t column, double (&t)[kChunk]) const {
-    probabilities(p, column, V - column, t);
+    weights(p, column, V - column, t);
     if (rejected == 0) return;
     double d[kChunk];
-    probabilities(q, column, V - column, d);
+    weights(q, column, V - column, d);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) t[i] = at(t[i], d[i], column + i, rejected);
   }
@@ -95,24 +102,15 @@ struct Space {    // shared memory of a draw
   int* found;     // [2]
 };
 
-// The column where the running sum of the target passes u times its total: never one of weight 0. All threads get it.
-RT_FN int32_t draw(const Target& target, double u, const Space& space) {
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const int tiles = int((target.V + kTile - 1) / kTile);
-  double t[kChunk], total = 0;
-  for (int tile = 0; tile < tiles; ++tile) {
-    const int64_t column = int64_t(tile) * kTile + thread * kChunk;
-    double sum = 0;
-    if (column < target.V) {
-      target.chunk(column, t);
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) sum += t[i];
-    }
-    total += block_sum(sum, space.part);
-    if (thread == 0) space.tiles[tile] = total;
-  }
-  __syncthreads();
-  const double goal = u * total;
+RT_FN int tiles_of(int64_t V) { return int((V + kTile - 1) / kTile); }
+
+// The column where the running sum of the target passes u times its total: never one of weight 0. space.tiles holds the running sum at
+// the end of each tile. The last column where there is no total. All threads get it.
+RT_FN int32_t locate(const Target& target, double u, const Space& space) {
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, tiles = tiles_of(target.V);
+  const double total = space.tiles[tiles - 1], goal = u * total;
+  if (!(total > 0)) return int32_t(target.V - 1);
+  double t[kChunk];
   int tile = 0;  // the first whose end lies above the goal; where rounding leaves none, the last that adds anything
   while (tile < tiles - 1 && !(space.tiles[tile] > goal)) ++tile;
   while (tile > 0 && !(space.tiles[tile] > space.tiles[tile - 1])) --tile;
@@ -153,9 +151,26 @@ RT_FN int32_t draw(const Target& target, double u, const Space& space) {
     space.found[0] = int(column) + best;
   }
   __syncthreads();
-  const int32_t token = chosen < 0 ? 0 : space.found[0];
+  const int32_t token = chosen < 0 ? int32_t(target.V - 1) : space.found[0];
   __syncthreads();
   return token;
+}
+
+RT_FN int32_t draw(const Target& target, double u, const Space& space) {
+  double t[kChunk], total = 0;
+  for (int tile = 0; tile < tiles_of(target.V); ++tile) {
+    const int64_t column = int64_t(tile) * kTile + threadIdx.x * kChunk;
+    double sum = 0;
+    if (column < target.V) {
+      target.chunk(column, t);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) sum += t[i];
+    }
+    total += block_sum(sum, space.part);
+    if (threadIdx.x == 0) space.tiles[tile] = total;
+  }
+  __syncthreads();
+  return locate(target, u, space);
 }
 
 struct Sums {
@@ -166,8 +181,8 @@ struct Sums {
 RT_FN Sums reject(const Target& target, int32_t token, const Space& space) {
   double left = 0, mass = 0, p[kChunk], q[kChunk];
   for (int64_t column = threadIdx.x * kChunk; column < target.V; column += kTile) {
-    probabilities(target.p, column, target.V - column, p);
-    probabilities(target.q, column, target.V - column, q);
+    weights(target.p, column, target.V - column, p);
+    weights(target.q, column, target.V - column, q);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       const double d = target.draft(q[i], column + i, target.rejected);
@@ -183,14 +198,85 @@ RT_FN Sums reject(const Target& target, int32_t token, const Space& space) {
 RT_FN double total_of(const Row& row, int64_t V, const Space& space) {
   double sum = 0, x[kChunk];
   for (int64_t column = threadIdx.x * kChunk; column < V; column += kTile) {
-    probabilities(row, column, V - column, x);
+    weights(row, column, V - column, x);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) sum += x[i];
   }
   return block_sum(sum, space.part);
 }
 
-__global__ void __launch_bounds__(kThreads, 1) verify_sample_kernel(const VerifySampleArgs a) {
+RT_FN Row logits_of(const VerifySampleArgs& a, int64_t b, int64_t t) {
+  return {row_at(a.logits, a.type, b * a.stride_b + t * a.stride_t), a.type, a.temperature[b], 0, 1};
+}
+
+RT_FN double uniform_of(const VerifySampleArgs& a, int64_t b, int depth, uint32_t purpose, uint32_t lane) {
+  return uniform(uint64_t(a.seed[b]), uint64_t(a.position[b] + depth), purpose, lane);
+}
+
+// A tile's largest logit / temperature, and the sum of weights over it.
+__global__ void __launch_bounds__(kThreads) weigh_kernel(const VerifySampleArgs a) {
+  RT_SHARED(double, part, [kThreads / 32]);
+  RT_SHARED(Key, keys, [kThreads / 32]);
+  const int64_t b = blockIdx.x / a.T, t = blockIdx.x % a.T, column = int64_t(blockIdx.y) * kTile + threadIdx.x * kChunk;
+  if (t >= a.n_rows[b]) return;
+  const Row row = logits_of(a, b, t);
+  float x[kChunk];
+  load(row, column, a.V - column, -INFINITY, x);
+  Key best = 0;
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    if (row.heat > 0) x[i] /= row.heat;
+    if (column + i < a.V) best = max(best, key_of(x[i], column + i));
+  }
+  best = block_best(best, keys);
+  double sum = 0;
+  if (row.heat > 0) {
+    const float top = value_of(best);
+    const double base = top == -INFINITY ? 0.0 : double(top);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) sum += exp(double(x[i]) - base);
+    sum = block_sum(sum, part);
+  }
+  if (threadIdx.x == 0) {
+    const int64_t at = int64_t(blockIdx.x) * gridDim.y + blockIdx.y;
+    a.best[at] = best, a.sums[at] = sum;
+  }
+}
+
+// What plain decoding would emit after each row, and what makes its logits probabilities.
+__global__ void __launch_bounds__(kThreads) draw_rows_kernel(const VerifySampleArgs a) {
+  RT_SHARED(double, part, [kThreads / 32]);
+  RT_SHARED(double, tiles, [kMostTiles]);
+  RT_SHARED(int, found, [2]);
+  RT_SHARED(Key, keys, [kThreads / 32]);
+  const int64_t b = blockIdx.x / a.T, t = blockIdx.x % a.T;
+  if (t >= a.n_rows[b]) return;
+  const int count = tiles_of(a.V);
+  const auto* const each = a.best + blockIdx.x * int64_t(count);
+  Key best = 0;
+  for (int i = threadIdx.x; i < count; i += kThreads) best = max(best, Key(each[i]));
+  best = block_best(best, keys);
+  Row row = logits_of(a, b, t);
+  int32_t token = column_of(best);
+  if (row.heat > 0) {
+    row.top = value_of(best);
+    for (int i = threadIdx.x; i < count; i += kThreads)
+      tiles[i] = a.sums[blockIdx.x * int64_t(count) + i] * exp(double(value_of(each[i])) - row.top);
+    __syncthreads();
+    if (threadIdx.x == 0)
+      for (int i = 1; i < count; ++i) tiles[i] += tiles[i - 1];
+    __syncthreads();
+    const int32_t* const parents = a.parents + b * a.T;
+    int depth = 0;
+    for (int64_t r = t; r > 0 && parents[r] >= 0 && parents[r] < r; r = parents[r]) ++depth;
+    const Target target = {row, {}, a.V, false, 0, nullptr, nullptr, nullptr};
+    token = locate(target, uniform_of(a, b, depth, kSample, 0), {part, tiles, found});
+    if (threadIdx.x == 0) a.scale[2 * blockIdx.x] = row.top, a.scale[2 * blockIdx.x + 1] = 1 / tiles[count - 1];
+  }
+  if (threadIdx.x == 0) a.drawn[blockIdx.x] = token;
+}
+
+__global__ void __launch_bounds__(kThreads, 1) judge_kernel(const VerifySampleArgs a) {
   RT_SHARED(double, part, [kThreads / 32]);
   RT_SHARED(double, tiles, [kMostTiles]);
   RT_SHARED(int, found, [2]);
@@ -200,35 +286,34 @@ __global__ void __launch_bounds__(kThreads, 1) verify_sample_kernel(const Verify
   const Space space = {part, tiles, found};
   const int64_t b = blockIdx.x;
   const int32_t *const tokens = a.tokens + b * a.T, *const parents = a.parents + b * a.T;
-  const double* const u = a.u + b * a.T * 3;
   int32_t* const path = a.path + b * a.T;
   const int T = int(a.T), n = min(max(a.n_rows[b], 1), T);
   int row = 0, steps = 0;
   int32_t token = 0;
   while (row >= 0) {
     if (threadIdx.x == 0) path[steps] = row;
-    ++steps;
-    Target target = {row_of(a.p, b, row, b * a.T + row), {}, a.V, a.mode == kWor, 0, mass, left, rejected};
-    int child = row + 1;
+    const int depth = steps++;
+    int child = row + 1, next = -1;
     while (child < n && parents[child] != row) ++child;
-    int next = -1;
-    if (a.mode == kDet || child >= n) {
-      token = draw(target, u[3 * row], space);
+    Target target = {logits_of(a, b, row), {}, a.V, a.mode == kWor, 0, mass, left, rejected};
+    if (child >= n || !(target.p.heat > 0)) {
+      token = a.drawn[b * a.T + row];
       for (; next < 0 && child < n; ++child)
         if (parents[child] == row && tokens[child] == token) next = child;
       row = next;
       continue;
     }
-    target.q = row_of(a.q, b, row, b * a.T + row);
+    target.p.top = a.scale[2 * (b * a.T + row)], target.p.over = a.scale[2 * (b * a.T + row) + 1];
+    target.q = {a.q + b * a.q_stride_b + row * a.q_stride_t, kF32, 0, 0, 1};
     double q_mass = total_of(target.q, a.V, space);
-    for (; child < n; ++child) {
+    for (uint32_t sibling = 0; child < n; ++child) {
       if (parents[child] != row) continue;
       const int32_t x = tokens[child];
       const bool known = x >= 0 && x < a.V;
       if (threadIdx.x == 0) mass[target.rejected] = q_mass;
       __syncthreads();
-      const double q0 = known ? probability(target.q, x) : 0, t = known ? target.at(probability(target.p, x), q0, x, target.rejected) : 0;
-      if (u[3 * child + 1] * (target.draft(q0, x, target.rejected) / q_mass) < t) {
+      const double q0 = known ? weight(target.q, x) : 0, t = known ? target.at(weight(target.p, x), q0, x, target.rejected) : 0;
+      if (uniform_of(a, b, depth, kAccept, sibling++) * (target.draft(q0, x, target.rejected) / q_mass) < t) {
         token = x, next = child;
         break;
       }
@@ -241,7 +326,7 @@ __global__ void __launch_bounds__(kThreads, 1) verify_sample_kernel(const Verify
         if (!(q_mass > 0)) break;  // no further child can have been drawn from it
       }
     }
-    if (next < 0) token = draw(target, u[3 * row + 2], space);
+    if (next < 0) token = draw(target, uniform_of(a, b, depth, kResidual, 0), space);
     __syncthreads();
     row = next;
   }
@@ -257,7 +342,8 @@ __global__ void __launch_bounds__(kThreads, 1) residual_sample_kernel(const Resi
   RT_SHARED(double, left, [1]);
   const Space space = {part, tiles, found};
   const int64_t row = blockIdx.x;
-  Target target = {row_of(a.p, 0, row, row), row_of(a.q, 0, row, row), a.V, false, 0, mass, left, nullptr};
+  const Row p = {row_at(a.p, a.type, row * a.p_stride), a.type, 0, 0, 1}, q = {row_at(a.q, a.type, row * a.q_stride), a.type, 0, 0, 1};
+  Target target = {p, q, a.V, false, 0, mass, left, nullptr};
   if (threadIdx.x == 0) mass[0] = 1;  // q is taken as it is
   __syncthreads();
   const Sums sums = reject(target, -1, space);
@@ -268,29 +354,18 @@ __global__ void __launch_bounds__(kThreads, 1) residual_sample_kernel(const Resi
   if (threadIdx.x == 0) a.ids[row] = token;
 }
 
-__global__ void __launch_bounds__(kThreads) tree_uniforms_kernel(const TreeUniformsArgs a) {
-  const int64_t b = blockIdx.x, row = threadIdx.x;
-  if (row >= a.T || row >= a.n_rows[b]) return;
-  const int32_t* const parents = a.parents + b * a.T;
-  const int32_t parent = parents[row];
-  int depth = 0, sibling = 0;
-  for (int64_t r = row; r > 0 && parents[r] >= 0 && parents[r] < r; r = parents[r]) ++depth;
-  for (int64_t r = 1; r < row; ++r) sibling += parents[r] == parent;
-  const uint64_t seed = uint64_t(a.seed[b]), position = uint64_t(a.position[b]);
-  double* const u = a.u + (b * a.T + row) * 3;
-  u[0] = uniform(seed, position + depth, kSample, 0);
-  u[1] = row ? uniform(seed, position + depth - 1, kAccept, sibling) : 0;
-  u[2] = uniform(seed, position + depth, kResidual, 0);
-}
-
 bool fits(int64_t V) { return V >= 1 && V <= int64_t(kMostTiles) * kTile; }
 
 }  // namespace
 
 int verify_sample(const VerifySampleArgs& a, void* stream) {
   if (a.B == 0) return cudaSuccess;
-  if (!fits(a.V) || a.T > kMaxRows || (a.mode != kDet && !a.q.x)) return cudaErrorInvalidValue;
-  RT_LAUNCH(verify_sample_kernel, dim3(unsigned(a.B)), dim3(kThreads), 0, cudaStream_t(stream), a);
+  if (!fits(a.V) || a.T < 1 || a.T > kMaxRows || (a.mode != kDet && !a.q)) return cudaErrorInvalidValue;
+  const dim3 rows(unsigned(a.B * a.T)), tiles(rows.x, unsigned((a.V + kTile - 1) / kTile));
+  RT_LAUNCH(weigh_kernel, tiles, dim3(kThreads), 0, cudaStream_t(stream), a);
+  RT_LAUNCH(draw_rows_kernel, rows, dim3(kThreads), 0, cudaStream_t(stream), a);
+  if (a.mode == kDet) return verify_greedy({a.B, a.T, a.tokens, a.parents, a.drawn, a.n_rows, a.path, a.count, a.bonus}, stream);
+  RT_LAUNCH(judge_kernel, dim3(unsigned(a.B)), dim3(kThreads), 0, cudaStream_t(stream), a);
   return cudaGetLastError();
 }
 
@@ -298,13 +373,6 @@ int residual_sample(const ResidualSampleArgs& a, void* stream) {
   if (a.rows == 0) return cudaSuccess;
   if (!fits(a.V)) return cudaErrorInvalidValue;
   RT_LAUNCH(residual_sample_kernel, dim3(unsigned(a.rows)), dim3(kThreads), 0, cudaStream_t(stream), a);
-  return cudaGetLastError();
-}
-
-int tree_uniforms(const TreeUniformsArgs& a, void* stream) {
-  if (a.B == 0) return cudaSuccess;
-  if (a.T > kMaxRows) return cudaErrorInvalidValue;
-  RT_LAUNCH(tree_uniforms_kernel, dim3(unsigned(a.B)), dim3(kThreads), 0, cudaStream_t(stream), a);
   return cudaGetLastError();
 }
 

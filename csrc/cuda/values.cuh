@@ -111,6 +111,39 @@ RT_FN T block_sum(T x, T* part) {
   return sum;
 }
 
+// A value and its column as one integer, unequal for all columns: the larger value first, NaN above all, then the lower column. 0 is
+// nothing.
+using Key = unsigned long long;
+
+RT_FN Key key_of(float x, int64_t column) {
+  const uint32_t bits = x == x ? __float_as_uint(x + 0.f) : 0x7FFFFFFFu;  // -0 becomes 0: they are equal, and so are all NaN
+  const uint32_t ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
+  return Key(ordered) << 32 | (0xFFFFFFFFu - uint32_t(column));
+}
+RT_FN float value_of(Key key) {
+  const uint32_t ordered = uint32_t(key >> 32);
+  return __uint_as_float(ordered >> 31 ? ordered & 0x7FFFFFFFu : ~ordered);
+}
+RT_FN int32_t column_of(Key key) { return int32_t(0xFFFFFFFFu - uint32_t(key)); }
+
+// The largest key of a warp; every lane gets it.
+RT_FN Key warp_best(Key key) {
+  const unsigned high = __reduce_max_sync(rt::kAll, unsigned(key >> 32));
+  const unsigned low = __reduce_max_sync(rt::kAll, unsigned(key >> 32) == high ? unsigned(key) : 0u);
+  return Key(high) << 32 | low;
+}
+
+// The largest key of a block; `part` as for block_sum.
+RT_FN Key block_best(Key key, Key* part) {
+  key = warp_best(key);
+  if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = key;
+  __syncthreads();
+  Key best = part[0];
+  for (int w = 1; w < int(blockDim.x / 32); ++w) best = max(best, part[w]);
+  __syncthreads();
+  return best;
+}
+
 // The rows that count in this step.
 RT_FN int64_t live_rows(const int32_t* live, int64_t rows) { return live && *live < rows ? *live : rows; }
 

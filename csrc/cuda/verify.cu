@@ -14,29 +14,9 @@
 namespace ramify::gpu {
 namespace {
 
-using Key = unsigned long long;  // larger value first, then the lower column; 0 is nothing
-
 constexpr int kThreads = 256, kPart = kThreads * kChunk, kParts = kStatsSlice / kPart;
 constexpr int kHeld = kParts * kChunk;  // values a thread holds
 constexpr int kLists = 8;               // slices a lane joins: V up to 32 * 8 * 4096
-
-RT_FN Key key_of(float x, int64_t column) {
-  const uint32_t bits = x == x ? __float_as_uint(x + 0.f) : 0x7FC00000u;  // -0 becomes 0, every NaN one above infinity: they are equal
-  const uint32_t ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
-  return Key(ordered) << 32 | (0xFFFFFFFFu - uint32_t(column));
-}
-RT_FN float value_of(Key key) {
-  const uint32_t ordered = uint32_t(key >> 32);
-  return __uint_as_float(ordered >> 31 ? ordered & 0x7FFFFFFFu : ~ordered);
-}
-RT_FN int32_t column_of(Key key) { return int32_t(0xFFFFFFFFu - uint32_t(key)); }
-
-// The largest key of a warp.
-RT_FN Key warp_best(Key key) {
-  const unsigned high = __reduce_max_sync(rt::kAll, unsigned(key >> 32));
-  const unsigned low = __reduce_max_sync(rt::kAll, unsigned(key >> 32) == high ? unsigned(key) : 0u);
-  return Key(high) << 32 | low;
-}
 
 // Takes the largest key of a warp's N * 32 out of them.
 template <int N>

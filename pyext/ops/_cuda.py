@@ -14,6 +14,7 @@ from ramify import native_cuda as n
 Outputs = tuple[Tensor, ...]
 
 CHUNK, MOST_CHUNKS = 512, 64
+SAMPLE_TILE = 2048  # kSampleTile
 
 
 def rms_norm(outs: Outputs, x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> None:
@@ -137,8 +138,8 @@ def topk_logits(outs: Outputs, logits: Tensor, k: int) -> None:
 def verify_greedy(outs: Outputs, tokens: Tensor, parents: Tensor, argmax: Tensor, n_rows: Tensor) -> None:
     """Path, count and bonus of each sequence."""
     tokens, parents, argmax = (x.int().contiguous() for x in (tokens, parents, argmax))
-    path, n_rows = _target(outs[0]), n_rows.contiguous()
-    count, bonus = (torch.empty_like(n_rows) if not out.is_contiguous() else out for out in outs[1:])
+    n_rows = n_rows.contiguous()
+    path, count, bonus = _target(outs[0]), _vector(outs[1]), _vector(outs[2])
     args = n.VerifyGreedyArgs(B=tokens.shape[0], T=tokens.shape[1], tokens=tokens.data_ptr(), parents=parents.data_ptr())
     args.argmax, args.n_rows = argmax.data_ptr(), n_rows.data_ptr()
     args.path, args.count, args.bonus = path.data_ptr(), count.data_ptr(), bonus.data_ptr()
@@ -147,37 +148,39 @@ def verify_greedy(outs: Outputs, tokens: Tensor, parents: Tensor, argmax: Tensor
         _store(made, out)
 
 
-def tree_uniforms(u: Tensor, seed: Tensor, position: Tensor, parents: Tensor, n_rows: Tensor) -> None:
-    """reference.tree_uniforms into u float64 [B, T, 3]; seed, position int64 [B], parents and n_rows int32, all contiguous."""
-    args = n.TreeUniformsArgs(B=parents.shape[0], T=parents.shape[1], seed=seed.data_ptr(), position=position.data_ptr())
-    args.parents, args.n_rows, args.u = parents.data_ptr(), n_rows.data_ptr(), u.data_ptr()
-    n.run(args, seed, position, parents, n_rows, u)
-
-
 def verify_sample(
-    outs: Outputs, tokens: Tensor, parents: Tensor, p: Tensor, n_rows: Tensor, u: Tensor, mode: str, q: Tensor | None,
-    p_lse: Tensor | None = None, q_lse: Tensor | None = None,
+    outs: Outputs, logits: Tensor, tokens: Tensor, parents: Tensor, n_rows: Tensor, temperature: Tensor, seed: Tensor, position: Tensor,
+    q: Tensor | None, mode: str,
 ) -> None:  # fmt: skip
-    """reference.verify_sample into (path, count, bonus), int32 and contiguous; with p_lse [B, T], p holds logits, and so for q."""
-    path, count, bonus = outs
-    B, T, V = p.shape
-    tokens, parents, u = tokens.int().contiguous(), parents.int().contiguous(), u.double().contiguous()
-    args = n.VerifySampleArgs(B=B, T=T, V=V, mode=n.MODES[mode], tokens=tokens.data_ptr(), parents=parents.data_ptr())
-    args.n_rows, args.u = n_rows.data_ptr(), u.data_ptr()
-    args.p, args.p_type, args.p_stride_b, args.p_stride_t, args.p_lse = p.data_ptr(), n.TYPES[p.dtype], *p.stride()[:2], n.pointer(p_lse)
+    """Path, count and bonus of each sequence."""
+    B, T, V = logits.shape
+    tokens, parents, position = tokens.int().contiguous(), parents.int().contiguous(), position.long().contiguous()
+    n_rows, temperature, seed = n_rows.contiguous(), temperature.contiguous(), seed.contiguous()
+    path, count, bonus = _target(outs[0]), _vector(outs[1]), _vector(outs[2])
+    args = n.VerifySampleArgs(B=B, T=T, V=V, mode=n.MODES[mode], logits=logits.data_ptr(), type=n.TYPES[logits.dtype])
+    args.stride_b, args.stride_t = logits.stride()[:2]
     if q is not None:
-        args.q, args.q_type, args.q_stride_b, args.q_stride_t = q.data_ptr(), n.TYPES[q.dtype], *q.stride()[:2]
-        args.q_lse = n.pointer(q_lse)
+        args.q, args.q_stride_b, args.q_stride_t = q.data_ptr(), *q.stride()[:2]
+    args.tokens, args.parents, args.n_rows = tokens.data_ptr(), parents.data_ptr(), n_rows.data_ptr()
+    args.temperature, args.seed, args.position = temperature.data_ptr(), seed.data_ptr(), position.data_ptr()
+    parts = B * T * -(-V // SAMPLE_TILE)
+    best, drawn = logits.new_empty(parts, dtype=torch.int64), logits.new_empty(B * T, dtype=torch.int32)
+    sums, scale = logits.new_empty(parts, dtype=torch.float64), logits.new_empty(2 * B * T, dtype=torch.float64)
+    args.best, args.sums, args.scale, args.drawn = best.data_ptr(), sums.data_ptr(), scale.data_ptr(), drawn.data_ptr()
     args.path, args.count, args.bonus = path.data_ptr(), count.data_ptr(), bonus.data_ptr()
-    n.run(args, tokens, parents, n_rows, u, p, p_lse, q, q_lse, *outs)
+    data = logits, q, tokens, parents, n_rows, temperature, seed, position
+    n.run(args, *data, best, sums, scale, drawn, path, count, bonus)
+    for made, out in zip((path, count, bonus), outs):
+        _store(made, out)
 
 
-def residual_sample(ids: Tensor, p: Tensor, q: Tensor, u: Tensor) -> None:
-    """reference.residual_sample into ids int64 [R]; u float64."""
-    args = n.ResidualSampleArgs(rows=p.shape[0], V=p.shape[1], u=u.data_ptr(), ids=ids.data_ptr())
-    args.p, args.p_type, args.p_stride_t = p.data_ptr(), n.TYPES[p.dtype], p.stride(0)
-    args.q, args.q_type, args.q_stride_t = q.data_ptr(), n.TYPES[q.dtype], q.stride(0)
+def residual_sample(outs: Outputs, p: Tensor, q: Tensor, u: Tensor) -> None:
+    """One id a row."""
+    u, ids = u.contiguous(), _vector(outs[0])
+    args = n.ResidualSampleArgs(rows=p.shape[0], V=p.shape[1], type=n.TYPES[p.dtype], p=p.data_ptr(), q=q.data_ptr())
+    args.p_stride, args.q_stride, args.u, args.ids = p.stride(0), q.stride(0), u.data_ptr(), ids.data_ptr()
     n.run(args, p, q, u, ids)
+    _store(ids, outs[0])
 
 
 def tree_attention(
@@ -185,30 +188,58 @@ def tree_attention(
     page_table: Tensor | None, scale: float, window: int, sink: int, tail_rows: Tensor | None,
 ) -> None:  # fmt: skip
     """o and lse; rows that are not in use give 0 and -inf."""
-    out, lse = outs
-    B, T, Hq, D = q.shape
-    result = torch.empty_like(out) if out.data_ptr() == q.data_ptr() else out  # blocks read q while others write
-    args = n.AttentionArgs(B=B, T=T, Hq=Hq, Hkv=tail_k.shape[2], D=D, type=n.TYPES[q.dtype], scale=scale, window=window, sink=sink)
-    for name, x, axes in (("q", q, "bth"), ("out", result, "bth"), ("lse", lse, "bt"), ("k", k, "bsh"), ("v", v, "bsh")):
-        setattr(args, name, x.data_ptr())
-        for axis, stride in zip(axes, x.stride()):
-            setattr(args, f"{name}_stride_{axis}", stride)
-    for name, x in (("tail_k", tail_k), ("tail_v", tail_v)):
-        setattr(args, name, x.data_ptr())
-        for axis, stride in zip("bth", x.stride()):
-            setattr(args, f"{name}_stride_{axis}", stride)
+    args = n.AttentionArgs(Hkv=tail_k.shape[2], scale=scale, window=window, sink=sink)
     ancestors = ancestors.contiguous()
     args.ancestors, args.words = ancestors.data_ptr(), ancestors.shape[2]
     args.prefix_len, args.tail_rows = prefix_len.data_ptr(), n.pointer(tail_rows)
-    args.page, args.pages = k.shape[1], k.shape[0]
     if page_table is not None:
         args.page_table, args.table_stride, args.table_width = page_table.data_ptr(), page_table.stride(0), page_table.shape[1]
-    args.chunk = chunk_of(args.page * (args.table_width if page_table is not None else 1))
+    args.chunk = chunk_of(k.shape[1] * (1 if page_table is None else page_table.shape[1]))
+    _place(args, "tail_k", tail_k, "bth")
+    _place(args, "tail_v", tail_v, "bth")
+    _attend(args, outs, q, k, v, tail_k, tail_v, ancestors, prefix_len, tail_rows, page_table)
+
+
+def interval_attention(outs: Outputs, q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float) -> None:
+    """o and lse; rows that see nothing give 0 and -inf."""
+    start, end = start.contiguous(), end.contiguous()
+    args = n.AttentionArgs(Hkv=k.shape[2], scale=scale, start=start.data_ptr(), end=end.data_ptr())
+    args.chunk = max(64, -(-k.shape[1] // 64) * 64)  # one chunk: where rows are many, their parts would outweigh the keys
+    _attend(args, outs, q, k, v, start, end)
+
+
+def merge_states(outs: Outputs, o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> None:
+    """o and lse of two sides."""
+    o1, o2, lse1, lse2 = _rows(o1), _rows(o2), lse1.reshape(-1), lse2.reshape(-1)
+    out, lse = _target(outs[0]), _vector(outs[1])
+    args = n.MergeStatesArgs(rows=o1.shape[0], D=o1.shape[1], type=n.TYPES[o1.dtype], o1=o1.data_ptr(), o2=o2.data_ptr())
+    args.o1_stride, args.o2_stride, args.lse1, args.lse2 = o1.stride(0), o2.stride(0), lse1.data_ptr(), lse2.data_ptr()
+    args.out, args.out_stride, args.lse = out.data_ptr(), out.stride(0), lse.data_ptr()
+    n.run(args, o1, o2, lse1, lse2, out, lse)
+    _store(out, outs[0])
+    _store(lse, outs[1])
+
+
+def _attend(args: ctypes.Structure, outs: Outputs, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> None:
+    """Launch attention; `rest`: what the pointers in args name besides q, k and v."""
+    out, lse = outs
+    result = torch.empty_like(out) if out.data_ptr() == q.data_ptr() else out  # blocks read q while others write
+    args.B, args.T, args.Hq, args.D = q.shape
+    args.type, args.page, args.pages = n.TYPES[q.dtype], k.shape[1], k.shape[0]
+    for name, x, axes in (("q", q, "bth"), ("out", result, "bth"), ("lse", lse, "bt"), ("k", k, "bsh"), ("v", v, "bsh")):
+        _place(args, name, x, axes)
     scratch = torch.empty(max(1, n.library().attention_scratch(ctypes.addressof(args)) // 4), device=q.device)
     args.scratch = scratch.data_ptr()
-    n.run(args, q, result, lse, k, v, tail_k, tail_v, ancestors, prefix_len, tail_rows, page_table, scratch)
+    n.run(args, q, result, lse, k, v, *rest, scratch)
     if result is not out:
         out.copy_(result)
+
+
+def _place(args: ctypes.Structure, name: str, x: Tensor, axes: str) -> None:
+    """Address and strides of a tensor."""
+    setattr(args, name, x.data_ptr())
+    for axis, stride in zip(axes, x.stride()):
+        setattr(args, f"{name}_stride_{axis}", stride)
 
 
 def chunk_of(slots: int) -> int:
@@ -242,6 +273,11 @@ def _target(out: Tensor) -> Tensor:
     if out.is_contiguous():
         return out.view(-1, out.shape[-1])
     return torch.empty(out.numel() // out.shape[-1], out.shape[-1], dtype=out.dtype, device=out.device)
+
+
+def _vector(out: Tensor) -> Tensor:
+    """A dense tensor for a kernel to write: `out` itself where it is one, else a buffer."""
+    return out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
 
 
 def _store(rows: Tensor, out: Tensor) -> None:

@@ -73,7 +73,8 @@ def interval_attention(
 
     One start and one end a row say causal, prefix, window, block-causal, block-diagonal, full and rectangular attention, without a mask.
     q [B, T, Hq, D] float; k, v [B, S, Hkv, D] of one float dtype; start, end int32 [B, T], 0 to S; an end at or below its start sees
-    nothing and gives 0 and -inf. scale: 1 / sqrt(D) by default. Slots that no row sees may hold anything.
+    nothing and gives 0 and -inf. scale: 1 / sqrt(D) by default. Slots that no row sees may hold anything. A row that sees a score,
+    scale * q k, which is NaN or beyond float32 is NaN, in o and lse.
 
     Returns o [B, T, Hq, D] in q's dtype (, lse float32 [B, T, Hq], natural logarithm, with return_lse). Raises ValueError for shapes, and
     on the CPU for an interval outside the slots; TypeError for dtypes.
@@ -228,23 +229,29 @@ _tree_attention = Op(
 )
 
 
-def _check_bounds(q: Tensor, k: Tensor, start: Tensor, end: Tensor) -> None:
-    """Intervals lie inside the slots. On the CPU only: elsewhere the answer would cost a synchronisation."""
-    if q.device.type == "cpu" and start.numel():
-        for name, bound in (("start", start), ("end", end)):
-            low, high = (int(x) for x in bound.aminmax())
-            if low < 0 or high > k.shape[1]:
-                raise ValueError(f"interval_attention: {name} holds {low if low < 0 else high}; takes 0 to {k.shape[1]}, the slots of k.")
+def _check_bounds(k: Tensor, start: Tensor, end: Tensor) -> None:
+    """Intervals lie within the slots. On the CPU only: elsewhere the answer would cost a synchronisation."""
+    if k.device.type != "cpu" or start.numel() == 0:
+        return
+    for name, bound in (("start", start), ("end", end)):
+        low, high = (int(x) for x in bound.aminmax())
+        if low < 0 or high > k.shape[1]:
+            raise ValueError(f"interval_attention: {name} holds {low if low < 0 else high}; takes 0 to {k.shape[1]}, the slots of k.")
 
 
 def _interval_reference(q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float) -> Any:
-    _check_bounds(q, k, start, end)
+    _check_bounds(k, start, end)
     return reference.interval_attention(q, k, v, start, end, scale=scale, return_lse=True)
 
 
-def _interval_cpu(outs: tuple[Tensor, ...], q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float) -> None:
-    _check_bounds(q, k, start, end)
+def _interval_cpu(outs: tuple[Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float) -> None:
+    _check_bounds(k, start, end)
     _native.interval_attention(outs, q, k, v, start, end, scale)
+
+
+def _interval_cuda(outs: tuple[Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float) -> None:
+    _check_bounds(k, start, end)
+    _kernels.interval_attention(outs, q, k, v, start, end, scale)
 
 
 _interval_attention = Op(
@@ -255,6 +262,7 @@ _interval_attention = Op(
     sizes=lambda q, k, *_: {"dtype": q.dtype, "D": q.shape[3], "kv": k.dtype},
     reference=_interval_reference,
     cpu=_interval_cpu,
+    cuda=_interval_cuda,
     triton="interval_attention",
 )
 _merge_states = Op(
@@ -265,5 +273,6 @@ _merge_states = Op(
     sizes=lambda o1, *_: {"dtype": o1.dtype},
     reference=reference.merge_states,
     cpu=_native.merge_states,
+    cuda=_kernels.merge_states,
     triton="merge_states",
 )

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ramify import reference
 from ramify.checks import one_of
-from ramify.ops import _native
+from ramify.ops import _cuda, _native
 from ramify.ops._checks import FLOATS, INDICES, INT32, INT64, Results, Shapes
 from ramify.ops._library import Op
 from ramify.ops.verify import check_tree
@@ -114,14 +114,20 @@ def _sample_cpu(outs, logits, tokens, parents, n_rows, temperature, seed, positi
     _native.verify_sample(outs, logits, tokens, parents, n_rows, temperature, seed, position, q, mode)
 
 
+def _sample_cuda(outs, logits, tokens, parents, n_rows, temperature, seed, position, q, mode):
+    _check_values(logits, tokens, parents, n_rows, temperature, q)
+    _cuda.verify_sample(outs, logits, tokens, parents, n_rows, temperature, seed, position, q, mode)
+
+
 _verify_sample = Op(  # its mode is `how` in the schema: torch has a use of its own for an argument `mode`
     "verify_sample",
     "Tensor logits, Tensor tokens, Tensor parents, Tensor n_rows, Tensor temperature, Tensor seed, Tensor position, Tensor? q, str how",
     ["path", "count", "bonus"],
     check=_check_verify_sample,
-    sizes=lambda logits, *_: {"dtype": logits.dtype, "T": logits.shape[1]},
+    sizes=lambda logits, *_: {"dtype": logits.dtype, "T": logits.shape[1], "V": logits.shape[2]},
     reference=_sample_reference,
     cpu=_sample_cpu,
+    cuda=_sample_cuda,
     triton="verify_sample",
 )
 _residual_sample = Op(
@@ -129,8 +135,9 @@ _residual_sample = Op(
     "Tensor p, Tensor q, Tensor u",
     ["ids"],
     check=_check_residual_sample,
-    sizes=lambda p, *_: {"dtype": p.dtype},
+    sizes=lambda p, *_: {"dtype": p.dtype, "V": p.shape[1]},
     reference=lambda p, q, u: (reference.residual_sample(p, q, u),),
     cpu=_native.residual_sample,
+    cuda=_cuda.residual_sample,
     triton="residual_sample",
 )

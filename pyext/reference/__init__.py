@@ -7,7 +7,7 @@ from ramify.reference.attention import interval_attention, merge_states, tree_at
 from ramify.reference.glue import embed, rms_norm, rope, rope_append, silu_mul
 from ramify.reference.kv import kv_append, kv_commit
 from ramify.reference.linear import linear, quantize_rows
-from ramify.reference.verify import residual_sample, row_stats, topk_logits, tree_uniforms, verify_greedy, verify_sample
+from ramify.reference.verify import residual_sample, row_stats, topk_logits, verify_greedy, verify_sample
 
 __all__ = [
     "embed",
@@ -25,7 +25,6 @@ __all__ = [
     "silu_mul",
     "topk_logits",
     "tree_attention",
-    "tree_uniforms",
     "verify_greedy",
     "verify_sample",
 ]

@@ -77,7 +77,8 @@ def interval_attention(
     """Attention in which row t of sequence b sees the slots from start[b, t] up to and without end[b, t].
 
     q [B, T, Hq, D]; k, v [B, S, Hkv, D]; start, end [B, T]. A row that sees nothing gives 0 and a lse of -inf. Returns o [B, T, Hq, D] in
-    q's dtype (, lse [B, T, Hq]). Values of slots that no row sees may be anything, NaN included.
+    q's dtype (, lse [B, T, Hq]). Values of slots that no row sees may be anything, NaN included. A row with a score, scale * q k, that is
+    NaN or infinite is NaN, in o and lse.
     """
     (B, T, Hq, D), (S, Hkv), dtype = q.shape, k.shape[1:3], wide(q)
     scale = 1 / math.sqrt(D) if scale is None else scale
@@ -86,8 +87,11 @@ def interval_attention(
     unused = ~seen.any(1)[..., None, None]
     keys, values = k.to(dtype).masked_fill(unused, 0), v.to(dtype).masked_fill(unused, 0)
     scores = torch.einsum("bthgd,bshd->bthgs", q.to(dtype).reshape(B, T, Hkv, Hq // Hkv, D), keys) * scale
-    scores = scores.masked_fill(~seen[:, :, None, None], -torch.inf)
+    seen = seen[:, :, None, None]
+    wrong = (~scores.isfinite() & seen).any(-1)
+    scores = scores.masked_fill(~seen, -torch.inf)
     lse = scores.logsumexp(-1) if S else torch.full_like(scores.sum(-1), -torch.inf)
+    lse = lse.masked_fill(wrong, torch.nan)
     weights = (scores - lse[..., None].clamp(min=torch.finfo(dtype).min)).exp()
     out = torch.einsum("bthgs,bshd->bthgd", weights, values).reshape(B, T, Hq, D).to(q.dtype)
     return (out, lse.reshape(B, T, Hq)) if return_lse else out

@@ -147,27 +147,6 @@ def accept_path(
     return _walk(tokens, parents, n_rows, decide)
 
 
-def tree_uniforms(seed: Tensor, position: Tensor, parents: Tensor, n_rows: Tensor) -> Tensor:
-    """The numbers u [B, T, 3] that `verify_sample` takes, as ramify.sampling.rng draws them for a step.
-
-    seed, position int64 [B]: of the request, and the absolute position of the token after the root; parents [B, T], n_rows [B] as in
-    `verify_greedy`. Rows from n_rows[b] on, and the test of the root, stay 0. float64.
-    """
-    u = torch.zeros(*parents.shape, 3, dtype=torch.float64)
-    for b, rows in enumerate(n_rows.tolist()):
-        above, depth, siblings = parents[b].tolist(), [0] * rows, [0] * rows
-        for row in range(rows):
-            if row:
-                depth[row] = depth[above[row]] + 1
-                at = int(position[b]) + depth[row] - 1
-                u[b, row, 1] = uniform(int(seed[b]) % 2**64, at, ACCEPT, siblings[above[row]])
-                siblings[above[row]] += 1
-            at = int(position[b]) + depth[row]
-            u[b, row, 0] = uniform(int(seed[b]) % 2**64, at, SAMPLE)
-            u[b, row, 2] = uniform(int(seed[b]) % 2**64, at, RESIDUAL)
-    return u
-
-
 Decide = Callable[[int, int, list[int]], tuple[int, int]]  # (sequence, row, its children) -> (token, the child to go on to or -1)
 
 

@@ -10,6 +10,7 @@ A call can be recorded and run again by a program that a sanitizer watches; see 
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -70,8 +71,7 @@ def build(csrc: Path, cache: Path, mode: str = "plain", program: Path | None = N
     if program is not None and not alone:
         sources.append((program, kernel_flags))
     cache.mkdir(parents=True, exist_ok=True)
-    shared = _digest(*sorted(path for kind in ("*.h", "*.cuh") for path in csrc.rglob(kind)))
-    objects = _compile([(path, flags) for path, flags in sources if path is not None], csrc, cache, shared)
+    objects = _compile([(path, flags) for path, flags in sources if path is not None], csrc, cache)
     made_of = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:12]
     name = f"{program.stem if program else 'libramify_emulated'}-{mode}-{made_of}"
     target = cache / (name if program else f"{name}.so")
@@ -81,11 +81,11 @@ def build(csrc: Path, cache: Path, mode: str = "plain", program: Path | None = N
     return target
 
 
-def _compile(sources: list[tuple[Path, str]], csrc: Path, cache: Path, shared: str) -> list[Path]:
+def _compile(sources: list[tuple[Path, str]], csrc: Path, cache: Path) -> list[Path]:
     include = headers()
     objects, running = [], []
     for path, flags in sources:
-        key = hashlib.sha256(f"{shared} {_digest(path)} {flags} {include}".encode()).hexdigest()[:16]
+        key = hashlib.sha256(f"{_digest(*included(path, csrc))} {flags} {include}".encode()).hexdigest()[:16]
         target = cache / f"{path.stem}-{key}.o"
         objects.append(target)
         if not target.exists():
@@ -95,6 +95,15 @@ def _compile(sources: list[tuple[Path, str]], csrc: Path, cache: Path, shared: s
     for each in running:
         _finish(each)
     return objects
+
+
+def included(source: Path, csrc: Path) -> list[Path]:
+    """A source and all that it includes from csrc, headers of headers as well."""
+    found = [source]
+    for path in found:
+        for name in re.findall(r'^#include "(.+)"', path.read_text(), re.M):
+            found += [place for place in (csrc / name, path.parent / name) if place.is_file() and place not in found][:1]
+    return found
 
 
 def _start(command: list[str], target: Path) -> tuple[subprocess.Popen, Path, Path]:

@@ -123,6 +123,52 @@ def path_of(parents: Sequence[int], row: int) -> list[int]:
     return path
 
 
+def intervals(kind: str, B: int, T: int, S: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """start and end int32 [B, T] of one kind of mask: "causal", "window", "blocks", "full", or "random", of which half are empty."""
+    t, whole = torch.arange(T).expand(B, T), torch.full((B, T), S)
+    start, end = {
+        "causal": (t * 0, t + 1 + S - T),
+        "window": (t + 1 + S - T - 9, t + 1 + S - T),
+        "blocks": (t // 8 * 8 * S // T, (t // 8 + 1) * 8 * S // T),
+        "full": (t * 0, whole),
+        "random": tuple(torch.randint(0, S + 1, (2, B, T), generator=generator)),
+    }[kind]
+    return start.clamp(0, S).int(), end.clamp(0, S).int()
+
+
+def unseen_slots(start: Tensor, end: Tensor, S: int) -> Tensor:
+    """bool [B, S]: slots that no row of a sequence sees."""
+    slot = torch.arange(S)
+    return ~((slot >= start[..., None]) & (slot < end[..., None])).any(1)
+
+
+def sample_case(
+    B: int, T: int, V: int, seed: int = 0, dtype: torch.dtype = torch.float32, mode: str = "det", tree: str = "random"
+) -> tuple[Tensor, ...]:
+    """The arguments of verify_sample for B at most 5 trees whose children are likely, so that paths have every length, and q.
+
+    Temperatures and seeds differ; the fourth sequence is greedy.
+    """
+    g = torch.Generator().manual_seed(seed)
+    logits = padded((5 * torch.randn(B, T, V, generator=g)).to(dtype))
+    logits[..., ::7] = -torch.inf
+    parents = torch.tensor([random_tree(T, tree, g) for _ in range(B)]).int()
+    n_rows = torch.randint(max(1, T // 2), T + 1, (B,), generator=g).int()
+    q = torch.softmax(logits.float() + torch.randn(B, T, V, generator=g), -1)
+    tokens = torch.zeros(B, T, dtype=torch.int32)
+    for b in range(B):
+        for t in range(1, T):
+            above = int(parents[b, t])
+            taken = [int(tokens[b, i]) for i in range(1, t) if int(parents[b, i]) == above]
+            weight = q[b, above].clone()
+            if mode != "iid":
+                weight[taken] = 0
+            tokens[b, t] = int(torch.multinomial(weight, 1, generator=g))
+    temperature = torch.tensor([0.7, 1.0, 1.6, 0.0, 1.0][:B])
+    seeds = torch.tensor([3, -1, 2**62 + 5, 9, 1 << 33][:B])  # -1 is the seed 2^64 - 1
+    return logits, padded(tokens), padded(parents), n_rows, temperature, seeds, torch.tensor([5, 2**31 + 7, 0, 1, 77][:B]), q
+
+
 @dataclass
 class AttentionCase:
     """Inputs of one tree_attention call, and the trees they were made from."""

@@ -2,24 +2,31 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ramify import ops, reference
 from ramify.ops import _cuda
-from ramify.testing.tensors import attention_case, padded, poisoned
+from ramify.testing.tensors import TREES, attention_case, padded, poisoned
 
 BF16, F16 = torch.bfloat16, torch.float16
 NAMES = ("q", "k", "v", "tail_k", "tail_v", "ancestors", "prefix_len", "page_table", "tail_rows")
 
 
-def check(place, case, copies=False, **options):
-    """o and lse of a call into poisoned outputs lie where the reference in double puts them, row by row; returns both."""
+def run(place, case, copies=False, **options):
+    """o and lse of a call into poisoned outputs, in every schedule."""
     moved = {name: None if getattr(case, name) is None else getattr(case, name).to(place.device) for name in NAMES}
 
     def call():
         out = padded(poisoned(case.q.shape, case.q.dtype)).to(place.device), padded(poisoned(case.q.shape[:3])).to(place.device)
         return ops.tree_attention(**moved, **options, return_lse=True, out=out)
 
-    o, lse = (t.cpu() for t in place.everywhere(call, copies))
+    return tuple(t.cpu() for t in place.everywhere(call, copies))
+
+
+def check(place, case, copies=False, **options):
+    """o and lse lie where the reference in double puts them, row by row; returns both."""
+    o, lse = run(place, case, copies, **options)
     exact = case.double()
     want, want_lse = reference.tree_attention(*exact.tensors, **exact.options, **options, return_lse=True)
     # each weight is rounded before its product, their sum is that of the rounded ones, and so is the output: half a last place each
@@ -65,6 +72,25 @@ def test_dense_rows_are_copied_in_words(place, D, page):
     assert all(torch.equal(a, b) for a, b in zip(check(place, case, copies=True), want))
 
 
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    prefix=st.lists(st.integers(0, 140), min_size=1, max_size=3),
+    T=st.integers(1, 70),
+    group=st.sampled_from([1, 2, 3, 8]),
+    Hkv=st.integers(1, 2),
+    D=st.sampled_from([64, 96]),
+    tree=st.sampled_from(TREES),
+    page=st.sampled_from([None, 1, 16, 64]),
+    window=st.one_of(st.none(), st.integers(1, 150)),
+    dtype=st.sampled_from([BF16, F16]),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(place, prefix, T, group, Hkv, D, tree, page, window, dtype, seed):
+    rows = [(T * (b + 1) + seed) % (T + 1) for b in range(len(prefix))]
+    case = attention_case(prefix, T, group * Hkv, Hkv, D, dtype=dtype, tree=tree, tail_rows=rows, page=page, seed=seed)
+    check(place, case, window=window, sink=None if window is None else window % 7)
+
+
 @pytest.mark.parametrize(("window", "sink"), [(1, None), (3, 2), (64, None), (100, 4), (600, 70), (5000, 1)])
 @pytest.mark.parametrize("page", [None, 16])
 def test_window(place, window, sink, page):
@@ -82,6 +108,48 @@ def test_large_scores(place):
         o, lse = ops.tree_attention(*(t.to(place.device) for t in case.tensors), return_lse=True)
     assert o.isfinite().all() and lse.isfinite().all()
     check(place, case, scale=0.01)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_rows_that_are_not_numbers(place, dtype, value, monkeypatch):
+    """A row with a score that is NaN or infinite is NaN in o and lse, whichever chunk the key is in; other rows keep their bits."""
+    monkeypatch.setattr(_cuda, "CHUNK", 64)
+    T = 20
+    case = attention_case([150, 3], T, 4, 2, dtype=dtype, tree="random", seed=9)
+    clean, clean_lse = check(place, case)
+    bad = torch.zeros(2, T, 4, dtype=torch.bool)
+    for b, t, h in ((0, 0, 0), (0, 17, 3), (1, 19, 2)):
+        case.q[b, t, h, 5] = value
+        bad[b, t, h] = True
+    case.tail_k[1, 4, 1, 7] = value  # seen by the rows that descend from row 4, through heads 2 and 3
+    bad[1, :, 2:] |= reference.attention.ancestor_bits(case.ancestors, T)[1, :, 4, None]
+    o, lse = run(place, case)
+    assert torch.equal(lse.isnan(), bad) and torch.equal(o.isnan(), bad[..., None].expand(o.shape))
+    assert torch.equal(o[~bad], clean[~bad]) and torch.equal(lse[~bad], clean_lse[~bad])
+    case.k[0, 30, 0, 9] = value  # in the first of three chunks, seen by every row of sequence 0 through heads 0 and 1
+    bad[0, :, :2] = True
+    o, lse = run(place, case)
+    assert torch.equal(lse.isnan(), bad) and torch.equal(o.isnan(), bad[..., None].expand(o.shape))
+    assert torch.equal(o[~bad], clean[~bad])
+
+
+def test_scores_beyond_float32(place):
+    """Finite operands whose score is not: NaN as well, and never half a row."""
+    case = attention_case([70, 3], 9, 2, 1, dtype=BF16, seed=9)
+    o, lse = run(place, case, scale=1e38)
+    assert lse[0].isnan().all() and torch.equal(o.isnan().all(-1), lse.isnan()) and torch.equal(o.isnan().any(-1), lse.isnan())
+
+
+@pytest.mark.parametrize("size", [1e4, 1e12, 1e17, 5e17])
+def test_scores_of_any_size(place, size):
+    """Scores down to the lowest float32 count as seen: the row's own key, at -size^2 sqrt(D), is all there is."""
+    q = torch.full((1, 1, 1, 64), size, dtype=BF16)
+    none, word, n = torch.zeros(1, 0, 1, 64, dtype=BF16), torch.ones(1, 1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    v = torch.randn(1, 1, 1, 64, generator=torch.Generator().manual_seed(2)).to(BF16)
+    data = [t.to(place.device) for t in (q, none, none, -q, v, word, n)]
+    o, lse = place.everywhere(lambda: ops.tree_attention(*data, return_lse=True))
+    assert torch.equal(o.cpu(), v) and float(lse) == pytest.approx(-8 * float(q[0, 0, 0, 0]) ** 2, rel=1e-5)
 
 
 def test_chunks_by_the_cache(place, monkeypatch):

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from ramify.testing import emulator
+
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 BASELINE = Path(__file__).with_name("registers.json")
@@ -54,11 +56,11 @@ def _plain(mangled):
 def compiled(tmp_path_factory):
     """compiled(source): what the build of one source gave."""
     version = subprocess.run([NVCC, "--version"], capture_output=True, text=True).stdout
-    headers = [path for kind in ("*.h", "*.cuh") for path in sorted((ROOT / "csrc").rglob(kind)) if "cpu" not in path.parts]
-    shared = b"".join(path.read_bytes() for path in headers) + f"{version}{TARGETS}{STRICT}".encode()
 
     def call(source):
-        kept = ROOT / "build/nvcc" / f"{source.stem}-{hashlib.sha256(shared + source.read_bytes()).hexdigest()[:16]}.txt"
+        made_of = [path.read_bytes() for path in emulator.included(source, ROOT / "csrc") if "emulate" not in path.parts]
+        digest = hashlib.sha256(b"".join(made_of) + f"{version}{TARGETS}{STRICT}".encode()).hexdigest()
+        kept = ROOT / "build/nvcc" / f"{source.stem}-{digest[:16]}.txt"
         if not kept.exists():
             code, text = compile_all(source, tmp_path_factory.mktemp("nvcc"))
             kept.parent.mkdir(parents=True, exist_ok=True)

@@ -10,9 +10,7 @@ import torch
 
 from ramify import native_cuda, ops, reference
 from ramify.ops import _cuda
-from ramify.reference.verify import accept_path
-from ramify.sampling.rng import uniform
-from ramify.testing.tensors import TREES, attention_case, padded, poisoned, random_tree
+from ramify.testing.tensors import TREES, attention_case, intervals, padded, poisoned, random_tree, sample_case
 
 F32, BF16, F16, I32 = torch.float32, torch.bfloat16, torch.float16, torch.int32
 DTYPES = pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
@@ -295,67 +293,6 @@ def test_verify_greedy(place, kind, B, T, vocabulary):
         assert torch.equal(made.cpu(), want)
 
 
-@pytest.mark.parametrize("kind", TREES)
-def test_tree_uniforms(place, kind):
-    """The numbers of ramify.sampling.rng, bit for bit."""
-    _, parents, rows = trees(3, 40, kind, 9, 2)
-    seed, position = torch.tensor([0, -3, 2**62]), torch.tensor([0, 17, 2**40])
-    u = torch.zeros(3, 40, 3, dtype=torch.float64, device=place.device)
-    with place.running():
-        _cuda.tree_uniforms(u, *(t.to(place.device) for t in (seed, position, parents, rows)))
-    assert torch.equal(u.cpu(), reference.tree_uniforms(seed, position, parents, rows))
-    assert float(u[1, 0, 0]) == uniform(2**64 - 3, 17, 0)
-
-
-def distributions(B, T, V, g, sharp=1.0):
-    return torch.softmax(sharp * torch.randn(B, T, V, generator=g).double(), -1)
-
-
-@pytest.mark.parametrize("mode", ["det", "iid", "wor"])
-@pytest.mark.parametrize(
-    ("kind", "T", "V"), [("chain", 6, 50), ("star", 7, 8), ("bushy", 30, 2100), ("random", 20, 4200), ("bushy", 40, 5)]
-)
-def test_verify_sample(place, mode, kind, T, V):
-    """The same decisions as the reference: from probabilities in double, and from logits with their log-sum-exp."""
-    B, g = 3 if V > 100 else 40, generator(T * V)
-    tokens, parents, rows = trees(B, T, kind, V, T)
-    p, q, u = distributions(B, T, V, g), distributions(B, T, V, g), torch.rand(B, T, 3, generator=g).double()
-    p[0, :, ::2] = 0  # a truncated target
-    p[0] /= p[0].sum(-1, keepdim=True)
-    want = accept_path(tokens, parents, p, rows, u, mode, None if mode == "det" else q)
-
-    def call(p=p, q=q, p_lse=None, q_lse=None):
-        outs = tuple(poisoned(shape, I32).to(place.device) for shape in ((B, T), (B,), (B,)))
-        data = [t.to(place.device) for t in (tokens, parents, p, rows, u)]
-        _cuda.verify_sample(outs, *data, mode, None if mode == "det" else q.to(place.device), p_lse, q_lse)
-        return outs
-
-    for made, right in zip(place.everywhere(call), want):
-        assert torch.equal(made.cpu(), right)
-    logits, drafts = p.log().float(), q.log().float()
-    lse = torch.zeros(B, T, device=place.device)
-    with place.running():
-        made = call(logits, drafts, lse, lse)
-    want = accept_path(tokens, parents, logits.double().exp(), rows, u, mode, None if mode == "det" else drafts.double().exp())
-    assert all(torch.equal(a.cpu(), b) for a, b in zip(made, want))
-
-
-@pytest.mark.parametrize("V", [1, 7, 2048, 6000])
-def test_residual_sample(place, V):
-    g, R = generator(V), 6
-    p, q = distributions(1, R, V, g, 2.0)[0], distributions(1, R, V, g, 2.0)[0]
-    q[1] = p[1]  # nothing is left: a draw from p
-    p[2, V // 2 :], q[3] = (0 if V > 1 else 1), 0  # no draw from where p is 0; and all of p is left
-    u = torch.tensor([0.0, 0.3, 1 - 2.0**-53, 0.999, 0.5, 0.7], dtype=torch.float64)
-    ids = torch.full((R,), -7, device=place.device)
-
-    def call():
-        _cuda.residual_sample(ids, p.to(place.device), q.to(place.device), u.to(place.device))
-        return ids.clone()
-
-    assert torch.equal(place.everywhere(call).cpu(), reference.residual_sample(p, q, u))
-
-
 def test_a_failed_launch_is_an_exception(place):
     with place.running(), pytest.raises(native_cuda.CudaError, match="RowStatsArgs"):
         x = torch.zeros(1, 8, device=place.device)
@@ -386,15 +323,17 @@ def calls():
     _cuda.commit_layers(rand(1, 2, 2, 1, 24), rand(1, 2, 2, 1, 24), k, v, None, count, torch.tensor([15, 3], dtype=I32), table)
     tokens, parents, rows = trees(2, 12, "bushy", 9, 3)
     ops.verify_greedy(tokens, parents, tokens, rows)
-    u = torch.zeros(2, 12, 3, dtype=torch.float64)
-    _cuda.tree_uniforms(u, torch.tensor([1, 2]), torch.tensor([5, 6]), parents, rows)
-    p, q = distributions(2, 12, 9, g), distributions(2, 12, 9, g)
-    for mode in ("det", "wor"):
-        outs = torch.zeros(2, 12, dtype=I32), torch.zeros(2, dtype=I32), torch.zeros(2, dtype=I32)
-        _cuda.verify_sample(outs, tokens, parents, p, rows, u, mode, None if mode == "det" else q)
-    _cuda.residual_sample(torch.zeros(2, dtype=torch.int64), p[0, :2], q[0, :2], u[0, :2, 0].contiguous())
+    *given, q = sample_case(2, 3, 30, 132, mode="wor", tree="star")  # of the second tree both children are rejected
+    ops.verify_sample(*given, padded(q), mode="wor")
+    ops.residual_sample(rand(2, 2100).softmax(-1), rand(2, 2100).softmax(-1), torch.tensor([0.1, 0.9], dtype=torch.float64))
+    o = rand(3, 2, 40, dtype=BF16)
+    ops.merge_states(o, rand(3, 2), o, rand(3, 2))
     for page, prefix in ((None, [600]), (16, [9, 70])):
         case = attention_case(prefix, 3, 2, 1, 64, dtype=BF16, page=page, tree="random", seed=1)
         case.k, case.v = case.k.contiguous(), case.v.contiguous()
         case.tail_k = case.tail_k.contiguous() if page else case.tail_k
         ops.tree_attention(*case.tensors, **case.options, window=None if page else 300, sink=2)
+    q, k, v = (torch.randn(1, rows, 1, 64, generator=g).to(BF16) for rows in (5, 90, 90))
+    start, end = intervals("random", 1, 5, 90, g)
+    ops.interval_attention(q, k, v, start, end)
+    ops.interval_attention(padded(q), padded(k), padded(v), start, end)

@@ -4,22 +4,9 @@ import pytest
 import torch
 
 from ramify import ops, reference
-from ramify.testing.tensors import attention_case, levels, padded, poisoned, running, runs, threads
+from ramify.testing.tensors import attention_case, intervals, levels, padded, poisoned, running, runs, threads, unseen_slots
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-
-
-def bounds(kind, B, T, S, g):
-    """start and end int32 [B, T] of one kind of mask."""
-    t, whole = torch.arange(T).expand(B, T), torch.full((B, T), S)
-    start, end = {
-        "causal": (t * 0, (t + 1 + S - T).clamp(0, S)),
-        "window": ((t + 1 + S - T - 9).clamp(0, S), (t + 1 + S - T).clamp(0, S)),
-        "blocks": (t // 8 * 8 * S // T, (t // 8 + 1) * 8 * S // T),
-        "full": (t * 0, whole),
-        "random": (torch.randint(0, S + 1, (B, T), generator=g), torch.randint(0, S + 1, (B, T), generator=g)),  # half of them empty
-    }[kind]
-    return start.clamp(0, S).int(), end.clamp(0, S).int()
 
 
 def check(q, k, v, start, end, **options):
@@ -46,9 +33,8 @@ def test_against_reference(backend, level, kind, B, T, S, Hq, Hkv, D, dtype):
         pytest.skip("float16 has no CPU kernel")
     g = torch.Generator().manual_seed(T + S)
     q, k, v = (torch.randn(B, n, H, D, generator=g) for n, H in ((T, Hq), (S, Hkv), (S, Hkv)))
-    start, end = bounds(kind, B, T, S, g)
-    slot = torch.arange(S)
-    unseen = ~((slot >= start[..., None]) & (slot < end[..., None])).any(1)
+    start, end = intervals(kind, B, T, S, g)
+    unseen = unseen_slots(start, end, S)
     k[unseen], v[unseen] = torch.nan, torch.nan
     with running(backend, level):
         check(padded(q.to(dtype)), padded(k.to(dtype)), padded(v.to(dtype)), padded(start), padded(end), scale=0.1)
@@ -60,7 +46,7 @@ def test_a_row_is_its_own(level, dtype):
     """A row has the same bits alone, among others and on other threads: its interval and the slots are all that counts."""
     g = torch.Generator().manual_seed(1)
     q, (k, v) = torch.randn(2, 60, 4, 64, generator=g).to(dtype), torch.randn(2, 2, 1100, 2, 64, generator=g).to(dtype)
-    start, end = bounds("random", 2, 60, 1100, g)
+    start, end = intervals("random", 2, 60, 1100, g)
     with running("cpu", level):
         o, lse = ops.interval_attention(q, k, v, start, end, return_lse=True)
         for b, t in ((0, 0), (0, 31), (1, 7), (1, 59)):
@@ -68,6 +54,24 @@ def test_a_row_is_its_own(level, dtype):
                 alone = [x[b : b + 1, t : t + 1] for x in (q, start, end)]
                 o1, lse1 = ops.interval_attention(alone[0], k[b : b + 1], v[b : b + 1], *alone[1:], return_lse=True)
             assert torch.equal(o1[0, 0], o[b, t]) and torch.equal(lse1[0, 0], lse[b, t])
+
+
+@pytest.mark.parametrize(("backend", "level"), runs("interval_attention"))
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_rows_that_are_not_numbers(backend, level, value):
+    """A row with a score that is NaN or infinite is NaN in o and lse; other rows keep their bits, and empty ones stay empty."""
+    g = torch.Generator().manual_seed(4)
+    q, k, v = torch.randn(1, 9, 4, 64, generator=g), torch.randn(1, 40, 2, 64, generator=g), torch.randn(1, 40, 2, 64, generator=g)
+    start, end = torch.tensor([[0, 5, 7, 7, 9, 0, 20, 30, 3]]).int(), torch.tensor([[6, 7, 7, 9, 40, 40, 10, 31, 4]]).int()
+    bad = torch.zeros(1, 9, 4, dtype=torch.bool)
+    with running(backend, level):
+        clean, clean_lse = ops.interval_attention(q, k, v, start, end, return_lse=True)
+        q[0, 1, 3, 5], q[0, 2, 0, 5], k[0, 8, 0, 1] = value, value, value
+        bad[0, 1, 3] = True  # row 2 sees nothing
+        bad[0, [3, 5], :2] = True  # they see slot 8
+        o, lse = ops.interval_attention(q, k, v, start, end, return_lse=True)
+    assert torch.equal(lse.isnan(), bad) and torch.equal(o.isnan(), bad[..., None].expand(o.shape))
+    assert torch.equal(o[~bad], clean[~bad]) and torch.equal(lse[~bad], clean_lse[~bad])
 
 
 def test_is_tree_attention_of_a_chain():
@@ -86,12 +90,14 @@ def test_merge_states(backend, level, dtype):
     lse1, lse2 = (10 * torch.randn(2, 5, 3, generator=g) for _ in "12")
     lse1[0, :2], lse2[0, 1:3] = -torch.inf, -torch.inf
     o1[0, :2], o2[0, 1:3] = torch.nan, torch.nan  # a side that saw nothing may hold anything
+    lse1[1, 0], lse2[1, 1, 1], lse2[1, 0, 0] = torch.nan, torch.nan, -torch.inf  # NaN makes the row NaN
     out = padded(poisoned(o1.shape, dtype)), padded(poisoned(lse1.shape))
     with running(backend, level):
         o, lse = ops.merge_states(padded(o1), padded(lse1), padded(o2), lse2, out=out)
     want, want_lse = reference.merge_states(o1.double(), lse1.double(), o2.double(), lse2.double())
-    assert (o.double() - want).abs().max() <= (1e-6 if dtype == F32 else 2**-8 * 4)
-    assert ((lse - want_lse).abs().masked_fill(lse == want_lse, 0)).max() <= 1e-5
+    assert torch.equal(lse.isnan(), want_lse.isnan()) and torch.equal(o.isnan(), want.isnan())
+    assert (o.double() - want).abs().nan_to_num(0).max() <= (1e-6 if dtype == F32 else 2**-8 * 4)
+    assert ((lse - want_lse).abs().masked_fill(lse == want_lse, 0)).nan_to_num(0).max() <= 1e-5
 
 
 def test_says_what_it_does_not_take():

@@ -6,31 +6,9 @@ import torch
 
 from ramify import ops, reference
 from ramify.sampling.rng import SAMPLE, uniform
-from ramify.testing.tensors import padded, poisoned, random_tree, running, runs
+from ramify.testing.tensors import padded, poisoned, running, runs, sample_case
 
 I32, BF16, F32 = torch.int32, torch.bfloat16, torch.float32
-
-
-def make(B, T, V, seed=0, dtype=F32, mode="det", fan="random"):
-    """Trees whose children are likely under p, so that paths have every length; heats and seeds that differ; one greedy sequence."""
-    g = torch.Generator().manual_seed(seed)
-    logits = padded((5 * torch.randn(B, T, V, generator=g)).to(dtype))
-    logits[..., ::7] = -torch.inf
-    parents = torch.tensor([random_tree(T, fan, g) for _ in range(B)]).int()
-    n_rows = torch.randint(max(1, T // 2), T + 1, (B,), generator=g).int()
-    q = torch.softmax(logits.float() + torch.randn(B, T, V, generator=g), -1)
-    tokens = torch.zeros(B, T, dtype=I32)
-    for b in range(B):
-        for t in range(1, T):
-            above = int(parents[b, t])
-            taken = [int(tokens[b, i]) for i in range(1, t) if int(parents[b, i]) == above]
-            weight = q[b, above].clone()
-            if mode != "iid":
-                weight[taken] = 0
-            tokens[b, t] = int(torch.multinomial(weight, 1, generator=g))
-    temperature = torch.tensor([0.7, 1.0, 1.6, 0.0, 1.0][:B])
-    seeds = torch.tensor([3, -1, 2**62 + 5, 9, 1 << 33][:B])  # -1 is the seed 2^64 - 1
-    return logits, padded(tokens), padded(parents), n_rows, temperature, seeds, torch.tensor([5, 2**31 + 7, 0, 1, 77][:B]), q
 
 
 @pytest.mark.parametrize(("backend", "level"), runs("verify_sample"))
@@ -39,7 +17,7 @@ def make(B, T, V, seed=0, dtype=F32, mode="det", fan="random"):
 def test_against_reference(backend, level, mode, B, T, V, dtype):
     lengths = set()
     for seed in range(3):
-        *given, q = make(B, T, V, seed, dtype, mode)
+        *given, q = sample_case(B, T, V, seed, dtype, mode)
         out = padded(poisoned((B, T), I32)), poisoned((B,), I32), poisoned((B,), I32)
         with running(backend, level):
             path, count, bonus = ops.verify_sample(*given, q, mode=mode, out=out)
@@ -51,7 +29,7 @@ def test_against_reference(backend, level, mode, B, T, V, dtype):
 
 def test_a_chain_of_one_row_is_plain_sampling():
     """The token of a single row is what inverse CDF gives for the seed's own number."""
-    logits, _, _, _, _, _, _, _ = make(1, 1, 200, seed=4)
+    logits, _, _, _, _, _, _, _ = sample_case(1, 1, 200, seed=4)
     p = logits[0, 0].double().softmax(-1).cumsum(-1)
     for seed in range(20):
         u = uniform(seed, 12, SAMPLE)
@@ -80,7 +58,7 @@ def test_residual_is_never_a_token_without_weight():
 
 
 def test_says_what_it_does_not_take():
-    *given, q = make(2, 4, 9)
+    *given, q = sample_case(2, 4, 9)
     names = ("logits", "tokens", "parents", "n_rows", "temperature", "seed", "position")
     good = dict(zip(names, given))
     bad = [
