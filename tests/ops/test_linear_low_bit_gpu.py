@@ -183,5 +183,6 @@ def test_the_table_names_it_on_a_gpu(monkeypatch):
     monkeypatch.setattr(backends, "missing", lambda name: "" if name in ("triton", "cpu") else "not here")
     got = ramify.explain("linear", (5, 128), (96, 128), **facts)
     assert got.backend == "triton" and "interpreted and compiled, not yet run on hardware" in got.why
+    assert ramify.explain("linear", (5, 128), (96, 128), dtype=F16, device="cuda").backend == "reference"  # a dense weight
     got = ramify.explain("linear", (5, 128), (96, 128), activations="int8", **facts)
     assert got.backend == "reference" and got.others["triton"] == "activations is int8, takes exact"
