@@ -44,6 +44,9 @@ LOW_BIT = {
 """Low-bit weight formats, and the bits that a weight takes: code, float16 scale and zero of a group; scales of whole rows or
 blocks are not counted."""
 
+ROUNDED = ("int8", "int8-group", "exact")
+"""How a low-bit weight may take its input: rounded to int8 with a scale a row or a scale a group, or as it is."""
+
 UNPROVEN = {
     "triton": "interpreted and compiled, not yet run on hardware",
     "cuda": "compiled and emulated, not yet run on hardware",
@@ -75,7 +78,7 @@ class Kernel:
 
 TABLE = (
     Kernel("tree_attention", "cpu", _F32_BF16, {"D": HEAD_SIZES, "kv": _F32_BF16}),
-    Kernel("linear", "cpu", _F32_BF16, {"weight": (*_F32_BF16, *LOW_BIT)}),
+    Kernel("linear", "cpu", _F32_BF16, {"weight": (*_F32_BF16, *LOW_BIT), "activations": ROUNDED}),
     Kernel("rms_norm", "cpu", _F32_BF16),
     Kernel("rope", "cpu", _F32_BF16, {"rotary": ("whole head",)}),
     Kernel("silu_mul", "cpu", _F32_BF16),
@@ -108,6 +111,7 @@ TABLE = (
     Kernel("tree_attention", "triton", _GPU, {"D": HEAD_SIZES, "kv": _GPU}),
     Kernel("interval_attention", "triton", _GPU, {"D": HEAD_SIZES, "kv": _GPU}),
     Kernel("merge_states", "triton", _GPU),
+    Kernel("linear", "triton", _GPU, {"weight": tuple(LOW_BIT), "activations": ("exact",)}),
     Kernel("rms_norm", "triton", _GPU, {"H": range(1, 16385)}),
     Kernel("rope", "triton", _GPU),
     Kernel("silu_mul", "triton", _GPU),
@@ -204,11 +208,11 @@ def check_model_backend() -> None:
         )
 
 
-def params(op: str) -> list:
-    """pytest parameters, one per backend of `op`, each with .name and .device; one that cannot run here is skipped and says why."""
+def params(op: str, **sizes: Any) -> list:
+    """pytest parameters, one per backend that takes `op` at these sizes, each with .name and .device; what cannot run is skipped."""
     import pytest
 
-    rows = [row for row in TABLE if row.op == op]
+    rows = [row for row in TABLE if row.op == op and all(size in row.limits.get(name, (size,)) for name, size in sizes.items())]
     marks = {row.backend: missing(row.backend) for row in rows} | {"reference": ""}
     return [
         pytest.param(TestBackend(name, "cpu" if interpreted() else DEVICE_OF.get(name, "cpu")), id=name, marks=_skip(why))

@@ -36,8 +36,9 @@ def explain(op: str, *shapes: Sequence[int], dtype: torch.dtype = torch.float32,
     """Which kernel would run `op`, why, why no other one, and its floor.
 
     shapes: of the first tensors of the op, in its own order; `dtype` and `device` are those of its rows. Further facts by
-    name: D= of a head, kv= and weight= and out= dtypes, weight= the name of a low-bit format, k= of a top-k. Nothing runs. Raises
-    ValueError for an unknown op, a shape that it does not take or a fact that plays no part in it; TypeError for kinds.
+    name: D= of a head, kv= and weight= and out= dtypes (`dtype` if not given), weight= the name of a low-bit format and
+    activations= how it takes its input, k= of a top-k. Nothing runs. Raises ValueError for an unknown op, a shape that it does not
+    take or a fact that plays no part in it; TypeError for kinds.
     """
     one_of("op", op, OPS, "explain")
     device, sizes = _checked(op, shapes, dtype, device, sizes)
@@ -92,7 +93,8 @@ def _checked(op: str, shapes: tuple, dtype: Any, device: Any, sizes: Mapping[str
         kind = torch.device(device).type
     except (RuntimeError, TypeError):
         raise ValueError(f'explain: device is {show(device)}; takes "cpu" or "cuda".') from None
-    return kind, {name: letters[name] for name in facts if name in letters} | dict(sizes)
+    alike = {name: dtype for name, takes in facts.items() if any(isinstance(one, torch.dtype) for one in takes)}  # unless it is said
+    return kind, alike | {name: letters[name] for name in facts if name in letters} | dict(sizes)
 
 
 def _attention_floor(item: int, sizes: Mapping[str, Any], q: Sequence[int], k: Sequence[int], *_: Sequence[int]) -> tuple[int, int]:

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import torch
 
+from ramify.backends import ROUNDED
 from ramify.checks import one_of
 from ramify.model.checkpoint import Checkpoint
 from ramify.model.model import Model
 from ramify.model.tokenizer import Tokenizer
 from ramify.model.weights import Settings, Weights
-from ramify.ops.linear import ROUNDED
 from ramify.quant import Format
 
 DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}

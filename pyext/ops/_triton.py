@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ramify.kernels import attention, glue, interval, kv, sample, verify
+from ramify.kernels import linear_low_bit as low_bit
+from ramify.quant.formats import Format
 
 Outputs = tuple[Tensor, ...]
 
@@ -50,6 +52,34 @@ def embed(outs: Outputs, ids: Tensor, table: Tensor, dtype: torch.dtype) -> None
     """Rows of the table."""
     out = _target(outs[0])
     glue.embed(ids.reshape(-1), table, out)
+    _store(out, outs[0])
+
+
+def linear_low_bit(
+    outs: Outputs,
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    perm: Tensor | None,
+    panels: Tensor | None,
+    form: str,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    activations: str,
+) -> None:
+    """activation(x W^T + bias) + residual over a low-bit weight in its canonical form; x is not rounded."""
+    f, out, rows = Format.parse(form), _target(outs[0]), _rows(x)
+    if perm is not None:
+        rows = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        low_bit.reorder(_rows(x), perm.contiguous(), rows)
+    planes = low_bit.planes_of(f.kind, rows.shape[1], x.dtype.itemsize)
+    if planes > 1:
+        rows = _words(rows, planes * x.dtype.itemsize)
+    codes, added = _words(codes.view(torch.uint8), planes * f.bits // 8), None if residual is None else _rows(residual)
+    silu, scratch = activation == "silu", _scratch_of(x)
+    low_bit.linear_low_bit(rows, codes, scale, zero, f.kind, f.group, planes, bias, silu, added, out, x.dtype, scratch)
     _store(out, outs[0])
 
 
@@ -166,6 +196,15 @@ _SCRATCH = {"f32": torch.float32, "f64": torch.float64, "i32": torch.int32, "i64
 def _scratch_of(x: Tensor) -> Callable[[tuple[int, ...], str], Tensor]:
     """Makes buffers on x's device. The caching allocator keeps them, so a captured graph replays into the same ones."""
     return lambda shape, dtype: torch.empty(shape, dtype=_SCRATCH[dtype], device=x.device)
+
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _words(x: Tensor, size: int) -> Tensor:
+    """Rows of x as words of so many bytes; a view where its rows start at whole words."""
+    whole = x.data_ptr() % size == 0 and x.stride(0) * x.itemsize % size == 0
+    return (x if whole else x.clone(memory_format=torch.contiguous_format)).view(_WORDS[size])
 
 
 def _vector(out: Tensor) -> Tensor:

@@ -15,8 +15,6 @@ from ramify.quant.packing import packed, packed_bytes
 from ramify.quant.weight import CODES, SCALES, QuantizedWeight
 
 ACTIVATIONS = (None, "silu")
-ROUNDED = ("int8", "int8-group", "exact")
-"""How the input of a low-bit weight is taken."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,17 +65,19 @@ def linear(
     float32 or wider. Returns [..., N] in x's dtype. On the CPU a plain weight is repacked in every call: pass a PackedWeight
     when there are many. Raises ValueError for shapes and an unknown activation, TypeError for dtypes.
 
-    A QuantizedWeight is packed at its first use. `activations` says how it takes x: "int8" rounds a row to int8 with one scale
-    (the default for int8 and int4), "int8-group" with one scale for every group of the weight (128 inputs for int8), "exact"
-    not at all (the only way for fp8; a level that multiplies in bf16 rounds both to bf16). A row that holds NaN or infinity
-    comes out as NaN when it is rounded.
+    A QuantizedWeight is packed at its first use on the CPU. `activations` says how it takes x: "int8" rounds a row to int8 with
+    one scale (the default for int8 and int4 on the CPU), "int8-group" with one scale for every group of the weight (128 inputs
+    for int8), "exact" not at all (the only way for fp8; a level that multiplies in bf16 rounds both to bf16). A row that holds
+    NaN or infinity comes out as NaN when it is rounded. On a GPU "exact" is the default and what the kernels do: their weights
+    become x's dtype, in which only a difference from a zero point may be rounded; the other two run on the reference.
     """
     for name, given in (("activation", activation), ("activations", activations)):
         if given is not None and not isinstance(given, str):
             raise TypeError(f"linear: {name} is {show(given)}; takes None or a name.")
     if isinstance(weight, QuantizedWeight):
-        how = activations or ("exact" if weight.format.kind == "fp8" else "int8")
-        panels = packed(weight) if weight.codes.device.type == "cpu" else None
+        on_cpu = weight.codes.device.type == "cpu"
+        how = activations or ("int8" if on_cpu and weight.format.kind != "fp8" else "exact")
+        panels = packed(weight) if on_cpu else None
         tensors = weight.codes, weight.scale, weight.zero, weight.perm, panels
         return _low_bit(x, *tensors, weight.format.name, bias, activation, residual, how, out=out)
     if activations is not None:
@@ -149,7 +149,7 @@ def _check_low_bit(
         raise ValueError(f"linear: codes are {list(codes.shape)}; takes whole groups of {f.group or 1} inputs, as {form} has.")
     check = _rows(x, N, K)
     check("codes", codes, "...", (CODES[f.kind],))
-    one_of("activations", activations, ("exact",) if f.kind == "fp8" else ROUNDED, "linear")
+    one_of("activations", activations, ("exact",) if f.kind == "fp8" else backends.ROUNDED, "linear")
     check("scale", scale, "...", SCALES)
     check.same_shape("scale", scale, form, f.scale_shape(N, K))
     if (zero is not None) != f.zero_point:
@@ -205,9 +205,10 @@ _low_bit = Op(
     "Tensor? residual, str activations",
     ["out"],
     check=_check_low_bit,
-    sizes=lambda x, codes, scale, zero, perm, panels, form, *_: {"dtype": x.dtype, "weight": form},
+    sizes=lambda x, codes, scale, zero, perm, panels, form, *rest: {"dtype": x.dtype, "weight": form, "activations": rest[-1]},
     reference=lambda x, codes, scale, zero, perm, panels, form, bias, activation, residual, how: _reference(
         x, QuantizedWeight(Format.parse(form), codes, scale, zero, perm), bias, activation, residual, activations=how
     ),
     cpu=_native.linear_low_bit,
+    triton="linear_low_bit",
 )

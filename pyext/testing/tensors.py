@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,15 +39,15 @@ def running(backend: str, level: str | None = None) -> Iterator[None]:
         native.set_isa(before)
 
 
-def runs(op: str) -> list:
-    """pytest parameters (backend, level): the reference, the CPU kernels at every ISA level, Triton; a skipped one says why.
+def runs(op: str, **sizes: Any) -> list:
+    """pytest parameters (backend, level) of what takes `op` at these sizes: reference, CPU kernels at every ISA level, Triton.
 
     CUDA C++ kernels take tensors on a GPU: their tests are in tests/gates.
     """
     import pytest
 
     found = []
-    for param in backends.params(op):
+    for param in backends.params(op, **sizes):
         name = param.values[0].name
         if param.values[0].device != "cpu":
             continue

@@ -115,6 +115,27 @@ def place(page):
     kv.place(tail, tail, cache, cache, meta(2, 16, dtype=I32), lengths, lengths, meta(2, 128, dtype=I32) if page else None)
 
 
+def linear(form, M, dtype=BF16, N=4096, K=4096):
+    from ramify.kernels import linear_low_bit as low_bit
+    from ramify.quant.formats import Format
+
+    f, x = Format.parse(form), meta(M, N, dtype=dtype)
+    planes, groups = low_bit.planes_of(f.kind, K, dtype.itemsize), f.scale_shape(N, K)
+    words = {1: torch.uint8, 2: torch.int16, 4: I32, 8: I64}
+    rows = meta(M, K // planes, dtype=words[planes * dtype.itemsize] if planes > 1 else dtype)
+    codes, scale = meta(N, K // planes, dtype=words[planes * f.bits // 8]), meta(*groups, dtype=F16)
+    zero = scale if f.zero_point else None
+    low_bit.linear_low_bit(rows, codes, scale, zero, f.kind, f.group, planes, meta(N), True, x, x, dtype, scratch)
+
+
+def reorder():
+    from ramify.kernels import linear_low_bit as low_bit
+
+    low_bit.reorder(meta(8, 4096), meta(4096, dtype=I32), meta(8, 4096))
+
+
+LOW_BIT = [("int4-g64", 1), ("int4-g128", 128), ("int4-g32", 16), ("int4-g32-zp", 32), ("int8", 16), ("int8", 32), ("fp8-b128", 32)]
+
 # name -> (launch, instructions that the first kernel of the launch must have, by chip or for all)
 CASES = {
     **{name: (lambda name=name: glue(name), ("LDG.E.128",)) for name in ("rms_norm", "rms_norm residual", "silu_mul", "embed")},
@@ -126,6 +147,14 @@ CASES = {
     **{name: (lambda name=name: sample(name), ("LDG.E.128",)) for name in ("draw_rows", "judge", "residual_sample")},
     "merge_states": (merge_states, ()),
     "interval_attention D128": (lambda: interval_attention(512, 128), (WIDE, "LDGSTS")),
+    **{f"linear {form} M{M}": (lambda form=form, M=M: linear(form, M), ("HMMA", "LDGSTS")) for form, M in LOW_BIT},
+    "linear int4-g64-zp M16 f16": (lambda: linear("int4-g64-zp", 16, F16), ("HMMA", "LDGSTS")),
+    "linear fp8 M16 f16": (lambda: linear("fp8", 16, F16), ("HMMA", "LDGSTS")),
+    "linear fp8-b128 M32 K4095": (lambda: linear("fp8-b128", 32, K=4095), ("HMMA",)),
+    "linear int8 M1 one chunk": (lambda: linear("int8", 1, N=131072), ("HMMA", "LDGSTS")),
+    "linear int4-g32 M16 f32": (lambda: linear("int4-g32", 16, F32), ("LDGSTS",)),
+    "linear fp8-b128 M16 f32": (lambda: linear("fp8-b128", 16, F32), ("LDGSTS",)),
+    "reorder": (reorder, ()),
     "tree_attention T1 D128": (lambda: tree_attention(1, 128), (MMA, "LDGSTS")),
     "tree_attention T1 D256": (lambda: tree_attention(1, 256), (MMA, "LDGSTS")),
     "tree_attention T8 D64": (lambda: tree_attention(8, 64), (MMA, "LDGSTS")),

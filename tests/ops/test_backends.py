@@ -18,7 +18,7 @@ def test_first_that_takes_the_call():
     assert backends.choose("tree_attention", "cpu", dtype=torch.float32, D=64, kv=torch.bfloat16) == here
     assert backends.choose("tree_attention", "cpu", dtype=torch.float32, D=80, kv=torch.float32) == "reference"
     assert backends.choose("kv_commit", "cpu", dtype=torch.float16) == "reference"
-    assert backends.choose("linear", "cuda", dtype=torch.float32) == "reference"
+    assert backends.choose("linear", "cuda", dtype=torch.float32, weight=torch.float32) == "reference"
 
 
 def test_setter_and_context_manager():
@@ -114,7 +114,7 @@ def test_explain_refuses_what_plays_no_part():
             ValueError,
             ("linear",),
             {"kv": torch.float32},
-            "explain: kv is torch.float32, and linear asks for no kv; takes dtype, device, weight.",
+            "explain: kv is torch.float32, and linear asks for no kv; takes dtype, device, weight, activations.",
         ),
         (TypeError, ("tree_attention",), {"D": "64"}, 'explain: D is "64"; takes a whole number.'),
         (TypeError, ("tree_attention",), {"kv": "bf16"}, 'explain: kv is "bf16"; takes a dtype.'),
