@@ -158,7 +158,7 @@ def test_logits_that_are_no_numbers_are_refused(bad, options):
     ],
 )
 def test_parameters_are_checked(name, value, error):
-    with pytest.raises(error, match=f"SamplingParams: {name} is .*; takes "):
+    with pytest.raises(error, match=f"generate: {name} is .*; takes "):
         SamplingParams(**{name: value})
 
 

@@ -289,6 +289,10 @@ def test_bad_requests_name_what_came(model):
         model.prefill([[1] * 21], cache)
     with pytest.raises(ValueError, match="capacity is 701"):
         model.new_cache([701])
+    with pytest.raises(TypeError, match="capacity is 1.5; takes a whole number"):
+        model.new_cache([1.5])
+    with pytest.raises(ValueError, match="capacities is empty"):
+        model.new_cache([])
     with pytest.raises(ValueError, match="pages"):
         model.new_cache([7], pages="f33")
     with pytest.raises(ValueError, match="no forward"):
@@ -297,6 +301,26 @@ def test_bad_requests_name_what_came(model):
         view.crop([9])
     with pytest.raises(ValueError, match="first is"):
         model.forward(TokenTree.roots([1]), view, first=[1])
+
+
+def test_a_cache_serves_its_model_and_its_slots_alone(model):
+    """Another model's pages are of another size, and a freed cache's memory is the next cache's: neither may be written."""
+    tree = TokenTree.roots([1])
+    cache = model.new_cache([20, 20])
+    view = cache.of([0])
+    with pytest.raises(ValueError, match="forward: cache is another model's"):
+        ramify.load("zoo-drafter").forward(tree, view)
+    with pytest.raises(ValueError, match="forward: cache is another model's"):
+        ramify.load("zoo-drafter").prefill([[1, 2]], cache)
+    for slots in ([2], [-1], [0, 0]):
+        with pytest.raises(ValueError, match=r"Cache.of: slots is .*; takes different ones of \[0, 1\]"):
+            cache.of(slots)
+    cache.free([0])
+    with pytest.raises(ValueError, match=r"takes different ones of \[1\]"):
+        model.prefill([[1, 2]], cache)
+    cache.free([1])
+    with pytest.raises(ValueError, match="forward: cache was freed"):
+        model.forward(tree, view)
 
 
 def test_nan_weights_are_reported(folders, tmp_path):
