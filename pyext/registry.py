@@ -37,6 +37,10 @@ class Registry:
         self, name: str, *, lossless: bool = True, trained: bool = False, source: str = "", **facts: Any
     ) -> Callable[[Method], Method]:
         """Register a class or function as `name`; sets .name .kind .lossless .trained .source .summary and every extra fact on it."""
+        if not isinstance(name, str):  # the decorator without its parentheses, for one
+            raise TypeError(f'{self.kind}: name is {show(name)}; takes a string. Write @ramify.{self.kind}("name").')
+        if not name.isidentifier():
+            raise ValueError(f"{self.kind}: name is {show(name)}; takes letters, digits and underscores, as a Python name does.")
 
         def register(method: Method) -> Method:
             other = self._found.get(name)

@@ -20,4 +20,4 @@ def quantize_weight(
         raise TypeError(f"quantize_weight: format is {format!r}; takes a name.")
     if format == "int4":
         return quantize(w, Format("int4", whole("group", group, 1, "quantize_weight"), bool(zero_point)), method, hessian)
-    return quantize(w, Format.parse(format), method, hessian)
+    return quantize(w, Format.parse(format, "quantize_weight: format"), method, hessian)

@@ -339,8 +339,23 @@ def test_nan_weights_are_reported(folders, tmp_path):
 
 
 def test_load_refuses_by_name(folders, tmp_path):
-    with pytest.raises(ValueError, match='dtype is "fp8"'):
-        ramify.load(folders["llama"][0], dtype="fp8")
+    folder = folders["llama"][0]
+    for arguments, told in (
+        ({"dtype": "fp8"}, 'dtype is "fp8"; takes bf16 or fp32.'),
+        ({"dtype": None}, "dtype is None; takes bf16 or fp32."),
+        ({"device": "cuda"}, 'device is "cuda"; takes "cpu"'),
+        ({"weights": "int5"}, 'weights is "int5"; takes int8, int4-g32'),
+        ({"weights": 5}, "weights is 5; takes int8"),
+        ({"head": True}, "head is True; takes int8"),
+        ({"activations": 5}, 'activations is 5; takes "int8"'),
+    ):
+        with pytest.raises(ValueError, match=f"^load: {told}"):
+            ramify.load(folder, **arguments)
+    for wrong in (None, 5, b"zoo", ["zoo"]):
+        with pytest.raises(TypeError, match='load: model is .*; takes a path, "zoo" or "zoo-drafter".'):
+            ramify.load(wrong)
+    with pytest.raises(ramify.CheckpointError, match='load: model is ""'):
+        ramify.load("")
     with pytest.raises(ramify.CheckpointError, match="no folder"):
         ramify.load(tmp_path / "nothing")
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}))
