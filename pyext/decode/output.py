@@ -206,9 +206,11 @@ def token_ids(name: str, ids: Sequence[Any], vocab: int, takes: str) -> list[int
     found = []
     for item in ids:
         try:
-            token = index(None if isinstance(item, bool) else item)
+            token = None if isinstance(item, bool) else index(item)
         except TypeError:
-            raise TypeError(f"generate: {name} holds {show(item)}; takes {takes}") from None
+            token = None
+        if token is None:
+            raise TypeError(f"generate: {name} holds {show(item)}; takes {takes}")
         if not 0 <= token < vocab:
             raise ValueError(f"generate: {name} holds id {show(token)}; takes 0 to {vocab - 1}, the model's vocabulary. Use its tokenizer.")
         found.append(token)

@@ -42,7 +42,7 @@ class Format:
         for known in ALL:
             if known.name == wanted:
                 return known
-        raise ValueError(f'{what} is {show(name)}; takes {", ".join(known.name for known in ALL)}.')
+        raise ValueError(f"{what} is {show(name)}; takes {', '.join(known.name for known in ALL)}.")
 
     @property
     def name(self) -> str:
