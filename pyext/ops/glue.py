@@ -87,6 +87,8 @@ def _check_rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Resul
     check("sin", sin, "P R/2", _F32)
     check("positions", positions, "...", INDICES, dense=False)
     check.same_shape("positions", positions, "x without its last two axes", x.shape[:-2])
+    if cos.shape[0] == 0:
+        raise check.fail(f"cos is {list(cos.shape)}", "one position or more")
     if 2 * cos.shape[1] > x.shape[-1]:
         raise check.fail(f"cos has {cos.shape[1]} columns", f"at most D/2 = {x.shape[-1] // 2}")
     return ((x.shape, x.dtype),)

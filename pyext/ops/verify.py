@@ -97,6 +97,10 @@ def check_tree(op: str, parents: Tensor, n_rows: Tensor) -> None:
 
 def _walk(tokens: Tensor, parents: Tensor, argmax: Tensor, n_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     check_tree("verify_greedy", parents, n_rows)
+    if argmax.dtype == torch.int64 and argmax.device.type == "cpu" and argmax.numel():
+        for far in (int(x) for x in argmax.aminmax()):
+            if not -(1 << 31) <= far < 1 << 31:
+                raise ValueError(f"verify_greedy: argmax holds {far}; takes what int32 holds, as bonus is.")
     return reference.verify_greedy(tokens, parents, argmax, n_rows)
 
 
