@@ -27,7 +27,8 @@ class Op:
     name: "rms_norm", or "rms_norm.residual" for an overload. arguments: the schema of the inputs, of which the first is a tensor.
     outputs: names of the output tensors. check(*inputs) raises for what the op does not take and returns shape and dtype of each
     output; every way into the op goes through it once: the public function, both torch forms and the fake. It sees shapes, dtypes
-    and numbers, not the values in a tensor: reference and cpu check those.
+    and numbers; values(*inputs) raises for what is in the tensors, and is asked on the CPU only: elsewhere the answer would cost a
+    synchronisation.
     sizes(*inputs): what the backend table has to know, dtype= at least. reference(*inputs) returns the outputs;
     cpu(outputs, *inputs) and cuda(outputs, *inputs) fill them, and share no memory between the two; so does the function of that name
     in ops._triton, where `triton` names one.
@@ -44,10 +45,11 @@ class Op:
         cpu: Callable[..., None] | None = None,
         cuda: Callable[..., None] | None = None,
         triton: str = "",
+        values: Callable[..., None] | None = None,
     ) -> None:
         self.name, _, overload = name.partition(".")
         self.outputs, self.tensors = tuple(outputs), _tensors(arguments)
-        self._check, self._sizes, self._reference = check, sizes, reference
+        self._check, self._values, self._sizes, self._reference = check, values, sizes, reference
         self._kernels = {"cpu": cpu, "cuda": cuda, "triton": launcher(triton, lambda args: args[0][0]) if triton else None}
         returns = ", ".join("Tensor" for _ in self.outputs)
         written = ", ".join(f"Tensor({letter}!) {out}" for letter, out in zip("abc", self.outputs))
@@ -101,6 +103,8 @@ class Op:
     def _run(self, outs: Outputs, inputs: tuple) -> None:
         if outs[0].numel() == 0:
             return
+        if self._values is not None and outs[0].device.type == "cpu":
+            self._values(*inputs)
         backend = backends.choose(self.name, outs[0].device.type, **self._sizes(*inputs))
         kernel = self._kernels.get(backend)
         if kernel is not None:
@@ -111,7 +115,7 @@ class Op:
 
 
 class InPlaceOp:
-    """An op that changes some of its arguments, those with a `!` in the schema, and returns nothing. `check` as for Op."""
+    """An op that changes some of its arguments, those with a `!` in the schema, and returns nothing. `check` and `values` as for Op."""
 
     def __init__(
         self,
@@ -122,11 +126,12 @@ class InPlaceOp:
         reference: Callable[..., None],
         cuda: Callable[..., None] | None = None,
         triton: str = "",
+        values: Callable[..., None] | None = None,
     ) -> None:
         self.name, self.tensors = name, _tensors(arguments)
         self._kernels = {"cuda": cuda, "triton": launcher(triton, lambda args: args[0]) if triton else None}
         self._written = [(i, argument) for i, argument, _ in self.tensors if "!" in arguments.split(", ")[i]]
-        self._check, self._sizes, self._reference = check, sizes, reference
+        self._check, self._values, self._sizes, self._reference = check, values, sizes, reference
         _register(name, f"({arguments}) -> ()", self._run, check)
         self._call = getattr(torch.ops.ramify, name).default
 
@@ -140,6 +145,8 @@ class InPlaceOp:
     def _run(self, *inputs: Any) -> None:
         self._check(*inputs)
         _check_written(self.name, [name for _, name in self._written], [inputs[i] for i, _ in self._written])
+        if self._values is not None and inputs[0].device.type == "cpu":
+            self._values(*inputs)
         kernel = self._kernels.get(backends.choose(self.name, inputs[0].device.type, **self._sizes(*inputs)))
         (kernel or self._reference)(*inputs)
 

@@ -169,10 +169,8 @@ def _check_heads(op: str, Hq: int, Hkv: int) -> None:
         )
 
 
-def _check_values(q: Tensor, k: Tensor, ancestors: Tensor, prefix_len: Tensor, page_table: Tensor | None, tail_rows: Tensor | None) -> None:
-    """Lengths fit their tensors and every used row sees itself and no later row. On the CPU only: reading costs nothing there."""
-    if q.device.type != "cpu":
-        return
+def _check_values(q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows) -> None:
+    """Lengths fit their tensors and every used row sees itself and no later row."""
     T = q.shape[1]
     slots = k.shape[1] * (1 if page_table is None else page_table.shape[1])
     for name, lengths, most in (("prefix_len", prefix_len, slots), ("tail_rows", tail_rows, T)):
@@ -197,21 +195,10 @@ def _check_values(q: Tensor, k: Tensor, ancestors: Tensor, prefix_len: Tensor, p
 
 
 def _reference(q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows):
-    _check_values(q, k, ancestors, prefix_len, page_table, tail_rows)
     return reference.tree_attention(
         q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table=page_table, scale=scale, window=window or None, sink=sink,
         tail_rows=tail_rows, return_lse=True,
     )  # fmt: skip
-
-
-def _cpu(outs, q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows):
-    _check_values(q, k, ancestors, prefix_len, page_table, tail_rows)
-    _native.tree_attention(outs, q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows)
-
-
-def _cuda(outs, q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows):
-    _check_values(q, k, ancestors, prefix_len, page_table, tail_rows)
-    _kernels.tree_attention(outs, q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows)
 
 
 _tree_attention = Op(
@@ -222,9 +209,10 @@ _tree_attention = Op(
     check=_check_tree_attention,
     sizes=lambda q, k, *_: {"dtype": q.dtype, "D": q.shape[3], "kv": k.dtype},
     reference=_reference,
-    cpu=_cpu,
-    cuda=_cuda,
+    cpu=_native.tree_attention,
+    cuda=_kernels.tree_attention,
     triton="tree_attention",
+    values=_check_values,
 )
 
 

@@ -76,9 +76,7 @@ def _check_commit(
 
 
 def _check_slots(op: str, name: str, counts: Tensor, most: int, length: Tensor, k_cache: Tensor, page_table: Tensor | None) -> None:
-    """Everything fits, and no page is written twice. On the CPU only: elsewhere the answer would cost a synchronisation."""
-    if length.device.type != "cpu":
-        return
+    """Everything fits, and no page is written twice."""
     size, pages = k_cache.shape[-3], k_cache.shape[-4]
     slots = size * (1 if page_table is None else page_table.shape[1])
     written: set[int] = set()
@@ -97,9 +95,7 @@ def _check_slots(op: str, name: str, counts: Tensor, most: int, length: Tensor, 
 
 
 def _check_path(path: Tensor, count: Tensor, T: int) -> None:
-    """Accepted rows are rows of the tail. On the CPU only."""
-    if path.device.type != "cpu":
-        return
+    """Accepted rows are rows of the tail."""
     used = torch.arange(path.shape[1]) < count[:, None]
     wrong = used & ((path < 0) | (path >= T))
     if wrong.any():
@@ -107,34 +103,26 @@ def _check_path(path: Tensor, count: Tensor, T: int) -> None:
         raise ValueError(f"kv_commit: path[{b}, {i}] is {path[b, i]}; takes 0 to {T - 1}, the rows of tail_k.")
 
 
-def _append(
+def _check_append_values(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor, n_rows: Tensor | None, page_table: Tensor | None
 ) -> None:
     T = k.shape[1]
     _check_slots("kv_append", "n_rows", torch.full_like(length, T) if n_rows is None else n_rows, T, length, k_cache, page_table)
-    reference.kv_append(k, v, k_cache, v_cache, length, n_rows=n_rows, page_table=page_table)
 
 
-def _commit(
+def _check_commit_values(
     tail_k: Tensor, tail_v: Tensor, k_cache: Tensor, v_cache: Tensor, path: Tensor, count: Tensor, length: Tensor, page_table: Tensor | None
 ) -> None:
     _check_slots("kv_commit", "count", count, path.shape[1], length, k_cache, page_table)
     _check_path(path, count, tail_k.shape[-3])
-    reference.kv_commit(tail_k, tail_v, k_cache, v_cache, path, count, length, page_table=page_table)
 
 
-def _append_cuda(k: Tensor, v: Tensor, k_cache: Tensor, *rest: Any) -> None:
-    length, n_rows, page_table = rest[1:]
-    T = k.shape[1]
-    _check_slots("kv_append", "n_rows", torch.full_like(length, T) if n_rows is None else n_rows, T, length, k_cache, page_table)
-    _cuda.kv_append(k, v, k_cache, *rest)
+def _append(*inputs: Any) -> None:
+    reference.kv_append(*inputs[:5], n_rows=inputs[5], page_table=inputs[6])
 
 
-def _commit_cuda(tail_k: Tensor, tail_v: Tensor, k_cache: Tensor, v_cache: Tensor, path: Tensor, *rest: Any) -> None:
-    count, length, page_table = rest
-    _check_slots("kv_commit", "count", count, path.shape[1], length, k_cache, page_table)
-    _check_path(path, count, tail_k.shape[-3])
-    _cuda.kv_commit(tail_k, tail_v, k_cache, v_cache, path, *rest)
+def _commit(*inputs: Any) -> None:
+    reference.kv_commit(*inputs[:7], page_table=inputs[7])
 
 
 def _sizes(k: Tensor, v: Tensor, k_cache: Tensor, *_: Any) -> dict[str, Any]:
@@ -147,8 +135,9 @@ _kv_append = InPlaceOp(
     _check_append,
     _sizes,
     _append,
-    cuda=_append_cuda,
+    cuda=_cuda.kv_append,
     triton="kv_append",
+    values=_check_append_values,
 )
 _kv_commit = InPlaceOp(
     "kv_commit",
@@ -156,6 +145,7 @@ _kv_commit = InPlaceOp(
     _check_commit,
     _sizes,
     _commit,
-    cuda=_commit_cuda,
+    cuda=_cuda.kv_commit,
     triton="kv_commit",
+    values=_check_commit_values,
 )

@@ -90,23 +90,17 @@ def _check_residual_sample(p: Tensor, q: Tensor, u: Tensor) -> Results:
     return ((u.shape, torch.int32),)
 
 
-def _check_values(parents: Tensor, n_rows: Tensor, temperature: Tensor, position: Tensor) -> None:
-    """Trees are trees, no temperature and no position is below 0. On the CPU only."""
+def _check_values(logits, tokens, parents, n_rows, temperature, seed, position, q, how) -> None:
+    """Trees are trees, no temperature and no position is below 0, and tokens that were drawn from q are columns of it."""
     check_tree("verify_sample", parents, n_rows)
-    if temperature.device.type != "cpu":
-        return
     if not bool(((temperature >= 0) & temperature.isfinite()).all()):
         raise ValueError(f"verify_sample: temperature is {temperature.tolist()}; takes 0 or more, finite.")
     if not bool((position >= 0).all()):
         raise ValueError(f"verify_sample: position is {position.tolist()}; takes 0 or more.")
-
-
-def _check_children(tokens: Tensor, n_rows: Tensor, V: int) -> None:
-    """Tokens that were drawn from q are columns of it. The root was not. On the CPU only."""
-    if tokens.device.type != "cpu":
+    if q is None:
         return
-    row = torch.arange(tokens.shape[1])
-    wrong = (row > 0) & (row < n_rows[:, None]) & ((tokens < 0) | (tokens >= V))
+    row, V = torch.arange(tokens.shape[1]), q.shape[2]
+    wrong = (row > 0) & (row < n_rows[:, None]) & ((tokens < 0) | (tokens >= V))  # the root was not drawn
     if wrong.any():
         b, i = wrong.nonzero()[0].tolist()
         raise ValueError(f"verify_sample: tokens[{b}, {i}] is {tokens[b, i]}; takes 0 to {V - 1}, the columns of q.")
@@ -134,24 +128,19 @@ def _check_weights(op: str, name: str, weights: Tensor) -> None:
 
 
 def _sample_reference(logits, tokens, parents, n_rows, temperature, seed, position, q, mode):
-    _check_values(parents, n_rows, temperature, position)
-    if q is not None:
-        _check_children(tokens, n_rows, logits.shape[2])
     result = reference.verify_sample(logits, tokens, parents, n_rows, temperature, seed, position, q, mode=mode)
     _check_visited(result[0], logits, q)
     return result
 
 
-def _residual_reference(p: Tensor, q: Tensor, u: Tensor) -> tuple[Tensor]:
-    if p.device.type == "cpu":
-        _check_weights("residual_sample", "p", p)
-        _check_weights("residual_sample", "q", q)
-        if not p.any(1).all():
-            raise ValueError(f"residual_sample: p[{int(p.any(1).int().argmin())}] holds no weight above 0; takes one or more.")
-        outside = ~((u >= 0) & (u < 1))
-        if outside.any():
-            raise ValueError(f"residual_sample: u holds {float(u[outside][0])}; takes 0 up to and without 1.")
-    return (reference.residual_sample(p, q, u),)
+def _check_residual_values(p: Tensor, q: Tensor, u: Tensor) -> None:
+    _check_weights("residual_sample", "p", p)
+    _check_weights("residual_sample", "q", q)
+    if not p.any(1).all():
+        raise ValueError(f"residual_sample: p[{int(p.any(1).int().argmin())}] holds no weight above 0; takes one or more.")
+    outside = ~((u >= 0) & (u < 1))
+    if outside.any():
+        raise ValueError(f"residual_sample: u holds {float(u[outside][0])}; takes 0 up to and without 1.")
 
 
 _verify_sample = Op(  # its mode is `how` in the schema: torch has a use of its own for an argument `mode`
@@ -162,6 +151,7 @@ _verify_sample = Op(  # its mode is `how` in the schema: torch has a use of its 
     sizes=lambda logits, *_: {"dtype": logits.dtype, "T": logits.shape[1]},
     reference=_sample_reference,
     triton="verify_sample",
+    values=_check_values,
 )
 _residual_sample = Op(
     "residual_sample",
@@ -169,6 +159,7 @@ _residual_sample = Op(
     ["ids"],
     check=_check_residual_sample,
     sizes=lambda p, *_: {"dtype": p.dtype},
-    reference=_residual_reference,
+    reference=lambda *inputs: (reference.residual_sample(*inputs),),
     triton="residual_sample",
+    values=_check_residual_values,
 )
