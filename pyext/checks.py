@@ -4,7 +4,7 @@ Each returns the value it was given, so a check can stand where the value is use
 """
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Set
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -74,6 +74,39 @@ def one_of(name: str, value: T, choices: Collection[T], caller: str = "") -> T:
     """One of a few values."""
     if not any(isinstance(value, type(choice)) and value == choice for choice in choices):  # an array would answer `in` with an array
         raise ValueError(f"{_who(caller)}{name} is {show(value)}; takes {' or '.join(show(c) for c in choices)}.")
+    return value
+
+
+def flag(name: str, value: Any, caller: str = "") -> bool:
+    """True or False, and nothing that merely counts as such."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{_who(caller)}{name} is {show(value)}; takes True or False.")
+    return value
+
+
+def sequence(value: Any) -> list[Any] | None:
+    """What a list, a tuple, an array, a tensor or an iterator holds, in order; None for what has no order, for bytes and for text."""
+    if isinstance(value, (str, bytes, bytearray, memoryview, Mapping, Set)):
+        return None
+    try:
+        items = value.tolist() if hasattr(value, "tolist") else list(value)
+    except (TypeError, RuntimeError):  # no iterable; a tensor without values
+        return None
+    return items if isinstance(items, list) else None  # an array without axes is a number
+
+
+def is_model(value: Any) -> bool:
+    """Whether this is a model such as `ramify.load` gives, told by what it has."""
+    return not isinstance(value, type) and all(hasattr(value, part) for part in ("config", "forward", "new_cache", "prefill"))
+
+
+def loaded_model(name: str, value: Any, caller: str = "") -> Any:
+    """A model such as `ramify.load` gives."""
+    if not is_model(value):
+        use = f"ramify.load({show(value)})" if isinstance(value, str) else "ramify.load(path)"
+        if hasattr(value, "generate"):
+            use = "its own generate with custom_generate=ramify.CustomGenerate()"
+        raise TypeError(f"{_who(caller)}{name} is {show(value)}; takes a loaded model. Use {use}.")
     return value
 
 

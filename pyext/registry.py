@@ -16,24 +16,31 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
+
+from ramify.checks import show
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class Registry:
-    """The methods of one kind. `package` is where the built-in ones live, one module each, named like the method."""
+    """The methods of one kind. `package` is where the built-in ones live, one module each, named like the method; `takes` is what an
+    argument takes that names one.
+    """
 
-    def __init__(self, kind: str, package: str) -> None:
-        self.kind = kind
-        self.package = package
+    def __init__(self, kind: str, package: str, takes: str = "a name") -> None:
+        self.kind, self.package, self.takes = kind, package, takes
         self._found: dict[str, Any] = {}
 
     def __call__(
         self, name: str, *, lossless: bool = True, trained: bool = False, source: str = "", **facts: Any
     ) -> Callable[[Method], Method]:
         """Register a class or function as `name`; sets .name .kind .lossless .trained .source .summary and every extra fact on it."""
+        if not isinstance(name, str):  # the decorator without its parentheses, for one
+            raise TypeError(f'{self.kind}: name is {show(name)}; takes a string. Write @ramify.{self.kind}("name").')
+        if not name.isidentifier():
+            raise ValueError(f"{self.kind}: name is {show(name)}; takes letters, digits and underscores, as a Python name does.")
 
         def register(method: Method) -> Method:
             other = self._found.get(name)
@@ -55,7 +62,7 @@ class Registry:
         """The class or function of that name. ValueError tells the nearest known name; `caller` and `noun` are the user's words for it."""
         if not isinstance(name, str):
             who, what = caller or self.kind, noun or self.kind
-            raise TypeError(f"{who}: {what} is {type(name).__name__}; takes a name. Known: {', '.join(self.names())}.")
+            raise TypeError(f"{who}: {what} is {show(name)}; takes {self.takes}. Known: {', '.join(self.names())}.")
         if name not in self._found and name.isidentifier() and _exists(f"{self.package}.{name}"):
             importlib.import_module(f"{self.package}.{name}")
         if name not in self._found:
@@ -63,23 +70,29 @@ class Registry:
         return self._found[name]
 
     def build(self, spec: str, caller: str = "", noun: str = "", **options: Any) -> Any:
-        """An instance from "name" or "name:key=value,key=value"; keyword options are added. Unknown options are refused by name."""
+        """An instance from "name" or "name:key=value,key=value"; keyword options are added, and then are no options of the spec.
+
+        Unknown options are refused by name.
+        """
         if not isinstance(spec, str):
             return self.get(spec, caller, noun)  # raises
         name, _, tail = spec.partition(":")
-        cls = self.get(name, caller, noun)
+        cls, who = self.get(name, caller, noun), caller or self.kind
+        known, asked = _options(cls, options), {}
         for part in filter(None, tail.split(",")):
-            key, equals, value = part.partition("=")
+            key, equals, value = (text.strip() for text in part.partition("="))
             if not equals:
-                raise ValueError(f'{caller or self.kind}: option of "{name}" is "{part}"; takes key=value. {_takes(cls)}')
-            options[key.strip()] = _literal(value.strip())
-        known = _options(cls)
-        for key in options:
+                raise ValueError(f'{who}: option of "{name}" is {show(part)}; takes key=value. {_takes(known)}')
+            if key in options:
+                raise ValueError(f'{who}: option "{key}" of "{name}" is set by an argument; takes it there alone. {_takes(known)}')
             if known is not None and key not in known:
                 near = difflib.get_close_matches(key, known, 1, cutoff=0.4)
                 hint = f'; nearest is "{near[0]}"' if near else ""
-                raise ValueError(f'{caller or self.kind}: "{name}" has no option "{key}"{hint}. {_takes(cls)}')
-        return cls(**options)
+                raise ValueError(f'{who}: "{name}" has no option {show(key)}{hint}. {_takes(known)}')
+            if key in asked:
+                raise ValueError(f'{who}: option "{key}" of "{name}" comes twice; takes it once.')
+            asked[key] = _literal(value)
+        return cls(**options, **asked)
 
     def names(self) -> list[str]:
         """Every known name, sorted; imports the built-in modules of this kind."""
@@ -98,7 +111,7 @@ class Registry:
         near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
         hint = f'nearest is "{near[0]}"' if near else f"known: {', '.join(known) or 'none'}"
         where = "ramify.methods() lists all" if self.kind == "drafter" else f"{self.package} holds the built-in ones"
-        return f'{caller}: {noun} "{name}" is not known; {hint}. {where}; a plugin needs --plugin FILE.'
+        return f"{caller}: {noun} {show(name)} is not known; {hint}. {where}; a plugin needs --plugin FILE."
 
 
 def _where(method: Any) -> tuple[str, str]:
@@ -112,13 +125,15 @@ def _exists(module: str) -> bool:
         return False
 
 
-def _options(cls: Any) -> list[str] | None:
+def _options(cls: Any, taken: Collection[str]) -> list[str] | None:
+    """The names of cls's arguments without those that are taken; None where it has any name."""
     parameters = inspect.signature(cls).parameters.values()
-    return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL and p.name not in taken]
 
 
-def _takes(cls: Any) -> str:
-    known = _options(cls)
+def _takes(known: list[str] | None) -> str:
     return f"Options: {', '.join(known)}." if known else "It takes no options."
 
 
@@ -129,9 +144,9 @@ def _literal(text: str) -> Any:
         return {"true": True, "false": False, "none": None}.get(text.lower(), text)
 
 
-drafter = Registry("drafter", "ramify.draft")
+drafter = Registry("drafter", "ramify.draft", "a name or a Drafter")
 verifier = Registry("verifier", "ramify.verify")
-size_policy = Registry("size_policy", "ramify.size")
+size_policy = Registry("size_policy", "ramify.size", "a name or a SizePolicy")
 page_format = Registry("page_format", "ramify.cache")
 
 

@@ -1,32 +1,38 @@
 """Cache: the sequences of one generation, each a list of pages and a length. Commit is the only place where it grows."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from ramify.cache.arena import PAGE, Arena
+from ramify.checks import show
 
 
 class Cache:
-    """Slots 0 .. B-1, one per sequence, over the pages of an arena.
+    """Slots 0 .. B-1, one per sequence, over the pages of an arena. It serves the model whose `new_cache` made it, and no other.
 
     lengths int32 [B]: committed tokens of each slot, both what attention walks and what RoPE counts (nothing is evicted yet).
     A slot's last, partly filled page is its open window; full pages are sealed and never written again, but for a crop.
-    page_table int32 [B, P]: page of every 64 slots of a sequence.
+    page_table int32 [B, P]: page of every 64 slots of a sequence. capacities int64 [B]: tokens that each may hold, -1 once it was freed.
     """
 
-    def __init__(self, arena: Arena, capacities: Sequence[int], release=None):
-        self.arena, self._release = arena, release
+    def __init__(self, arena: Arena, capacities: Sequence[int], model: Any):
+        self.arena, self.model = arena, model
         self.capacities = np.array(capacities, np.int64)
         self.lengths = np.zeros(len(capacities), np.int32)
         widest = max(1, -(-int(self.capacities.max()) // PAGE))
         width = 1 << (widest - 1).bit_length()  # few widths, so that an arena's captured steps serve many caches
         self.page_table = np.zeros((len(capacities), width), np.int32)
         self._pages: list[list[int]] = [[] for _ in capacities]
-        self._live = len(capacities)
+        self.live = len(capacities)
 
     def of(self, slots: Sequence[int]) -> "CacheView":
-        """The named slots, in this order, as one step sees them."""
+        """The named slots, in this order, as one step sees them. Raises ValueError for slots that are not there, freed, or named twice."""
+        slots = list(slots)
+        if len(set(slots)) < len(slots) or not all(0 <= slot < len(self.capacities) and self.capacities[slot] > 0 for slot in slots):
+            there = np.flatnonzero(self.capacities > 0).tolist()
+            raise ValueError(f"Cache.of: slots is {show(slots)}; takes different ones of {show(there)}.")
         return CacheView(self, slots)
 
     def reserve(self, slot: int, length: int) -> None:
@@ -52,10 +58,9 @@ class Cache:
             self.arena.flush()
             self.arena.free_pages += self._pages[slot]
             self._pages[slot], self.lengths[slot], self.capacities[slot] = [], 0, -1
-            self._live -= 1
-        if self._live == 0 and self._release is not None:
-            self._release(self.arena)
-            self._release = None
+            self.live -= 1
+            if self.live == 0:
+                self.model.release(self.arena)
 
 
 class CacheView:

@@ -12,6 +12,7 @@ from typing import Any
 from ramify.cli.table import table
 
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "transformers", "triton")
+WHY = 'Why another kernel is not taken, and which one a GPU would take: ramify.explain("linear", device=...) in Python.'
 VARIABLES = re.compile(r"(RAMIFY|OMP|GOMP|MKL|KMP|CUDA)_\w+|CUDACXX|XDG_CACHE_HOME")
 
 
@@ -41,6 +42,7 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "cpu": cpu(),
+        "triton": triton(),
         "cuda": cuda(),
         "threads": torch.get_num_threads(),
         "openmp": openmp(),
@@ -59,6 +61,13 @@ def cpu() -> dict[str, Any]:
     except ImportError as error:
         return {**found, "missing": f"ramify._cpu: {error}"}
     return {**found, "levels": native.levels(), "level": native.isa()}
+
+
+def triton() -> str:
+    """Whether the Triton kernels can be looked at here, in a line."""
+    if _version("triton") is None:
+        return "not installed"
+    return "interpreted, on the CPU" if os.environ.get("TRITON_INTERPRET") == "1" else "installed; takes tensors on a GPU"
 
 
 def cuda() -> dict[str, Any]:
@@ -107,36 +116,47 @@ def generation() -> dict[str, Any]:
 
 
 def describe(found: dict[str, Any]) -> str:
-    """The environment as a person reads it."""
-    from ramify.backends import UNPROVEN
-
-    cpu, cuda = found["cpu"], found["cuda"]
+    """The environment as a person reads it: facts, one a line, then the kernels."""
     packages = "   ".join(f"{name} {version}" for name, version in found["packages"].items())
-    runs = " ".join(level for level, can in cpu["levels"].items() if can)
-    cannot = " ".join(level for level, can in cpu["levels"].items() if not can)
-    lines = [
-        f"ramify {found['ramify']}   python {found['python']}   {packages}",
-        f"cpu     {cpu['model']}, {cpu['usable']} of {cpu['cores']} cores usable, {found['threads']} threads",
-        f"levels  {runs or 'none: ' + cpu.get('missing', '')}; {cpu['level']} taken"
-        + (f"; not on this machine: {cannot}" if cannot else ""),
-        f"openmp  {', '.join(found['openmp']) or 'not known'}"
-        + ("" if len(found["openmp"]) < 2 else "   more than one: expect slow steps"),
-        f"cuda    {cuda['state']}",
-        "",
+    cpu, threads, generate = found["cpu"], found["threads"], found["generate"]
+    openmp = ", ".join(found["openmp"]) or "not known"
+    facts = [
+        ("cpu", f"{cpu['model']}, {cpu['usable']} of {cpu['cores']} cores usable, {threads} thread{'s' * (threads != 1)}"),
+        ("levels", _levels(cpu)),
+        ("openmp", openmp + ("   more than one: expect slow steps" if len(found["openmp"]) > 1 else "")),
+        ("triton", found["triton"]),
+        ("cuda", found["cuda"]["state"]),
+        ("generate", generate["why_not"].removeprefix("generate: ") or f"the model layer runs on {generate['taken']}"),
     ]
-    names = [name for name in ("cpu", "triton", "cuda", "reference")]
+    variables = [f"{name}={value}" for name, value in found["variables"].items()] or ["none of RAMIFY_*, OMP_*, MKL_*, CUDA_* is set"]
+    facts += [("" if i else "variables", variable) for i, variable in enumerate(variables)]
+    lines = [f"ramify     {found['ramify']}   python {found['python']}   {packages}"]
+    lines += [f"{name:<9}  {fact}" for name, fact in facts]
+    return "\n".join([*lines, "", *_kernel_table(found), "", WHY])
+
+
+def _levels(cpu: dict[str, Any]) -> str:
+    """The instruction set level that is taken, those that would run too, and those that would not."""
+    if "missing" in cpu:
+        return f"none: {cpu['missing']}"
+    others = " ".join(level for level, can in cpu["levels"].items() if can and level != cpu["level"])
+    cannot = " ".join(level for level, can in cpu["levels"].items() if not can)
+    said = [f"{cpu['level']} taken", f"here too: {others}" if others else "", f"not on this machine: {cannot}" if cannot else ""]
+    return "; ".join(filter(None, said))
+
+
+def _kernel_table(found: dict[str, Any]) -> list[str]:
+    """A row for each op; a backend that takes none of them has no column."""
+    from ramify.backends import BACKENDS, UNPROVEN
+
+    level = found["cpu"]["level"]
+    names = [name for name in BACKENDS if any(name not in row["why_not"] for row in found["kernels"])]
     rows = []
     for row in found["kernels"]:
-        cells = ["-" if name in row["why_not"] else (cpu["level"] or "yes") if name == "cpu" else "yes" for name in names]
-        cells = [cell + "*" * (cell == "yes" and name in UNPROVEN) for name, cell in zip(names, cells)]
+        cells = ["-" if name in row["why_not"] else level if name == "cpu" else "yes" + "*" * (name in UNPROVEN) for name in names]
         rows.append([row["op"], *cells, row["taken"] or "refused"])
-    lines.append(table(["op", *names, "taken here"], rows, left=6))
-    if any("yes*" in row for row in rows):
-        lines += [f"* {reason}" for reason in dict.fromkeys(UNPROVEN.values())]
-    lines += ["", found["generate"]["why_not"] or f"generate: the model layer runs on {found['generate']['taken']}"]
-    lines += [f"{name}={value}" for name, value in found["variables"].items()] or ["no variable of RAMIFY_*, OMP_*, MKL_*, CUDA_* is set"]
-    lines.append('Why not another kernel: ramify.explain("tree_attention", ...) in Python.')
-    return "\n".join(lines)
+    notes = [f"* {UNPROVEN[name]}" for name in names if name in UNPROVEN]
+    return [table(["float32 on the CPU", *names, "taken here"], rows, left=len(names) + 2), *notes]
 
 
 def _version(name: str) -> str | None:

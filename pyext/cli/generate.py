@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ramify
+from ramify.checks import listed
 from ramify.cli import compare as comparison
 from ramify.cli.stream import Stream, faint
 from ramify.registry import drafter as drafters
@@ -61,11 +62,13 @@ def run(args: argparse.Namespace) -> int:
     for file in args.plugin:
         load_plugin(file)
     methods = method_names(args.method)
+    check_drafter(args.drafter, methods)
     model = ramify.load(args.model, dtype=args.dtype, weights=args.weights)
-    common = {name: getattr(args, name) for name in ("drafter", "max_new_tokens", *SAMPLING)}
+    common = {name: getattr(args, name) for name in ("max_new_tokens", *SAMPLING)}
 
     def decode(method: str, stream: Stream | None = None) -> Any:
-        [out] = ramify.generate(model, [prompt], method=method, stream=stream, **common)
+        drafter = args.drafter if takes_drafter(method) else None
+        [out] = ramify.generate(model, [prompt], method=method, drafter=drafter, stream=stream, **common)
         return out
 
     if not args.compare:
@@ -86,12 +89,13 @@ def single(args: argparse.Namespace, model: Any, prompt: str, decode: Callable[.
         each = comparison.Measured(method, is_lossless(method), [decode(method)])
         print(json.dumps(described(args, model, prompt, each, [each.record()]), indent=2))
         return
-    if sys.stdout.isatty():
-        sys.stdout.write(faint(prompt, sys.stdout))
-    out = decode(method, Stream(sys.stdout))
-    if sys.stdout.isatty():
-        sys.stdout.write("\n")
-    sys.stdout.flush()
+    terminal = sys.stdout.isatty()
+    try:
+        sys.stdout.write(faint(prompt, sys.stdout) if terminal else "")
+        out = decode(method, Stream(sys.stdout))
+    finally:  # after an interrupt too
+        sys.stdout.write("\n" if terminal else "")
+        sys.stdout.flush()
     print(faint(figures(method, out), sys.stderr), file=sys.stderr)
 
 
@@ -169,23 +173,47 @@ def default_methods(args: argparse.Namespace) -> list[str]:
 
 def is_lossless(method: str) -> bool:
     """What the registry says of a method, by name or name:key=value. ValueError for a name that nobody registered."""
-    return bool(drafters.get(method.partition(":")[0], "generate", "method").lossless)
+    return bool(registered(method).lossless)
+
+
+def takes_drafter(method: str) -> bool:
+    """Whether the method of this name may draft with a second model."""
+    return getattr(registered(method), "takes_model", "no") != "no"
+
+
+def registered(method: str) -> Any:
+    """The drafter's class, by name or name:key=value."""
+    return drafters.get(method.partition(":")[0], "generate", "method")
+
+
+def check_drafter(drafter: str | None, methods: list[str]) -> None:
+    """A drafter that no method would ask for is a mistake."""
+    if drafter is not None and methods and not any(map(takes_drafter, methods)):
+        able = [each.name for each in drafters.all() if takes_drafter(each.name)]
+        none = f"{', '.join(methods)} take{'s' * (len(methods) == 1)} none"
+        raise ValueError(f"generate: --drafter is {drafter} and {none}; takes it with {listed(able)}. Leave it out.")
 
 
 def read_prompt(args: argparse.Namespace) -> str:
-    """The prompt: the argument, the last word after --method where none is left, or standard input for "-"."""
+    """The prompt: the argument, the last word after --method where none is left, or standard input for "-". UTF-8, whatever the locale."""
     if args.prompt is None and len(args.method) > 1:
         args.prompt = args.method.pop()
     if args.prompt is None:
         raise ValueError(
             "generate: PROMPT is missing; takes a text, or - to read standard input. ramify generate --help lists the options."
         )
-    if args.prompt != "-":
-        return args.prompt
+    if args.prompt == "-":
+        if sys.stdin is None:
+            raise ValueError("generate: standard input is closed; takes a text.")
+        name, text = "standard input", sys.stdin.buffer.read()
+    else:
+        name, text = "PROMPT", args.prompt.encode(errors="surrogateescape")  # the bytes that the locale could not read
+    if not text:
+        raise ValueError(f"generate: {name} is empty; takes a text.")
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        return text.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"generate: standard input is not UTF-8 at byte {error.start}; takes text.") from None
+        raise ValueError(f"generate: {name} is not UTF-8 at byte {error.start}; takes text.") from None
 
 
 def load_plugin(file: str) -> None:

@@ -98,8 +98,8 @@ def convert(
     Raises ValueError, UnsupportedModelError and CheckpointError, naming the tensor.
     """
     start, folder, out = time.perf_counter(), folder_of(source), Path(out)
-    format, is_zoo = Format.parse(to), str(source) in ZOO
-    head_format = None if head is None else Format.parse(head)
+    format, is_zoo = Format.parse(to, "convert: format"), str(source) in ZOO
+    head_format = None if head is None else Format.parse(head, "convert: head")
     if method is None:
         has_text = is_zoo or calibration is not None
         method = ("gptq" if has_text else "hqq") if format.kind == "int4" else "rtn"

@@ -1,11 +1,13 @@
 """generate: names and plain arguments in, outputs out. Everything that a call needs is looked up or loaded here, and the loop runs it."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from ramify.checks import is_model, loaded_model, sequence, show
 from ramify.decode.loop import decode
-from ramify.decode.output import Output, Request, Stream, read_stops
+from ramify.decode.output import Output, Request, Stream, read_stops, token_ids
 from ramify.draft.base import Drafter
 from ramify.registry import drafter as drafters
 from ramify.registry import size_policy as size_policies
@@ -37,32 +39,40 @@ def generate(
 ) -> list[Output]:
     """Continue every prompt; one Output each, in order, with text, token_ids, finish_reason and stats.
 
-    model: from `ramify.load`. prompts: strings or lists of ids; one string is a list of one.
+    model: from `ramify.load`. prompts: strings or lists of ids (tuples, arrays and tensors too); one string is a list of one, no prompts
+    give no outputs.
     method: a name of `ramify.methods()`, with options as "prompt_lookup:longest=4", or a Drafter of your own. drafter: the second model
     of the methods that need one: a loaded model, a path, or "zoo"; None is "zoo" when the target is the zoo target.
     temperature .. repetition_penalty: as in transformers; 0 takes the most likely token. seed: the same seed gives the same text,
     whatever else is in the batch and whatever the method, as long as its guesses are deterministic (all are by default).
     stop: strings, ids, or lists of ids that end a text, besides the model's own end-of-text ids. The text ends before a stop string;
-    token_ids end with the token that completed it. cache: a cache with room for every request, or None.
+    token_ids end with the token that completed it. cache: an empty one of `model.new_cache` with room for every prompt and
+    max_new_tokens, which this call frees, or None.
     stream: called with (index, new ids, text) after every step. size: a size policy, by name with options or as an object; None is
     "measured".
 
     Raises ValueError for an empty prompt, a prompt that with max_new_tokens passes the model's positions, an unknown method, a drafter
     of another vocabulary; TypeError for arguments of another kind.
     """
-    requests = _requests(
-        model, prompts, max_new_tokens, SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed), read_stops(stop)
-    )
+    loaded_model("model", model, "generate")
+    if stream is not None and not callable(stream):
+        raise TypeError(f"generate: stream is {show(stream)}; takes a function of (index, new ids, text), or None.")
+    params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    requests = _requests(model, prompts, max_new_tokens, params, read_stops(stop, model.config.vocab_size))
     drafting = build_drafter(model, method, drafter)
     policy = build_size(size, drafting, about=method if isinstance(method, str) else "")
+    if cache is not None:
+        _check_cache(model, cache, requests)
     return decode(model, requests, drafting, policy, cache=cache, stream=stream) if requests else []
 
 
 def build_drafter(model: Any, method: str | Drafter, draft_model: Any = None) -> Drafter:
     """The drafter of that name for this target, with its second model when it takes one. A Drafter is returned as it is."""
+    if not (draft_model is None or isinstance(draft_model, (str, os.PathLike)) or is_model(draft_model)):
+        raise TypeError(f'generate: drafter is {show(draft_model)}; takes a path, a loaded model or "zoo".')
     if isinstance(method, Drafter):
         return method
-    cls = drafters.get(str(method).partition(":")[0] if isinstance(method, str) else method, "generate", "method")
+    cls = drafters.get(method.partition(":")[0] if isinstance(method, str) else method, "generate", "method")
     takes = getattr(cls, "takes_model", "no")
     if takes == "no" or (takes == "maybe" and draft_model is None and not _is_zoo(model)):
         return drafters.build(method, "generate", "method")
@@ -72,22 +82,19 @@ def build_drafter(model: Any, method: str | Drafter, draft_model: Any = None) ->
 def find_draft_model(model: Any, wanted: Any = None, method: str = "draft_chain") -> Any:
     """The second model for a target: `wanted` itself, or loaded from that path, "zoo", or None where the target is the zoo target.
 
-    Raises ValueError when there is none or when the vocabularies differ. What is loaded here lives as long as the target.
+    Raises ValueError when there is none. What is loaded here lives as long as the target.
     """
     if wanted is None and not _is_zoo(model):
         raise ValueError(f'generate: method "{method}" drafts with a second model and drafter is None; takes a path, a model or "zoo".')
-    if wanted is not None and hasattr(wanted, "forward"):
-        found = wanted
-    else:
-        name = ZOO_DRAFTER if wanted is None or wanted == ZOO else str(wanted)
-        loaded = _loaded.setdefault(model, {})
-        if name not in loaded:
-            import ramify
+    if is_model(wanted):
+        return wanted
+    name = ZOO_DRAFTER if wanted is None or wanted == ZOO else str(wanted)
+    loaded = _loaded.setdefault(model, {})
+    if name not in loaded:
+        import ramify
 
-            loaded[name] = ramify.load(name, dtype=getattr(model, "dtype", "bf16"))
-        found = loaded[name]
-    _check_vocabulary(model, found)
-    return found
+        loaded[name] = ramify.load(name, dtype=getattr(model, "dtype", "bf16"))
+    return loaded[name]
 
 
 def build_size(size: str | SizePolicy | None, drafter: Drafter, about: str = "") -> SizePolicy:
@@ -114,7 +121,10 @@ def _requests(
     config = model.config
     eos = frozenset(int(i) for i in config.eos_token_ids)
     requests = []
-    for i, prompt in enumerate([prompts] if isinstance(prompts, str) else prompts):
+    given = [prompts] if isinstance(prompts, str) else sequence(prompts)
+    if given is None:
+        raise TypeError(f"generate: prompts is {show(prompts)}; takes strings or lists of token ids.")
+    for i, prompt in enumerate(given):
         ids = _ids(model, prompt, i)
         request = Request(ids, max_new_tokens, params, eos, stops[1], stops[0], tokenizer=model.tokenizer)
         if request.capacity > config.max_positions:
@@ -127,44 +137,38 @@ def _requests(
 
 
 def _ids(model: Any, prompt: Any, i: int) -> list[int]:
-    if isinstance(prompt, str) and prompt:
-        if model.tokenizer is None:
+    vocab = model.config.vocab_size
+    if isinstance(prompt, str):
+        if prompt and model.tokenizer is None:
             raise ValueError(f"generate: prompt {i} is a string and the model has no tokenizer; takes token ids. Give a list of ids.")
-        ids = list(model.tokenizer.encode(prompt))
-    elif hasattr(prompt, "__iter__"):
-        ids = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            came = f"{show(prompt[error.start])} at {error.start}, which is no character"
+            raise ValueError(f"generate: prompt {i} holds {came}; takes text. Decode its bytes as what they are.") from None
+        ids = model.tokenizer.encode(prompt) if prompt else []
     else:
-        raise TypeError(
-            f"generate: prompt {i} is {type(prompt).__name__}; takes a string or a list of token ids. prompts is a list of them."
-        )
+        ids = sequence(prompt)
+        if ids is None:
+            do = "Use .decode()." if isinstance(prompt, (bytes, bytearray)) else "prompts is a list of them."
+            raise TypeError(f"generate: prompt {i} is {show(prompt)}; takes a string or a list of token ids. {do}")
+        ids = token_ids(f"prompt {i}", ids, vocab, "token ids. prompts is a list of strings or of lists of ids.")
     if not ids:
         raise ValueError(f"generate: prompt {i} is empty; takes one token or more. Give it text, or the model's begin-of-text token.")
-    vocab = model.config.vocab_size
-    for token in ids:
-        if isinstance(token, bool) or not hasattr(token, "__index__"):
-            raise TypeError(f"generate: prompt {i} holds {token!r:.40}; takes token ids. prompts is a list of strings or of lists of ids.")
-        if not 0 <= token < vocab:
-            raise ValueError(f"generate: prompt {i} holds id {token}; takes 0 to {vocab - 1}, the model's vocabulary. Use its tokenizer.")
-    return [int(token) for token in ids]
+    return ids
 
 
-_PROBE = "def f(x):\n    return {'naïve': x ** 2, \"€\": [0.5, 128]}  # The quick brown fox\n"
-
-
-def _check_vocabulary(target: Any, draft: Any) -> None:
-    """Raises ValueError unless both models give the same ids the same tokens."""
-    if target.config.vocab_size != draft.config.vocab_size:
-        ours, theirs = target.config.vocab_size, draft.config.vocab_size
-        raise ValueError(
-            f"generate: drafter has {theirs} tokens in its vocabulary; takes {ours}, as the target has. Take a model of one family."
-        )
-    ours, theirs = target.tokenizer, draft.tokenizer
-    if ours is None or theirs is None or ours is theirs:
-        return
-    same = getattr(ours, "fingerprint", None) == getattr(theirs, "fingerprint", None)
-    if same and getattr(ours, "fingerprint", None) is None:
-        same = ours.encode(_PROBE) == theirs.encode(_PROBE)
-    if not same:
-        raise ValueError(
-            "generate: drafter has another tokenizer than the target; takes one with the same ids. Take a model of one family."
-        )
+def _check_cache(model: Any, cache: Any, requests: Sequence[Request]) -> None:
+    """A cache of the caller's is this model's, with a slot for each request that is empty and has room for it."""
+    if not all(hasattr(cache, part) for part in ("capacities", "free", "of")):
+        raise TypeError(f"generate: cache is {show(cache)}; takes one of model.new_cache, or None.")
+    if getattr(cache, "model", model) is not model:
+        raise ValueError("generate: cache is another model's; takes one that this model's new_cache made.")
+    have, need = [int(n) for n in cache.capacities], [r.capacity for r in requests]
+    if any(n < 0 for n in have[: len(need)]):
+        raise ValueError("generate: cache was freed; a cache serves one call. Make another with model.new_cache.")
+    if len(have) < len(need) or any(has < needs for has, needs in zip(have, need)):
+        raise ValueError(f"generate: cache has slots of {show(have)} tokens; takes {show(need)} or more, prompts and max_new_tokens.")
+    held = cache.of(range(len(need))).lengths
+    if held.any():
+        raise ValueError(f"generate: cache holds {show(held.tolist())} tokens already; takes empty slots. Crop them, or make another.")

@@ -7,6 +7,7 @@ guesses against accepted guesses and the token after them), so a rule that ends 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ramify.checks import show
 from ramify.decode.clock import Clock
 from ramify.decode.output import Output, Request, Stream
 from ramify.draft.base import Drafter
@@ -34,6 +35,8 @@ def decode(
     verifier: None takes the exact one that accepts most for each tree. cache: None makes one of the right capacities; a given one must
     hold request.capacity tokens in slots 0, 1, ... and is freed slot by slot. Raises what its parts raise; nothing stays behind then.
     """
+    if verifier is not None and not callable(verifier):
+        raise TypeError(f"decode: verifier is {show(verifier)}; takes a Verifier or None. ramify.verifier.build(name) makes one.")
     outs = [Output(request, i, stream) for i, request in enumerate(requests)]
     clock = Clock()
     drafter.bind(model, requests)

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any
 
-from ramify.checks import whole
+from ramify.checks import sequence, show, whole
 from ramify.decode.text import TextStream
 from ramify.sampling.pipeline import SamplingParams
 
@@ -182,16 +183,35 @@ class Output:
         return f"Output({len(self.token_ids)} ids, {self.finish_reason!r}, {self.stats.tokens_per_step:.2f} tokens per step)"
 
 
-def read_stops(stop: str | Sequence[Any], caller: str = "generate") -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
+def read_stops(stop: str | Sequence[Any], vocab: int) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
     """Split `stop=` into stop strings and id sequences. Takes one string, or a sequence of strings, ids and lists of ids."""
-    items = [stop] if isinstance(stop, str) else list(stop)
+    items = [stop] if isinstance(stop, str) else sequence(stop)
+    if items is None:
+        raise TypeError(f"generate: stop is {show(stop)}; takes a string, or a list of strings, ids and lists of ids. () is none.")
     strings = tuple(item for item in items if isinstance(item, str))
     if "" in strings:
-        raise ValueError(f'{caller}: stop has ""; takes strings of one character or more. Leave it out.')
+        raise ValueError('generate: stop has ""; takes strings of one character or more. Leave it out.')
     ids = []
     for item in items:
         if not isinstance(item, str):
-            ids.append(tuple(whole("stop", i, 0, caller) for i in (item if isinstance(item, (list, tuple)) else [item])))
+            several = sequence(item)
+            ids.append(tuple(token_ids("stop", [item] if several is None else several, vocab, "strings, ids and lists of ids.")))
             if not ids[-1]:
-                raise ValueError(f"{caller}: stop has []; takes one id or more. Leave it out.")
+                raise ValueError("generate: stop has []; takes one id or more. Leave it out.")
     return strings, tuple(ids)
+
+
+def token_ids(name: str, ids: Sequence[Any], vocab: int, takes: str) -> list[int]:
+    """Ids of a vocabulary, each any whole number but a bool, as ints. Raises TypeError for another kind, which tells what it `takes`."""
+    found = []
+    for item in ids:
+        try:
+            token = None if isinstance(item, bool) else index(item)
+        except TypeError:
+            token = None
+        if token is None:
+            raise TypeError(f"generate: {name} holds {show(item)}; takes {takes}")
+        if not 0 <= token < vocab:
+            raise ValueError(f"generate: {name} holds id {show(token)}; takes 0 to {vocab - 1}, the model's vocabulary. Use its tokenizer.")
+        found.append(token)
+    return found

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ramify.checks import loaded_model
 from ramify.draft.base import Drafter
 from ramify.sampling.pipeline import Sampling
 from ramify.tree import MAX_ROWS, TokenTree
@@ -152,9 +153,10 @@ class ModelDrafter(Drafter):
     last: TokenTree | None = None
 
     def bind(self, model: Any, requests: Sequence[Request]) -> None:
-        """Make the draft model's cache, with a slot per request."""
+        """Make the draft model's cache, with a slot per request. Raises ValueError for a model of another vocabulary."""
         if self.model is None:
             raise ValueError(f"{self.name}: model is None; takes the loaded draft model. generate(drafter=...) sets it.")
+        check_vocabulary(model, loaded_model("model", self.model, self.name))
         self.second = SecondModel(self.model, requests)
         self.params = [r.params for r in requests]
         self.text: dict[int, list[int]] = {}
@@ -187,3 +189,25 @@ class ModelDrafter(Drafter):
 
 ROOM = MAX_ROWS - _FEW - 1
 """Most guesses that the draft model may run in one step, pending tokens and root aside."""
+
+
+_PROBE = "def f(x):\n    return {'naïve': x ** 2, \"€\": [0.5, 128]}  # The quick brown fox\n"
+
+
+def check_vocabulary(target: Any, draft: Any) -> None:
+    """Raises ValueError unless both models give the same ids the same tokens."""
+    if target.config.vocab_size != draft.config.vocab_size:
+        ours, theirs = target.config.vocab_size, draft.config.vocab_size
+        raise ValueError(
+            f"generate: drafter has {theirs} tokens in its vocabulary; takes {ours}, as the target has. Take a model of one family."
+        )
+    ours, theirs = target.tokenizer, draft.tokenizer
+    if ours is None or theirs is None or ours is theirs:
+        return
+    same = getattr(ours, "fingerprint", None) == getattr(theirs, "fingerprint", None)
+    if same and getattr(ours, "fingerprint", None) is None:
+        same = ours.encode(_PROBE) == theirs.encode(_PROBE)
+    if not same:
+        raise ValueError(
+            "generate: drafter has another tokenizer than the target; takes one with the same ids. Take a model of one family."
+        )

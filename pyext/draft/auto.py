@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ramify.checks import between
 from ramify.draft.base import Drafter, Wants, drafter
 from ramify.registry import drafter as drafters
 from ramify.size._experience import Experience, remembered
@@ -50,6 +51,7 @@ class Auto(Drafter):
     chosen: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
+        between("share", self.share, 0, 1, "auto")
         for cls in drafters.all():
             needs = getattr(cls, "takes_model", "no") == "yes"
             if getattr(cls, "portfolio", False) and not (needs and self.model is None):

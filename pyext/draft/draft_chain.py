@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ramify.checks import between, whole
+from ramify.checks import between, flag, whole
 from ramify.draft._second_model import ROOM, ModelDrafter
 from ramify.draft.base import drafter
 from ramify.sampling.pipeline import Sampling, draw_children
@@ -41,6 +41,7 @@ class DraftChain(ModelDrafter):
         if whole("most", self.most, 1, "draft_chain") > ROOM:
             raise ValueError(f"draft_chain: most is {self.most}; takes 1 to {ROOM}.")
         between("confidence", self.confidence, 0, 1, "draft_chain")
+        flag("stochastic", self.stochastic, "draft_chain")
 
     def size_policy(self) -> SizePolicy | None:
         """Rows must not depend on the clock where the text depends on the rows."""

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ramify.checks import between, whole
+from ramify.checks import between, flag, whole
 from ramify.draft._second_model import ROOM, Guessing, ModelDrafter
 from ramify.draft.base import drafter
 from ramify.sampling.pipeline import Sampling, draw_children
@@ -52,6 +52,7 @@ class DraftTree(ModelDrafter):
         for field in ("depth", "width", "frontier"):
             whole(field, getattr(self, field), 1, "draft_tree")
         between("min_odds", self.min_odds, 0, 1, "draft_tree")
+        flag("stochastic", self.stochastic, "draft_tree")
         if (self.depth - 1) * self.frontier > ROOM:
             raise ValueError(f"draft_tree: depth is {self.depth} and frontier {self.frontier}; takes (depth - 1) * frontier up to {ROOM}.")
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ramify.checks import between, whole
+from ramify.checks import between, sequence, show, whole
 from ramify.draft.base import Drafter, drafter
 from ramify.tree import TokenTree
 
@@ -39,7 +39,9 @@ class Oracle(Drafter):
     def __post_init__(self) -> None:
         between("accuracy", self.accuracy, 0, 1, "oracle")
         whole("branches", self.branches, 0, "oracle")
-        self._random = random.Random(self.seed)
+        if self.continuations is not None and sequence(self.continuations) is None:
+            raise TypeError(f"oracle: continuations is {show(self.continuations)}; takes a list of ids for each slot, or None.")
+        self._random = random.Random(whole("seed", self.seed, caller="oracle"))
 
     def bind(self, model: Any, requests: Sequence[Request]) -> None:
         """Find out the continuations, by plain decoding with the requests' own parameters and seeds."""

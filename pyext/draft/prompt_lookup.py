@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ramify.checks import one_of, whole
+from ramify.checks import flag, one_of, whole
 from ramify.draft.base import Drafter, drafter
 from ramify.tree import TokenTree
 
@@ -51,6 +51,7 @@ class PromptLookup(Drafter):
         whole("shortest", self.shortest, 1, "prompt_lookup")
         whole("longest", self.longest, self.shortest, "prompt_lookup")
         one_of("anchor", self.anchor, ("latest", "unique"), "prompt_lookup")
+        flag("copy_on", self.copy_on, "prompt_lookup")
 
     def bind(self, model: Any, requests: Sequence[Request]) -> None:
         """Learn which tokens end a text."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ramify.checks import at_least
+from ramify.checks import whole
 from ramify.draft.base import Drafter, drafter
 from ramify.tree import TokenTree
 
@@ -25,7 +25,7 @@ class RandomDraft(Drafter):
     _vocab: int = field(default=1, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        at_least("seed", self.seed, 0, "random_draft")
+        whole("seed", self.seed, 0, "random_draft")
         self._random = random.Random(self.seed)
 
     def bind(self, model: Any, requests: Sequence[Request]) -> None:

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from ramify.checks import one_of
+from ramify.checks import flag, one_of, show
 from ramify.draft.base import Drafter, Wants, drafter
 from ramify.tree import TokenTree
 
@@ -62,6 +62,9 @@ class TokenRecycling(Drafter):
     wants: Wants = field(default=Wants(), init=False, repr=False)
 
     def __post_init__(self) -> None:
+        flag("keep", self.keep, "token_recycling")
+        if self.table is not None and not isinstance(self.table, np.ndarray):
+            raise TypeError(f"token_recycling: table is {show(self.table)}; takes an int32 array [V, {WIDTH}] or None.")
         one_of("prompt", self.prompt, ("none", "pairs", "rows"), "token_recycling")
         self.wants = Wants(topk=WIDTH, prompt=self.prompt == "rows")
 

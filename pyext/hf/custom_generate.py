@@ -62,8 +62,8 @@ class CustomGenerate:
         size: int | str | SizePolicy | None = None,
         streamer: Any = None,
     ) -> None:
-        if isinstance(method, str):
-            drafters.get(method.partition(":")[0], _WHO, "method")  # a wrong name is refused here, not in the middle of generate
+        if not isinstance(method, Drafter):  # a wrong name is refused here, not in the middle of generate
+            drafters.get(method.partition(":")[0] if isinstance(method, str) else method, _WHO, "method")
         self.method, self.size, self.streamer = method, Fixed(size) if isinstance(size, int) else size, streamer
         self.drafter = HFModel(drafter) if isinstance(drafter, PreTrainedModel) else drafter
         self.outputs: list[Output] = []

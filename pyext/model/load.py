@@ -1,11 +1,13 @@
 """ramify.load: a Hugging Face folder, or the embedded zoo, as a Model."""
 
+import os
 from pathlib import Path
 
 import torch
 
 from ramify.backends import ROUNDED
-from ramify.checks import one_of
+from ramify.checks import one_of, show
+from ramify.errors import CheckpointError
 from ramify.model.checkpoint import Checkpoint
 from ramify.model.model import Model
 from ramify.model.tokenizer import Tokenizer
@@ -34,12 +36,16 @@ def load(
 
     Raises UnsupportedModelError for another architecture, CheckpointError for a broken file, ValueError for the rest.
     """
+    if not isinstance(model, (str, os.PathLike)):
+        raise TypeError(f'load: model is {show(model)}; takes a path, "zoo" or "zoo-drafter".')
+    if not str(model):
+        raise CheckpointError('load: model is ""; takes a folder with config.json and safetensors, "zoo" or "zoo-drafter".')
     if str(dtype).removeprefix("torch.") not in DTYPES:
-        raise ValueError(f'load: dtype is "{dtype}"; takes bf16 or fp32.')
+        raise ValueError(f"load: dtype is {show(dtype)}; takes bf16 or fp32.")
     if str(device) != "cpu":
-        raise ValueError(f'load: device is "{device}"; takes "cpu": the GPU backends are not built yet.')
+        raise ValueError(f'load: device is {show(device)}; takes "cpu": the GPU backends are not built yet.')
     one_of("activations", activations, ROUNDED, "load")
-    layers = None if weights is None else Format.parse(weights)
+    layers = None if weights is None else Format.parse(weights, "load: weights")
     folder = folder_of(model)
     checkpoint = Checkpoint(folder, name=str(model) if str(model) in ZOO else None)
     stored = checkpoint.config.quantization
@@ -47,7 +53,7 @@ def load(
         raise ValueError(f"load: weights is {layers.name} and {folder.name} is quantised already; takes None: it is read as it is stored.")
     if head is None:
         head = stored.get("head") if stored else "int8" if layers else None
-    head_format = None if head in (None, "dense") else Format.parse(str(head))
+    head_format = None if head in (None, "dense") else Format.parse(head, "load: head")
     settings = Settings(DTYPES[str(dtype).removeprefix("torch.")], layers, head_format, activations)
     return Model(checkpoint.config, Weights.load(checkpoint, settings), Tokenizer.from_folder(folder))
 

@@ -11,6 +11,7 @@ import torch
 from ramify.backends import MAX_TOPK, check_model_backend
 from ramify.cache.arena import PREFILL_ROWS, Arena
 from ramify.cache.cache import Cache, CacheView
+from ramify.checks import show, whole
 from ramify.model.config import ModelConfig
 from ramify.model.rope import RopeTable
 from ramify.model.step import WORDS, Plan, Step
@@ -74,21 +75,24 @@ class Model:
     def new_cache(self, capacities: Sequence[int], pages: str | None = None) -> Cache:
         """A cache with one slot per capacity (tokens). pages: a page format by name; the default stores what the model computes in.
 
-        Raises ValueError for a capacity below 1 or beyond the model's positions.
+        Raises ValueError for no capacity, one below 1 or beyond the model's positions; TypeError for what is no whole number.
         """
         limit = self.config.max_positions
         for capacity in capacities:
-            if not 1 <= capacity <= limit:
-                raise ValueError(f"new_cache: capacity is {capacity}; takes 1 to {limit}, the positions of {self.config.name}.")
+            if not 1 <= whole("capacity", capacity, caller="new_cache") <= limit:
+                raise ValueError(f"new_cache: capacity is {show(capacity)}; takes 1 to {limit}, the positions of {self.config.name}.")
+        if len(capacities) == 0:
+            raise ValueError("new_cache: capacities is empty; takes one or more, a slot each.")
         stored = page_format.get(pages or FORMATS[self.weights.dtype], "new_cache", "pages")()
         need = sum(-(-int(c) // TILE) for c in capacities)
         drafts = max(PREFILL_ROWS // TILE, DRAFT_PAGES * len(capacities))
         for i, arena in enumerate(self._arenas):  # an idle arena keeps its captured steps
             if arena.page_format.name == stored.name and arena.pages >= need and arena.draft_pages >= drafts:
-                return Cache(self._arenas.pop(i), capacities, self._arenas.append)
-        return Cache(Arena(self.config, stored, need, drafts), capacities, self._release)
+                return Cache(self._arenas.pop(i), capacities, self)
+        return Cache(Arena(self.config, stored, need, drafts), capacities, self)
 
-    def _release(self, arena: Arena) -> None:
+    def release(self, arena: Arena) -> None:
+        """Take the arena of a cache whose last slot was freed, for caches to come."""
         self._arenas = [*self._arenas[-1:], arena]  # two idle arenas at most
 
     def prefill(
@@ -170,6 +174,10 @@ class Model:
     def _forward(self, tree, view, first, span, head, topk, taps, hidden, limit) -> StepOut:
         check_model_backend()
         B, arena = len(tree.row_start) - 1, view.cache.arena
+        if view.cache.model is not self:
+            raise ValueError("forward: cache is another model's; takes one that this model's new_cache made.")
+        if not view.cache.live:  # its memory may be another cache's by now
+            raise ValueError("forward: cache was freed; takes one that was not. Make another with new_cache.")
         if len(view.slots) != B:
             raise ValueError(f"forward: tree has {B} sequences; takes {len(view.slots)}, as the view has.")
         shape = _Shape.of(tree, limit) if first is None else _Shape.grown(tree, first, limit)

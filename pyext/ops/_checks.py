@@ -98,9 +98,13 @@ def check_cache(check: Shapes, k_name: str, k: Tensor, v_name: str, v: Tensor, p
 
 
 def tensor(op: str, name: str, x: object) -> Tensor:
-    """x, which is a tensor of the ordinary, strided kind."""
+    """x, which is a tensor of the ordinary kind: strided, not nested, not one of torch's quantized ones."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} is {show(x)}; takes a tensor.")
+    if x.is_nested:
+        raise TypeError(f"{op}: {name} is a nested tensor; takes a plain one. Use torch.nested.to_padded_tensor({name}, 0.0).")
+    if x.is_quantized:
+        raise TypeError(f"{op}: {name} is a quantized tensor of torch; takes a plain one. Use {name}.dequantize().")
     if x.layout is not torch.strided:
         raise TypeError(f"{op}: {name} is a {_short(x.layout)} tensor; takes a strided one. Use {name}.to_dense().")
     return x
@@ -113,6 +117,8 @@ def outputs(op: str, out: object, count: int) -> tuple[Tensor, ...]:
         takes = "a tensor" if count == 1 else f"a tuple of {count} tensors, in the order they are returned"
         came = f"tuple of {len(out)}" if isinstance(out, tuple) else type(out).__name__
         raise TypeError(f"{op}: out is {came}; takes {takes}.")
+    for i, x in enumerate(got):
+        tensor(op, "out" if count == 1 else f"out[{i}]", x)
     return got
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ramify import native_cuda as n
+from ramify.ops._memory import ids32
 
 Outputs = tuple[Tensor, ...]
 
@@ -137,7 +138,7 @@ def topk_logits(outs: Outputs, logits: Tensor, k: int) -> None:
 
 def verify_greedy(outs: Outputs, tokens: Tensor, parents: Tensor, argmax: Tensor, n_rows: Tensor) -> None:
     """Path, count and bonus of each sequence."""
-    tokens, parents, argmax = (x.int().contiguous() for x in (tokens, parents, argmax))
+    tokens, parents, argmax = map(ids32, (tokens, parents, argmax))
     n_rows = n_rows.contiguous()
     path, count, bonus = _target(outs[0]), _vector(outs[1]), _vector(outs[2])
     args = n.VerifyGreedyArgs(B=tokens.shape[0], T=tokens.shape[1], tokens=tokens.data_ptr(), parents=parents.data_ptr())
@@ -154,7 +155,7 @@ def verify_sample(
 ) -> None:  # fmt: skip
     """Path, count and bonus of each sequence."""
     B, T, V = logits.shape
-    tokens, parents, position = tokens.int().contiguous(), parents.int().contiguous(), position.long().contiguous()
+    tokens, parents, position = ids32(tokens), ids32(parents), position.long().contiguous()
     n_rows, temperature, seed = n_rows.contiguous(), temperature.contiguous(), seed.contiguous()
     path, count, bonus = _target(outs[0]), _vector(outs[1]), _vector(outs[2])
     args = n.VerifySampleArgs(B=B, T=T, V=V, mode=n.MODES[mode], logits=logits.data_ptr(), type=n.TYPES[logits.dtype])

@@ -1,7 +1,7 @@
 """How an op reaches torch: one `define` gives it a functional form, an out form, a fake and a backend to run on.
 
 The classic `torch.library.Library` is used because it costs a third of `custom_op` per call and needs no torch at build time.
-No autograd is registered: ops are for inference.
+No gradient is registered: ops are for inference, and one that is asked for a gradient says so.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ramify import backends
+from ramify import backends, reference
 from ramify.ops._checks import Results, Shapes, outputs, tensor
 from ramify.ops._memory import crosses, folded, overlap
 
@@ -27,7 +27,8 @@ class Op:
     name: "rms_norm", or "rms_norm.residual" for an overload. arguments: the schema of the inputs, of which the first is a tensor.
     outputs: names of the output tensors. check(*inputs) raises for what the op does not take and returns shape and dtype of each
     output; every way into the op goes through it once: the public function, both torch forms and the fake. It sees shapes, dtypes
-    and numbers, not the values in a tensor: reference and cpu check those.
+    and numbers; values(*inputs) raises for what is in the tensors, and is asked on the CPU only: elsewhere the answer would cost a
+    synchronisation.
     sizes(*inputs): what the backend table has to know, dtype= at least. reference(*inputs) returns the outputs;
     cpu(outputs, *inputs) and cuda(outputs, *inputs) fill them, and share no memory between the two; so does the function of that name
     in ops._triton, where `triton` names one.
@@ -44,10 +45,11 @@ class Op:
         cpu: Callable[..., None] | None = None,
         cuda: Callable[..., None] | None = None,
         triton: str = "",
+        values: Callable[..., None] | None = None,
     ) -> None:
         self.name, _, overload = name.partition(".")
         self.outputs, self.tensors = tuple(outputs), _tensors(arguments)
-        self._check, self._sizes, self._reference = check, sizes, reference
+        self._check, self._values, self._sizes, self._reference = check, values, sizes, reference
         self._kernels = {"cpu": cpu, "cuda": cuda, "triton": launcher(triton, lambda args: args[0][0]) if triton else None}
         returns = ", ".join("Tensor" for _ in self.outputs)
         written = ", ".join(f"Tensor({letter}!) {out}" for letter, out in zip("abc", self.outputs))
@@ -61,8 +63,12 @@ class Op:
         """Run on what the user gave; `out` holds one tensor per output. Numbers among the inputs are already of the schema's kind."""
         _check_kinds(self.name, self.tensors, inputs)
         if out is None:
-            return self._call(*inputs)
+            result = self._call(*inputs)
+            _refuse_gradients(self.name, result if type(result) is tuple else (result,))
+            return result
         outs = outputs(self.name, out, len(self.outputs))
+        for i, x in enumerate(outs):
+            _check_leaf(self.name, "out" if len(outs) == 1 else f"out[{i}]", x)
         self._call_into(*inputs, **dict(zip(self.outputs, outs)))
         return _one_or_all(outs)
 
@@ -97,6 +103,8 @@ class Op:
     def _run(self, outs: Outputs, inputs: tuple) -> None:
         if outs[0].numel() == 0:
             return
+        if self._values is not None and outs[0].device.type == "cpu":
+            self._values(*inputs)
         backend = backends.choose(self.name, outs[0].device.type, **self._sizes(*inputs))
         kernel = self._kernels.get(backend)
         if kernel is not None:
@@ -107,7 +115,7 @@ class Op:
 
 
 class InPlaceOp:
-    """An op that changes some of its arguments, those with a `!` in the schema, and returns nothing. `check` as for Op."""
+    """An op that changes some of its arguments, those with a `!` in the schema, and returns nothing. `check` and `values` as for Op."""
 
     def __init__(
         self,
@@ -119,22 +127,27 @@ class InPlaceOp:
         cpu: Callable[..., None] | None = None,
         cuda: Callable[..., None] | None = None,
         triton: str = "",
+        values: Callable[..., None] | None = None,
     ) -> None:
         self.name, self.tensors = name, _tensors(arguments)
         self._kernels = {"cpu": cpu, "cuda": cuda, "triton": launcher(triton, lambda args: args[0]) if triton else None}
         self._written = [(i, argument) for i, argument, _ in self.tensors if "!" in arguments.split(", ")[i]]
-        self._check, self._sizes, self._reference = check, sizes, reference
+        self._check, self._values, self._sizes, self._reference = check, values, sizes, reference
         _register(name, f"({arguments}) -> ()", self._run, check)
         self._call = getattr(torch.ops.ramify, name).default
 
     def __call__(self, *inputs: Any) -> None:
         """Run on what the user gave."""
         _check_kinds(self.name, self.tensors, inputs)
+        for i, name in self._written:
+            _check_leaf(self.name, name, inputs[i])
         self._call(*inputs)
 
     def _run(self, *inputs: Any) -> None:
         self._check(*inputs)
         _check_written(self.name, [name for _, name in self._written], [inputs[i] for i, _ in self._written])
+        if self._values is not None and inputs[0].device.type == "cpu":
+            self._values(*inputs)
         kernel = self._kernels.get(backends.choose(self.name, inputs[0].device.type, **self._sizes(*inputs)))
         (kernel or self._reference)(*inputs)
 
@@ -151,8 +164,15 @@ def launcher(name: str, on: Callable[[tuple], Tensor]) -> Callable[..., None]:
 
 def _register(name: str, schema: str, run: Callable, fake: Callable) -> None:
     _library.define(name + schema, tags=_tags)
+
+    def run_plainly(*args: Any, **options: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return run(*args, **options)
+        with torch.no_grad():  # what a kernel or the reference does inside an op is nothing to differentiate
+            return run(*args, **options)
+
     for key in ("CPU", "CUDA"):
-        _library.impl(name, run, key)
+        _library.impl(name, run_plainly, key)
     torch.library.register_fake(f"ramify::{name}", fake, lib=_library)
 
 
@@ -166,7 +186,8 @@ def _check_kinds(op: str, tensors: tuple[tuple[int, str, bool], ...], inputs: tu
     """Tensors are where the schema has them: torch would say it in several lines."""
     for i, name, optional in tensors:
         x = inputs[i]
-        if (type(x) is not Tensor or x.layout is not torch.strided) and (x is not None or not optional):
+        plain = type(x) is Tensor and x.layout is torch.strided and not (x.is_nested or x.is_quantized)
+        if not plain and (x is not None or not optional):
             tensor(op, name, x)
 
 
@@ -180,6 +201,24 @@ def _check_written(op: str, names: Sequence[str], written: Sequence[Tensor]) -> 
         for other, y in zip(names[:i], written):
             if overlap(x, y):
                 raise ValueError(f"{op}: {name} shares memory with {other}; takes tensors apart from each other. Give another.")
+
+
+def _check_leaf(op: str, name: str, x: Tensor) -> None:
+    """A tensor that is written into has no gradient of its own to be wrong."""
+    if x.requires_grad and x.is_leaf and torch.is_grad_enabled():
+        raise ValueError(f"{op}: {name} requires gradients; takes a tensor that does not, or torch.no_grad(). Use {name}.detach().")
+
+
+def _refuse_gradients(op: str, results: Sequence[Tensor]) -> None:
+    """Whoever asks for a gradient of these is told that there is none: torch alone would leave this op's part of it out."""
+    for x in results:
+        if x.requires_grad and not torch.compiler.is_compiling():
+
+            def refuse(gradient: Tensor) -> None:
+                where = f"ramify.reference.{op} is differentiable" if hasattr(reference, op) else "an op is for inference"
+                raise NotImplementedError(f"{op}: backward is not built; {where}. Run the op under torch.no_grad().")
+
+            x.register_hook(refuse)
 
 
 def _one_or_all(outs: Outputs) -> Any:

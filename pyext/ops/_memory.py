@@ -1,4 +1,4 @@
-"""Who shares memory with whom: asked before an op writes into tensors that it did not make.
+"""Before addresses are taken: who shares memory with whom, and ids in the width that kernels read.
 
 Real tensors only, never fake ones: the answers come from addresses.
 """
@@ -22,6 +22,13 @@ def overlap(a: Tensor, b: Tensor) -> bool:
     marks = torch.zeros(max(_end(a), _end(b)) - low, dtype=torch.bool, device=a.device)
     _bytes(marks, a, low).fill_(True)
     return bool(_bytes(marks, b, low).any())
+
+
+def ids32(ids: Tensor) -> Tensor:
+    """Ids as dense int32; one beyond int32, which equals none that a kernel makes, becomes the lowest number."""
+    if ids.dtype == torch.int64:
+        ids = ids.masked_fill(ids != ids.int(), -(1 << 31)).int()
+    return ids.contiguous()
 
 
 def folded(x: Tensor) -> bool:

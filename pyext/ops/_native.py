@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ramify.backends import native
-from ramify.ops._memory import crosses
+from ramify.ops._memory import crosses, ids32
 from ramify.quant.formats import Format
 from ramify.quant.packing import pack_panels
 
@@ -231,7 +231,7 @@ def place(x: Tensor, cache: Tensor, path: Tensor | None, count: Tensor, length: 
     """Rows of x [L, B, T, Hkv, D] into a cache [L, ..., Hkv, D] behind `length`: rows path[b, :count[b]], or the first count[b]."""
     n = native()
     x = x.clone() if crosses(x, cache) else x  # a row may not be read after its place was written
-    path, count, length = None if path is None else path.int().contiguous(), count.contiguous(), length.contiguous()
+    path, count, length = None if path is None else ids32(path), count.contiguous(), length.contiguous()
     L, B, T, Hkv, D = x.shape
     args = n.PlaceArgs(L=L, B=B, A=T if path is None else path.shape[1], Hkv=Hkv, D=D, path=n.pointer(path))
     args.count, args.length = count.data_ptr(), length.data_ptr()
@@ -246,7 +246,7 @@ def place(x: Tensor, cache: Tensor, path: Tensor | None, count: Tensor, length: 
 
 def verify_greedy(outs: Outputs, tokens: Tensor, parents: Tensor, argmax: Tensor, n_rows: Tensor) -> None:
     """path, count and bonus of the walk along arg-maxes."""
-    argmax = argmax.int().contiguous()
+    argmax = ids32(argmax)
     _walk(outs, native().VerifyArgs(argmax=argmax.data_ptr()), tokens, parents, n_rows)
 
 
@@ -275,7 +275,7 @@ def verify_sample(
 
 
 def _walk(outs: Outputs, args: Structure, tokens: Tensor, parents: Tensor, n_rows: Tensor) -> None:
-    tokens, parents, n_rows = tokens.int().contiguous(), parents.int().contiguous(), n_rows.contiguous()
+    tokens, parents, n_rows = ids32(tokens), ids32(parents), n_rows.contiguous()
     results = [out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype) for out in outs]
     args.B, args.T = tokens.shape
     args.tokens, args.parents, args.n_rows = tokens.data_ptr(), parents.data_ptr(), n_rows.data_ptr()

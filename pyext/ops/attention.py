@@ -170,10 +170,8 @@ def _check_heads(op: str, Hq: int, Hkv: int) -> None:
         )
 
 
-def _check_values(q: Tensor, k: Tensor, ancestors: Tensor, prefix_len: Tensor, page_table: Tensor | None, tail_rows: Tensor | None) -> None:
-    """Lengths fit their tensors and every used row sees itself and no later row. On the CPU only: reading costs nothing there."""
-    if q.device.type != "cpu":
-        return
+def _check_values(q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows) -> None:
+    """Lengths fit their tensors and every used row sees itself and no later row."""
     T = q.shape[1]
     slots = k.shape[1] * (1 if page_table is None else page_table.shape[1])
     for name, lengths, most in (("prefix_len", prefix_len, slots), ("tail_rows", tail_rows, T)):
@@ -198,21 +196,10 @@ def _check_values(q: Tensor, k: Tensor, ancestors: Tensor, prefix_len: Tensor, p
 
 
 def _reference(q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows):
-    _check_values(q, k, ancestors, prefix_len, page_table, tail_rows)
     return reference.tree_attention(
         q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table=page_table, scale=scale, window=window or None, sink=sink,
         tail_rows=tail_rows, return_lse=True,
     )  # fmt: skip
-
-
-def _cpu(outs, q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows):
-    _check_values(q, k, ancestors, prefix_len, page_table, tail_rows)
-    _native.tree_attention(outs, q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows)
-
-
-def _cuda(outs, q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows):
-    _check_values(q, k, ancestors, prefix_len, page_table, tail_rows)
-    _kernels.tree_attention(outs, q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows)
 
 
 _tree_attention = Op(
@@ -223,16 +210,15 @@ _tree_attention = Op(
     check=_check_tree_attention,
     sizes=lambda q, k, *_: {"dtype": q.dtype, "D": q.shape[3], "kv": k.dtype},
     reference=_reference,
-    cpu=_cpu,
-    cuda=_cuda,
+    cpu=_native.tree_attention,
+    cuda=_kernels.tree_attention,
     triton="tree_attention",
+    values=_check_values,
 )
 
 
-def _check_bounds(k: Tensor, start: Tensor, end: Tensor) -> None:
-    """Intervals lie within the slots. On the CPU only: elsewhere the answer would cost a synchronisation."""
-    if k.device.type != "cpu" or start.numel() == 0:
-        return
+def _check_bounds(q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float) -> None:
+    """Intervals lie within the slots."""
     for name, bound in (("start", start), ("end", end)):
         low, high = (int(x) for x in bound.aminmax())
         if low < 0 or high > k.shape[1]:
@@ -240,18 +226,7 @@ def _check_bounds(k: Tensor, start: Tensor, end: Tensor) -> None:
 
 
 def _interval_reference(q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float) -> Any:
-    _check_bounds(k, start, end)
     return reference.interval_attention(q, k, v, start, end, scale=scale, return_lse=True)
-
-
-def _interval_cpu(outs: tuple[Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float) -> None:
-    _check_bounds(k, start, end)
-    _native.interval_attention(outs, q, k, v, start, end, scale)
-
-
-def _interval_cuda(outs: tuple[Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float) -> None:
-    _check_bounds(k, start, end)
-    _kernels.interval_attention(outs, q, k, v, start, end, scale)
 
 
 _interval_attention = Op(
@@ -261,9 +236,10 @@ _interval_attention = Op(
     check=_check_interval,
     sizes=lambda q, k, *_: {"dtype": q.dtype, "D": q.shape[3], "kv": k.dtype},
     reference=_interval_reference,
-    cpu=_interval_cpu,
-    cuda=_interval_cuda,
+    cpu=_native.interval_attention,
+    cuda=_kernels.interval_attention,
     triton="interval_attention",
+    values=_check_bounds,
 )
 _merge_states = Op(
     "merge_states",

@@ -87,6 +87,8 @@ def _check_rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Resul
     check("sin", sin, "P R/2", _F32)
     check("positions", positions, "...", INDICES, dense=False)
     check.same_shape("positions", positions, "x without its last two axes", x.shape[:-2])
+    if cos.shape[0] == 0:
+        raise check.fail(f"cos is {list(cos.shape)}", "one position or more")
     if 2 * cos.shape[1] > x.shape[-1]:
         raise check.fail(f"cos has {cos.shape[1]} columns", f"at most D/2 = {x.shape[-1] // 2}")
     return ((x.shape, x.dtype),)
@@ -108,43 +110,19 @@ def _check_embed(ids: Tensor, table: Tensor, dtype: torch.dtype) -> Results:
     return (((*ids.shape, table.shape[1]), dtype),)
 
 
+def _check_rope_values(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
+    _in_range("rope", "positions", positions, cos.shape[0], "cos")
+
+
+def _check_embed_values(ids: Tensor, table: Tensor, dtype: torch.dtype) -> None:
+    _in_range("embed", "ids", ids, table.shape[0], "table")
+
+
 def _in_range(op: str, name: str, index: Tensor, stop: int, of: str) -> None:
-    """Indices lie in 0 .. stop - 1. Asked on the CPU only: elsewhere the answer would cost a synchronisation."""
-    if index.device.type != "cpu" or index.numel() == 0:
-        return
+    """Indices, one at least, lie in 0 .. stop - 1."""
     low, high = (int(t) for t in index.aminmax())
     if low < 0 or high >= stop:
         raise ValueError(f"{op}: {name} holds {low if low < 0 else high}; takes 0 to {stop - 1}, the rows of {of}.")
-
-
-def _rope_reference(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor]:
-    _in_range("rope", "positions", positions, cos.shape[0], "cos")
-    return (reference.rope(x, cos, sin, positions),)
-
-
-def _rope_cpu(outs: tuple[Tensor, ...], x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
-    _in_range("rope", "positions", positions, cos.shape[0], "cos")
-    _native.rope(outs, x, cos, sin, positions)
-
-
-def _rope_cuda(outs: tuple[Tensor, ...], x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
-    _in_range("rope", "positions", positions, cos.shape[0], "cos")
-    _cuda.rope(outs, x, cos, sin, positions)
-
-
-def _embed_reference(ids: Tensor, table: Tensor, dtype: torch.dtype) -> tuple[Tensor]:
-    _in_range("embed", "ids", ids, table.shape[0], "table")
-    return (reference.embed(ids, table, dtype=dtype),)
-
-
-def _embed_cpu(outs: tuple[Tensor, ...], ids: Tensor, table: Tensor, dtype: torch.dtype) -> None:
-    _in_range("embed", "ids", ids, table.shape[0], "table")
-    _native.embed(outs, ids, table)
-
-
-def _embed_cuda(outs: tuple[Tensor, ...], ids: Tensor, table: Tensor, dtype: torch.dtype) -> None:
-    _in_range("embed", "ids", ids, table.shape[0], "table")
-    _cuda.embed(outs, ids, table)
 
 
 _rms_norm = Op(
@@ -175,10 +153,11 @@ _rope = Op(
     ["out"],
     check=_check_rope,
     sizes=lambda x, cos, sin, positions: {"dtype": x.dtype, "rotary": "whole head" if 2 * cos.shape[1] == x.shape[-1] else "part of it"},
-    reference=_rope_reference,
-    cpu=_rope_cpu,
-    cuda=_rope_cuda,
+    reference=lambda *inputs: (reference.rope(*inputs),),
+    cpu=_native.rope,
+    cuda=_cuda.rope,
     triton="rope",
+    values=_check_rope_values,
 )
 _silu_mul = Op(
     "silu_mul",
@@ -197,8 +176,9 @@ _embed = Op(
     ["out"],
     check=_check_embed,
     sizes=lambda ids, table, dtype: {"dtype": table.dtype, "out": dtype},
-    reference=_embed_reference,
-    cpu=_embed_cpu,
-    cuda=_embed_cuda,
+    reference=lambda ids, table, dtype: (reference.embed(ids, table, dtype=dtype),),
+    cpu=lambda outs, ids, table, dtype: _native.embed(outs, ids, table),
+    cuda=lambda outs, ids, table, dtype: _cuda.embed(outs, ids, table),
     triton="embed",
+    values=_check_embed_values,
 )

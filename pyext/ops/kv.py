@@ -1,6 +1,5 @@
 """kv_append and kv_commit: the only two ways a token enters a cache of plain tensors."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,9 +76,7 @@ def _check_commit(
 
 
 def _check_slots(op: str, name: str, counts: Tensor, most: int, length: Tensor, k_cache: Tensor, page_table: Tensor | None) -> None:
-    """Everything fits, and no page is written twice. On the CPU only: elsewhere the answer would cost a synchronisation."""
-    if length.device.type != "cpu":
-        return
+    """Everything fits, and no page is written twice."""
     size, pages = k_cache.shape[-3], k_cache.shape[-4]
     slots = size * (1 if page_table is None else page_table.shape[1])
     written: set[int] = set()
@@ -98,9 +95,7 @@ def _check_slots(op: str, name: str, counts: Tensor, most: int, length: Tensor, 
 
 
 def _check_path(path: Tensor, count: Tensor, T: int) -> None:
-    """Accepted rows are rows of the tail. On the CPU only."""
-    if path.device.type != "cpu":
-        return
+    """Accepted rows are rows of the tail."""
     used = torch.arange(path.shape[1]) < count[:, None]
     wrong = used & ((path < 0) | (path >= T))
     if wrong.any():
@@ -108,49 +103,39 @@ def _check_path(path: Tensor, count: Tensor, T: int) -> None:
         raise ValueError(f"kv_commit: path[{b}, {i}] is {path[b, i]}; takes 0 to {T - 1}, the rows of tail_k.")
 
 
-def _checked_append(kernel: Callable[..., None]) -> Callable[..., None]:
-    """`kernel` behind the checks of values."""
-
-    def append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor, n_rows: Tensor | None, *rest: Tensor | None) -> None:
-        n_rows = torch.full_like(length, k.shape[1]) if n_rows is None else n_rows
-        _check_slots("kv_append", "n_rows", n_rows, k.shape[1], length, k_cache, *rest)
-        kernel(k, v, k_cache, v_cache, length, n_rows, *rest)
-
-    return append
+def _check_append_values(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor, n_rows: Tensor | None, page_table: Tensor | None
+) -> None:
+    T = k.shape[1]
+    _check_slots("kv_append", "n_rows", torch.full_like(length, T) if n_rows is None else n_rows, T, length, k_cache, page_table)
 
 
-def _checked_commit(kernel: Callable[..., None]) -> Callable[..., None]:
-    """`kernel` behind the checks of values."""
-
-    def commit(tail_k: Tensor, tail_v: Tensor, k_cache: Tensor, v_cache: Tensor, path: Tensor, count: Tensor, *rest: Any) -> None:
-        _check_slots("kv_commit", "count", count, path.shape[1], rest[0], k_cache, rest[1])
-        _check_path(path, count, tail_k.shape[-3])
-        kernel(tail_k, tail_v, k_cache, v_cache, path, count, *rest)
-
-    return commit
+def _check_commit_values(
+    tail_k: Tensor, tail_v: Tensor, k_cache: Tensor, v_cache: Tensor, path: Tensor, count: Tensor, length: Tensor, page_table: Tensor | None
+) -> None:
+    _check_slots("kv_commit", "count", count, path.shape[1], length, k_cache, page_table)
+    _check_path(path, count, tail_k.shape[-3])
 
 
-def _append_reference(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor, n_rows: Tensor, page_table: Any) -> None:
-    reference.kv_append(k, v, k_cache, v_cache, length, n_rows=n_rows, page_table=page_table)
+def _append(*inputs: Any) -> None:
+    reference.kv_append(*inputs[:5], n_rows=inputs[5], page_table=inputs[6])
 
 
-def _append_cpu(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor, n_rows: Tensor, page_table: Any) -> None:
+def _append_cpu(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor, n_rows: Tensor | None, page_table: Tensor | None
+) -> None:
+    count = torch.full_like(length, k.shape[1]) if n_rows is None else n_rows
     for x, cache in ((k, k_cache), (v, v_cache)):
-        _native.place(x[None], cache[None], None, n_rows, length, page_table)
+        _native.place(x[None], cache[None], None, count, length, page_table)
 
 
-def _commit_reference(
-    tail_k: Tensor, tail_v: Tensor, k_cache: Tensor, v_cache: Tensor, path: Tensor, count: Tensor, length: Tensor, page_table: Any
-) -> None:
-    reference.kv_commit(tail_k, tail_v, k_cache, v_cache, path, count, length, page_table=page_table)
+def _commit(*inputs: Any) -> None:
+    reference.kv_commit(*inputs[:7], page_table=inputs[7])
 
 
-def _commit_cpu(
-    tail_k: Tensor, tail_v: Tensor, k_cache: Tensor, v_cache: Tensor, path: Tensor, count: Tensor, length: Tensor, page_table: Any
-) -> None:
-    layers = (lambda x: x) if tail_k.ndim == 5 else (lambda x: x[None])
+def _commit_cpu(tail_k: Tensor, tail_v: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> None:
     for x, cache in ((tail_k, k_cache), (tail_v, v_cache)):
-        _native.place(layers(x), layers(cache), path, count, length, page_table)
+        _native.place(*((x, cache) if x.ndim == 5 else (x[None], cache[None])), *rest)
 
 
 def _sizes(k: Tensor, v: Tensor, k_cache: Tensor, *_: Any) -> dict[str, Any]:
@@ -162,18 +147,20 @@ _kv_append = InPlaceOp(
     "Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor length, Tensor? n_rows, Tensor? page_table",
     _check_append,
     _sizes,
-    _checked_append(_append_reference),
-    cpu=_checked_append(_append_cpu),
-    cuda=_checked_append(_cuda.kv_append),
+    _append,
+    cpu=_append_cpu,
+    cuda=_cuda.kv_append,
     triton="kv_append",
+    values=_check_append_values,
 )
 _kv_commit = InPlaceOp(
     "kv_commit",
     "Tensor tail_k, Tensor tail_v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor path, Tensor count, Tensor length, Tensor? page_table",
     _check_commit,
     _sizes,
-    _checked_commit(_commit_reference),
-    cpu=_checked_commit(_commit_cpu),
-    cuda=_checked_commit(_cuda.kv_commit),
+    _commit,
+    cpu=_commit_cpu,
+    cuda=_cuda.kv_commit,
     triton="kv_commit",
+    values=_check_commit_values,
 )

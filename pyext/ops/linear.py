@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ramify import backends, reference
-from ramify.checks import one_of, show
+from ramify.checks import one_of, show, whole
 from ramify.ops import _native
-from ramify.ops._checks import FLOATS, Results, Shapes
+from ramify.ops._checks import FLOATS, Results, Shapes, tensor
 from ramify.ops._library import Op
 from ramify.quant.formats import Format
 from ramify.quant.packing import packed, packed_bytes
@@ -28,11 +28,18 @@ class PackedWeight:
     N: int
     K: int
 
+    def __post_init__(self) -> None:
+        N, K = whole("N", self.N, 1, "PackedWeight"), whole("K", self.K, 1, "PackedWeight")
+        check = Shapes("PackedWeight")
+        check("panels", tensor("PackedWeight", "panels", self.panels), "size", FLOATS[:2])
+        if len(self.panels) != (size := _panel_size(N, K, self.panels.dtype)):
+            raise check.fail(f"panels is {list(self.panels.shape)}", f"[{size}] for N = {show(N)} and K = {show(K)}")
+
     @classmethod
     def of(cls, weight: Tensor) -> "PackedWeight":
         """Pack a weight [N, K], float32 or bfloat16, that lies on the CPU. Needs the CPU kernels: RuntimeError without them."""
         check = Shapes("PackedWeight.of")
-        check("weight", weight, "N K", FLOATS[:2])
+        check("weight", tensor("PackedWeight.of", "weight", weight), "N K", FLOATS[:2])
         if weight.device.type != "cpu" or 0 in weight.shape:
             raise check.fail(f"weight is {list(weight.shape)} on {weight.device}", "a weight on the CPU, no axis empty")
         if why := backends.missing("cpu"):
@@ -89,6 +96,11 @@ def linear(
     return _linear(x, weight, bias, activation, residual, out=out)
 
 
+def _panel_size(N: int, K: int, dtype: torch.dtype) -> int:
+    """Values of a packed weight: panels of 32 outputs, bf16 inputs in pairs."""
+    return -(-N // 32) * 32 * (K + K % 2 if dtype == torch.bfloat16 else K)
+
+
 def _rows(x: Tensor, N: int | None = None, K: int | None = None) -> Shapes:
     """The checks of one call, x and the sizes of its weight already in them."""
     check = Shapes("linear")
@@ -122,7 +134,7 @@ def _check_packed(x: Tensor, panels: Tensor, N: int, bias: Tensor | None, activa
     check = _rows(x)
     check("panels", panels, "size", FLOATS[:2])
     K = x.shape[-1]
-    size = -(-N // 32) * 32 * (K + K % 2 if panels.dtype == torch.bfloat16 else K)
+    size = _panel_size(N, K, panels.dtype)
     if N < 1 or len(panels) != size:
         raise check.fail(f"x is {list(x.shape)} and the packed weight {len(panels):,} values", f"{size:,} for K = {K} and N = {N}")
     check.sizes["N"] = (N, "weight")

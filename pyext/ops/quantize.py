@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ramify.checks import whole
+from ramify.checks import flag, show, whole
 from ramify.quant import Format, QuantizedWeight, quantize
 
 
@@ -17,7 +17,11 @@ def quantize_weight(
     group, and weights that are not finite; TypeError for what is no float tensor.
     """
     if not isinstance(format, str):
-        raise TypeError(f"quantize_weight: format is {format!r}; takes a name.")
+        raise TypeError(f"quantize_weight: format is {show(format)}; takes a name.")
+    if hessian is not None and method != "gptq":
+        raise ValueError(f'quantize_weight: hessian is given and method is {show(method)}; takes it with "gptq". Leave it out.')
+    whole("group", group, 1, "quantize_weight")
+    flag("zero_point", zero_point, "quantize_weight")
     if format == "int4":
-        return quantize(w, Format("int4", whole("group", group, 1, "quantize_weight"), bool(zero_point)), method, hessian)
-    return quantize(w, Format.parse(format), method, hessian)
+        return quantize(w, Format("int4", group, zero_point), method, hessian)
+    return quantize(w, Format.parse(format, "quantize_weight: format"), method, hessian)

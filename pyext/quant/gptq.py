@@ -7,6 +7,7 @@ the best correction of the later inputs for an error in one is a row of the Chol
 import torch
 from torch import Tensor
 
+from ramify.checks import show
 from ramify.quant import grid
 from ramify.quant.formats import BLOCK, Format
 from ramify.quant.weight import QuantizedWeight
@@ -26,6 +27,8 @@ def quantize(w: Tensor, format: Format, hessian: Tensor | None = None, act_order
     N, K = w.shape
     if hessian is None:
         raise ValueError('quantize_weight: hessian is None; method "gptq" takes 2 X^T X of calibration inputs. Or take method "hqq".')
+    if not isinstance(hessian, Tensor) or not hessian.is_floating_point():
+        raise TypeError(f"quantize_weight: hessian is {show(hessian)}; takes a float tensor [{K}, {K}].")
     if tuple(hessian.shape) != (K, K) or not bool(torch.isfinite(hessian).all()):
         raise ValueError(f"quantize_weight: hessian is {list(hessian.shape)}; takes [{K}, {K}] of finite numbers.")
     hessian, perm = hessian.to(w.device, torch.float32), None

@@ -17,6 +17,9 @@ METHODS: dict[str, Callable[[Tensor, Format, Tensor | None], QuantizedWeight]] =
 }
 """Name -> quantize(w f32 [N, K], format, hessian f32 [K, K] or None)."""
 
+LARGEST = 1e38
+"""Beyond it the span of a group, from its least to its greatest, may leave float32."""
+
 
 def quantize(w: Tensor, format: Format, method: str = "rtn", hessian: Tensor | None = None) -> QuantizedWeight:
     """A weight [N, K] of any float dtype in a format. hessian: 2 X^T X of the inputs X [tokens, K], which "gptq" takes.
@@ -27,11 +30,16 @@ def quantize(w: Tensor, format: Format, method: str = "rtn", hessian: Tensor | N
     quantizer = METHODS[one_of("method", method, METHODS, "quantize_weight")]
     if not isinstance(w, Tensor) or not w.is_floating_point():
         raise TypeError(f"quantize_weight: w is {w.dtype if isinstance(w, Tensor) else type(w).__name__}; takes a float tensor [N, K].")
+    if w.layout is not torch.strided:
+        raise TypeError(f"quantize_weight: w is a {str(w.layout).removeprefix('torch.')} tensor; takes a strided one. Use w.to_dense().")
+    if w.is_meta:
+        raise ValueError("quantize_weight: w is on meta; takes a tensor that has values.")
     if w.ndim != 2 or 0 in w.shape:
         raise ValueError(f"quantize_weight: w is {list(w.shape)}; takes two axes, [N, K], none empty.")
     if format.kind == "int4" and w.shape[1] % format.group:
         raise ValueError(f"quantize_weight: w has K = {w.shape[1]}; {format.name} takes multiples of {format.group}.")
-    if not bool(torch.isfinite(w).all()):
-        raise ValueError("quantize_weight: w holds NaN or infinity; takes finite weights.")
+    w = w.detach().float()
+    if not bool((w.abs() <= LARGEST).all()):
+        raise ValueError(f"quantize_weight: w holds NaN or infinity, or numbers beyond {LARGEST}; takes finite weights.")
     with torch.no_grad():
-        return quantizer(w.detach().float(), format, hessian)
+        return quantizer(w, format, hessian)

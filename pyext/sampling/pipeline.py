@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from ramify.checks import at_least, between, number, whole
+from ramify.checks import at_least, between, number, show, whole
 from ramify.sampling.rng import DRAFT, SAMPLE, uniform
 from ramify.tree import MAX_ROWS
 
-_WHO = "SamplingParams"
+_WHO = "generate"  # whose arguments these are
+_PENALTIES = 1e-30, 1e30  # beyond these a logit leaves float32
 _BLOCK = 256
 _HEAD = 512
 _NOTHING = np.zeros(0, np.int64)
@@ -44,8 +45,9 @@ class SamplingParams:
         whole("top_k", self.top_k, 0, _WHO)
         between("top_p", self.top_p, 0, 1, _WHO)
         between("min_p", self.min_p, 0, 1, _WHO)
-        if number("repetition_penalty", self.repetition_penalty, _WHO) <= 0:
-            raise ValueError(f"{_WHO}: repetition_penalty is {self.repetition_penalty}; takes a number above 0. 1 switches it off.")
+        low, high = _PENALTIES
+        if not low <= number("repetition_penalty", self.repetition_penalty, _WHO) <= high:
+            raise ValueError(f"{_WHO}: repetition_penalty is {show(self.repetition_penalty)}; takes {low} to {high}. 1 switches it off.")
         if whole("seed", self.seed, 0, _WHO) >= 1 << 64:
             raise ValueError(f"{_WHO}: seed is {self.seed}; takes 0 to 2^64 - 1. Take it modulo 2**64.")
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ramify.checks import between, whole
-from ramify.size._cost import cost_table
+from ramify.checks import between, show, whole
+from ramify.size._cost import CostTable, cost_table
 from ramify.size._experience import FIRST_WAIT, WIDTHS, Experience, remembered
 from ramify.size.base import SizePolicy, size_policy
 from ramify.tree import MAX_ROWS, TokenTree
@@ -50,6 +50,10 @@ class Measured(SizePolicy):
         if whole("most", self.most, 1, "measured") > MAX_ROWS:
             raise ValueError(f"measured: most is {self.most}; takes 1 to {MAX_ROWS}.")
         between("share", self.share, 0, 1, "measured")
+        if not isinstance(self.about, str):
+            raise TypeError(f"measured: about is {show(self.about)}; takes a string.")
+        if not (self.costs is None or isinstance(self.costs, CostTable)):
+            raise TypeError(f"measured: costs is {show(self.costs)}; takes a CostTable or None.")
         self._widths = [n for n in WIDTHS if n <= self.most]
         self._chosen, self._best, self._wider = 1, 0, 0  # rows of this step; index of the best width; index of the best wider one
         self._stands = 0  # steps for which the choice still stands

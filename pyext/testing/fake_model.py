@@ -88,7 +88,7 @@ class FakeModel:
 
     def new_cache(self, capacities: Sequence[int]) -> "FakeCache":
         """One slot per capacity."""
-        return FakeCache(capacities)
+        return FakeCache(capacities, self)
 
     def prefill(
         self,
@@ -179,8 +179,8 @@ def _seen(ancestors: np.ndarray) -> list[list[int]]:
 class FakeCache:
     """Committed tokens of every slot, and a draft region of rows that were run and not committed."""
 
-    def __init__(self, capacities: Sequence[int]) -> None:
-        self.capacities = list(capacities)
+    def __init__(self, capacities: Sequence[int], model: FakeModel) -> None:
+        self.capacities, self.model = list(capacities), model
         self.tokens: list[list[int]] = [[] for _ in capacities]
         self.freed: list[list[int]] = [[] for _ in capacities]
         """Committed tokens of a slot at the time it was freed."""
@@ -200,6 +200,7 @@ class FakeCache:
         for slot in slots:
             if self.live[slot]:
                 self.freed[slot], self.tokens[slot], self.drafts[slot], self.live[slot] = self.tokens[slot], [], [], False
+                self.capacities[slot] = -1
 
     def append(self, slot: int, tokens: Sequence[int]) -> None:
         """Commit tokens at the end; ValueError beyond the slot's capacity."""

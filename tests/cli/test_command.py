@@ -51,9 +51,21 @@ def test_env_json():
 
 
 def test_env_for_a_person():
-    done = ramify_command("env")
+    """Facts first, one a line under its name; then a table without columns that say nothing; every dash has its reason somewhere."""
+    done = ramify_command("env", env={"OMP_NUM_THREADS": "1", "RAMIFY_ISA": "portable"})
     assert done.returncode == 0
-    assert "tree_attention" in done.stdout and "taken here" in done.stdout and ramify.__version__ in done.stdout
+    facts, table, last = done.stdout.rstrip("\n").split("\n\n")
+    facts = facts.splitlines()
+    names = [line.partition(" ")[0] for line in facts]
+    assert names[:7] == ["ramify", "cpu", "levels", "openmp", "triton", "cuda", "generate"] and "variables" in names
+    assert ramify.__version__ in facts[0] and "1 thread" in facts[1] and "1 threads" not in facts[1]
+    assert "portable taken" in facts[2] and "OMP_NUM_THREADS=1" in done.stdout and "RAMIFY_ISA=portable" in done.stdout
+    heading, *rows = table.splitlines()
+    assert heading.startswith("float32 on the CPU") and heading.endswith("taken here")
+    columns = list(zip(*(row.split() for row in rows)))
+    assert "tree_attention" in columns[0] and all(set(column) != {"-"} for column in columns)
+    assert len(heading.removeprefix("float32 on the CPU").removesuffix("taken here").split()) == len(columns) - 2
+    assert "ramify.explain" in last and "\n" not in last
 
 
 def test_env_under_a_forced_backend():

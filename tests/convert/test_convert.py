@@ -320,7 +320,7 @@ def poison(tensors):
         (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), {}, CheckpointError, r"layers\.1\.mlp\.up_proj\.weight.*missing"),
         (poison, {}, CheckpointError, r"gate_proj\.weight.*NaN"),
         (None, {"to": "int3"}, ValueError, 'format is "int3"; takes int8, int4-g32'),
-        (None, {"head": "int3"}, ValueError, 'format is "int3"'),
+        (None, {"head": "int3"}, ValueError, 'head is "int3"'),
         (None, {"method": "awq"}, ValueError, 'convert: method is "awq"; takes "rtn" or "hqq" or "gptq"'),
         (None, {"method": "gptq"}, ValueError, "calibration is missing.*--calibration FILE"),
         (None, {"method": "hqq", "to": "int8"}, ValueError, 'convert: method "hqq": to is "int8"; takes "int4"'),

@@ -79,13 +79,13 @@ def draft(rng, texts, parents, mode):
     return tree, SimpleNamespace(logits=TARGET[before, tokens].reshape(-1, V))
 
 
-def emit(judge, mode, parents, n, change=None, **options):
-    """The first two tokens of n sequences, and how many of them accepted a guess at the root."""
+def emit(judge, mode, parents, n, change=None, batch=CHUNK, **options):
+    """The first two tokens of n sequences, so many in a batch, and how many of them accepted a guess at the root."""
     rng = np.random.default_rng(5)
     params, rows, accepted = SamplingParams(**{"temperature": 1.0, **options}), {}, 0
     pairs = []
-    for start in range(0, n, CHUNK):
-        seeds = np.arange(start, min(start + CHUNK, n))
+    for start in range(0, n, batch):
+        seeds = np.arange(start, min(start + batch, n))
         texts = [list(PROMPT) for _ in seeds]
         live = np.arange(len(seeds))
         while len(live):
@@ -93,7 +93,7 @@ def emit(judge, mode, parents, n, change=None, **options):
             if change:
                 change(tree)
             verdict = judge(tree, out, Remembering(params, seeds[live], [texts[i] for i in live], rows))
-            if len(live) == len(seeds):
+            if all(len(texts[i]) == len(PROMPT) for i in live):  # the first step
                 accepted += sum(len(path) > 1 for path in verdict.path)
             for i, tokens in zip(live, verdict.emitted):
                 texts[i] += tokens
@@ -177,7 +177,18 @@ def check_rate(accepted, n, mode, parents, **options):
 
 @pytest.mark.parametrize(("name", "mode", "parents", "n"), EXACT, ids=str)
 def test_distribution_and_acceptance(name, mode, parents, n):
+    """I3: first and second token follow the target's law. I4: guesses pass as often as the formula says."""
     pairs, accepted = emit(verifier.build(name), mode, parents, n)
+    assert min(p_values(pairs)) > 1e-4
+    check_rate(accepted, n, mode, parents)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize(("name", "mode", "parents"), [row[:3] for row in EXACT], ids=str)
+def test_small_batches_follow_the_same_law(name, mode, parents, batch):
+    """I3 and I4 for batches as a user has them; fewer draws, the same limits."""
+    n = 1000 * (1 + batch)
+    pairs, accepted = emit(verifier.build(name), mode, parents, n, batch=batch)
     assert min(p_values(pairs)) > 1e-4
     check_rate(accepted, n, mode, parents)
 

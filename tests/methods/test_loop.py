@@ -1,6 +1,6 @@
 """The loop with every method of the registry: the same text as plain decoding, for any batch, budget, temperature and end.
 
-I1, I7, I8 and I9 of the decoding invariants. A new drafter is covered the moment its file is there.
+I1, I7, I8 and I9 of the decoding invariants (test_invariants.py says what each is). A new drafter is covered the moment its file is there.
 """
 
 import numpy as np
@@ -50,7 +50,7 @@ def run(model, prompts, method, size, count, draft=None, **settings):
 @pytest.mark.parametrize("batch", [1, 2, 5])
 @pytest.mark.parametrize("method", METHODS)
 def test_greedy_identity(method, batch):
-    """I1 and I7."""
+    """I1: the ids of plain greedy decoding. I7: never more target steps than ids."""
     model = target()
     truth = [model.continuation(prompt, 200) for prompt in PROMPTS[:batch]]
     for size in (Fixed(12), Ragged()):
@@ -80,15 +80,17 @@ def test_repetition_penalty_at_temperature_zero(method):
     assert [out.token_ids for out in run(model, PROMPTS, method, Ragged(), 60, repetition_penalty=1.5)] == truth
 
 
+@pytest.mark.parametrize("batch", [1, 2, 5])
 @pytest.mark.parametrize("method", METHODS)
-def test_warm_and_cold(method):
+def test_warm_and_cold(method, batch):
     """I8: what a drafter and a size policy have learned changes speed, never text."""
-    model = target()
+    model, prompts = target(), PROMPTS[:batch]
     draft = model.student(0.7)
-    cold = [out.token_ids for out in run(model, PROMPTS, method, None, 80, draft)]
-    run(model, [[7, 8, 9], [1, 2]], method, None, 80, draft, temperature=1.0)
-    assert [out.token_ids for out in run(model, PROMPTS, method, None, 80, draft)] == cold
-    assert cold == [model.continuation(prompt, 80) for prompt in PROMPTS]
+    for settings in ({}, {"temperature": 0.9, "seed": 5}):
+        cold = [out.token_ids for out in run(model, prompts, method, None, 60, draft, **settings)]
+        run(model, [[7, 8, 9], [1, 2]], method, None, 60, draft, temperature=1.0)
+        assert [out.token_ids for out in run(model, prompts, method, None, 60, draft, **settings)] == cold
+        assert cold == [out.token_ids for out in run(model, prompts, "plain", None, 60, **settings)]
 
 
 @pytest.mark.parametrize("method", ["draft_chain:stochastic=True", "draft_tree:stochastic=True"])
@@ -121,10 +123,12 @@ def ended(method, prompts=PROMPTS, count=60, make=None, **settings):
     return found
 
 
+@pytest.mark.parametrize("batch", [1, 2, 5])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("method", METHODS)
-def test_ends_as_plain_decoding_does(method, temperature):
+def test_ends_as_plain_decoding_does(method, temperature, batch):
     """I9: end-of-text ids, stop ids, stop strings and lengths inside an accepted path; text, ids, reason and cache."""
+    prompts = PROMPTS[:batch]
     eos = {"eos": (4, 17)}
     tokenizer = {"tokenizer": FakeTokenizer(size=31)}
     reasons = set()
@@ -137,12 +141,12 @@ def test_ends_as_plain_decoding_does(method, temperature):
         {"count": 1},
         {"count": 7},
     ):
-        mine, plain = ended(method, temperature=temperature, **settings)
+        mine, plain = ended(method, prompts, temperature=temperature, **settings)
         assert mine == plain
         reasons |= {reason for _, _, reason in plain[0]}
-        for (ids, _, _), prompt, kept in zip(plain[0], PROMPTS, plain[1], strict=True):
+        for (ids, _, _), prompt, kept in zip(plain[0], prompts, plain[1], strict=True):
             assert kept == (prompt + ids)[:-1]
-    assert reasons == {"eos", "stop", "length"}
+    assert reasons == {"eos", "stop", "length"} or batch < 5
 
 
 def test_text_ends_before_the_stop_string_and_ids_after_it():

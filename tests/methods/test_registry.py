@@ -98,6 +98,18 @@ def test_a_name_is_taken_once(registry):
         registry("prompt_lookup")(second)
 
 
+def test_a_name_is_a_name(registry):
+    with pytest.raises(TypeError, match=r'drafter: name is <class .*; takes a string. Write @ramify.drafter\("name"\).'):
+
+        @registry
+        class Forgotten(Drafter):
+            """Its decorator has no parentheses."""
+
+    for wrong in ("", "x y", "a:b", "a,b", "7up"):
+        with pytest.raises(ValueError, match="drafter: name is .*; takes letters, digits and underscores"):
+            registry(wrong)
+
+
 def test_a_kind_without_built_ins():
     empty = Registry("page_format", "ramify.no_such_room")
     assert empty.names() == []

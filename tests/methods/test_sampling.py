@@ -1,7 +1,5 @@
 """Sampling against transformers' own processors, and the random numbers against Random123's vectors and the C++ header."""
 
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +8,9 @@ import torch
 
 from ramify.sampling.pipeline import Sampling, SamplingParams, draw_children, inverse_cdf, probabilities, weights
 from ramify.sampling.rng import ACCEPT, DRAFT, SAMPLE, philox, uniform, uniforms
+from ramify.testing.headers import run_cpp
 
-ROOT = Path(__file__).resolve().parents[2]
+COMMON = Path(__file__).resolve().parents[2] / "csrc" / "common"
 
 OPTIONS = [
     {},
@@ -158,7 +157,7 @@ def test_logits_that_are_no_numbers_are_refused(bad, options):
     ],
 )
 def test_parameters_are_checked(name, value, error):
-    with pytest.raises(error, match=f"SamplingParams: {name} is .*; takes "):
+    with pytest.raises(error, match=f"generate: {name} is .*; takes "):
         SamplingParams(**{name: value})
 
 
@@ -197,29 +196,13 @@ def test_uniforms_are_uniform_and_unrelated():
 
 
 def test_header_gives_the_same_numbers(tmp_path):
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler on this machine")
-    main = tmp_path / "main.cpp"
-    main.write_text(
+    source = (
         '#include "rng.h"\n#include <stdio.h>\nint main() {\n  unsigned long long s, i; unsigned p, n;\n'
         '  while (scanf("%llu %llu %u %u", &s, &i, &p, &n) == 4) printf("%a\\n", ramify::uniform(s, i, p, n));\n}\n'
     )
-    build = [
-        compiler,
-        "-std=c++17",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        f"-I{ROOT / 'csrc' / 'common'}",
-        str(main),
-        "-o",
-        str(tmp_path / "main"),
-    ]
-    subprocess.run(build, check=True)
     rows = list(zip(*(c.tolist() for c in cases())))
     fed = "\n".join(" ".join(map(str, row)) for row in rows)
-    got = subprocess.run([str(tmp_path / "main")], input=fed, capture_output=True, text=True, check=True).stdout.split()
+    got = run_cpp(source, fed, COMMON, tmp_path).split()
     assert [float.fromhex(x) for x in got] == [uniform(*row) for row in rows]
 
 

@@ -1,16 +1,15 @@
 """TokenTree: bits and depths against a slow definition, the builders, the prefix rule, and what each bad tree is told."""
 
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ramify.testing.headers import run_cpp
 from ramify.tree import CANDIDATE, MAX_ROWS, PAD, PROBE, TokenTree
 
-ROOT = Path(__file__).resolve().parents[2]
+COMMON = Path(__file__).resolve().parents[2] / "csrc" / "common"
 
 
 def random_parents(rng, rows):
@@ -177,11 +176,7 @@ def test_check_takes_a_lower_limit():
 
 
 def test_header_gives_the_same_bits(tmp_path):
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler on this machine")
-    main = tmp_path / "main.cpp"
-    main.write_text(
+    source = (
         '#include "tree_bits.h"\n#include <stdio.h>\nint main() {\n'
         "  static int32_t parent[ramify::kMaxRows], depth[ramify::kMaxRows];\n  static int64_t words[ramify::kMaxRows * 5];\n  int n;\n"
         '  while (scanf("%d", &n) == 1) {\n    for (int i = 0; i < n; ++i)\n      if (scanf("%d", parent + i) != 1) return 1;\n'
@@ -190,23 +185,10 @@ def test_header_gives_the_same_bits(tmp_path):
         '      printf("%d", depth[i]);\n      for (int w = 0; w < W; ++w) printf(" %ld", long(words[i * (W + 1) + w]));\n'
         '      for (int j = 0; j < n; ++j) printf(" %d", int(ramify::sees(words + i * (W + 1), j)));\n      printf("\\n");\n    }\n  }\n}\n'
     )
-    build = [
-        compiler,
-        "-std=c++17",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        f"-I{ROOT / 'csrc' / 'common'}",
-        str(main),
-        "-o",
-        str(tmp_path / "main"),
-    ]
-    subprocess.run(build, check=True)
     rng = np.random.default_rng(1)
     trees = [random_parents(rng, n) for n in (1, 2, 63, 64, 65, 200, MAX_ROWS)]
     fed = "\n".join(" ".join(map(str, [len(p), *p])) for p in [*trees, [-1, 0, 2], [0], [-1, -1]])
-    run = subprocess.run([str(tmp_path / "main")], input=fed, capture_output=True, text=True, check=True)
-    lines = iter([list(map(int, line.split())) for line in run.stdout.splitlines()])
+    lines = iter([list(map(int, line.split())) for line in run_cpp(source, fed, COMMON, tmp_path).splitlines()])
     for parents in trees:
         assert next(lines) == [-1, MAX_ROWS]
         tree = TokenTree.from_parents([range(len(parents))], [parents])

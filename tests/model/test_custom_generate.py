@@ -303,6 +303,8 @@ def test_refusals():
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="prompt_lookup"):
         CustomGenerate("prompt_lokup")
+    with pytest.raises(TypeError, match="CustomGenerate: method is 5; takes a name or a Drafter"):
+        CustomGenerate(5)
     with pytest.raises(ValueError, match="vocabulary"):
         other = transformers.AutoModelForCausalLM.from_config(LlamaConfig(**{**ROPE, "vocab_size": 70}))
         model.generate(**inputs, max_new_tokens=4, custom_generate=CustomGenerate("draft_chain", drafter=other))

@@ -161,8 +161,8 @@ def test_head_and_statistics(folders):
 
 def test_load_says_what_it_takes(folders):
     for options, told in (
-        ({"weights": "int5"}, 'format is "int5"; takes int8, int4-g32'),
-        ({"weights": "int4-g128", "head": "int3"}, 'format is "int3"'),
+        ({"weights": "int5"}, 'load: weights is "int5"; takes int8, int4-g32'),
+        ({"weights": "int4-g128", "head": "int3"}, 'load: head is "int3"'),
         ({"weights": "int8", "activations": "int4"}, 'activations is "int4"; takes "int8"'),
     ):
         with pytest.raises(ValueError, match=told):

@@ -136,23 +136,30 @@ def test_bf16_stays_close_to_fp32(folders):
     assert np.abs(got - want).max() < 0.04 * np.abs(want).max()  # 8 bits of weight, three layers
 
 
-def test_tree_rows_equal_plain_decoding(model, each_level):
-    """Law 8 on the whole model: prefix across pages and a chunk border, every batch size, trees wider than an ancestor word."""
+@pytest.mark.parametrize("B", [1, 2, 5])
+def test_tree_rows_equal_plain_decoding(model, B, each_level):
+    """I6: a row of a random tree has the logits of a plain forward on its prefix and its path; law 8: to the bit, on every ISA level.
+
+    Prefixes across pages and a chunk border, trees wider than an ancestor word.
+    """
+    sizes = [(63, 9), (120, 90), (505, 20), (1, 12), (64, 33)]
 
     def check(level):
-        rng = random.Random(3)
-        for prefix, rows in ((1, 12), (63, 9), (120, 90), (505, 20)):
-            text = [rng.randrange(VOCABULARY) for _ in range(prefix)]
-            tokens, parents = random_tree(rng, rng.randrange(VOCABULARY), rows, deep=prefix == 505)
-            tree = TokenTree.from_parents([tokens], [parents])
-            cache = model.new_cache([prefix + 1])
-            model.prefill([text], cache, chunk=rng.choice([7, 64, 512]))
-            got = model.forward(tree, cache.of([0]), logits=True).logits
-            for row in sorted({0, rows - 1, rng.randrange(rows), rng.randrange(rows)}):
-                path = tree.path(0, row)
-                want = plain_logits(model, text + [tokens[r] for r in path])[-1]
-                assert np.array_equal(got[row], want), f"{level}: prefix {prefix}, row {row}"
-            cache.free([0])
+        for begin in range(0, len(sizes) - B + 1, B):
+            rng = random.Random(3 + begin)
+            batch = sizes[begin : begin + B]
+            texts = [[rng.randrange(VOCABULARY) for _ in range(prefix)] for prefix, _ in batch]
+            grown = [random_tree(rng, rng.randrange(VOCABULARY), rows, deep=prefix == 505) for prefix, rows in batch]
+            tree = TokenTree.from_parents([tokens for tokens, _ in grown], [parents for _, parents in grown])
+            cache = model.new_cache([prefix + 1 for prefix, _ in batch])
+            model.prefill(texts, cache, chunk=rng.choice([7, 64, 512]))
+            got = model.forward(tree, cache.of(range(B)), logits=True).logits.copy()
+            for b, (prefix, rows) in enumerate(batch):
+                for row in sorted({0, rows - 1, rng.randrange(rows)}):
+                    path = tree.path(b, row)
+                    want = plain_logits(model, texts[b] + [grown[b][0][r] for r in path])[-1]
+                    assert np.array_equal(got[tree.span(b)][row], want), f"{level}: prefix {prefix}, row {row}"
+            cache.free(range(B))
 
     each_level(check)
 
@@ -180,28 +187,30 @@ def test_batch_and_threads_change_no_bit(model, B, each_level):
     each_level(check)
 
 
-def test_commit_equals_fresh_prefill(model):
+@pytest.mark.parametrize("B", [1, 2, 5])
+def test_commit_equals_fresh_prefill(model, B):
     """I5 without a tolerance: after trees with branches were committed, the pages hold what a prefill of the same ids writes."""
-    rng = random.Random(11)
-    text = [rng.randrange(VOCABULARY) for _ in range(130)]
-    cache, fresh = model.new_cache([400]), model.new_cache([400])
-    model.prefill([text], cache)
-    view = cache.of([0])
+    rng = random.Random(11 + B)
+    texts = [[rng.randrange(VOCABULARY) for _ in range(n)] for n in (130, 1, 64, 63, 200)[:B]]
+    cache, fresh = model.new_cache([500] * B), model.new_cache([500] * B)
+    model.prefill(texts, cache)
+    view = cache.of(range(B))
     for _ in range(12):
-        tokens, parents = random_tree(rng, rng.randrange(VOCABULARY), rng.choice([1, 5, 40]))
-        tree = TokenTree.from_parents([tokens], [parents])
+        grown = [random_tree(rng, rng.randrange(VOCABULARY), rng.choice([1, 5, 40])) for _ in range(B)]
+        tree = TokenTree.from_parents([tokens for tokens, _ in grown], [parents for _, parents in grown])
         model.forward(tree, view)
-        path = tree.path(0, rng.randrange(len(tokens)))
-        view.commit([path])
-        text += [tokens[row] for row in path]
+        paths = [tree.path(b, rng.randrange(len(tokens))) for b, (tokens, _) in enumerate(grown)]
+        view.commit(paths)
+        for text, (tokens, _), path in zip(texts, grown, paths, strict=True):
+            text += [tokens[row] for row in path]
     cache.arena.flush()
-    model.prefill([text], fresh, chunk=50)
+    model.prefill(texts, fresh, chunk=50)
     fresh.arena.flush()
-    n = len(text)
-    assert view.lengths[0] == n
+    assert view.lengths.tolist() == [len(text) for text in texts]
 
-    def slots(c, which):
-        pages = getattr(c.arena, which)[:, c.page_table[0, : -(-n // 64)]].float()
+    def slots(c, which, b):
+        n = len(texts[b])
+        pages = getattr(c.arena, which)[:, c.page_table[b, : -(-n // 64)]].float()
         L, P = pages.shape[:2]
         D, pair = 64, 2 if model.dtype == "bf16" else 1
         if which == "k":
@@ -210,8 +219,11 @@ def test_commit_equals_fresh_prefill(model):
             x = pages.reshape(L, P, -1, 64 // pair, D, pair).permute(0, 2, 1, 3, 5, 4)
         return x.reshape(L, x.shape[1], P * 64, D)[:, :, :n]
 
-    for which in ("k", "v"):
-        assert torch.equal(slots(cache, which), slots(fresh, which))
+    for b in range(B):
+        for which in ("k", "v"):
+            assert torch.equal(slots(cache, which, b), slots(fresh, which, b))
+    cache.free(range(B))
+    fresh.free(range(B))
 
 
 def test_eager_equals_captured(model):
@@ -289,6 +301,10 @@ def test_bad_requests_name_what_came(model):
         model.prefill([[1] * 21], cache)
     with pytest.raises(ValueError, match="capacity is 701"):
         model.new_cache([701])
+    with pytest.raises(TypeError, match="capacity is 1.5; takes a whole number"):
+        model.new_cache([1.5])
+    with pytest.raises(ValueError, match="capacities is empty"):
+        model.new_cache([])
     with pytest.raises(ValueError, match="pages"):
         model.new_cache([7], pages="f33")
     with pytest.raises(ValueError, match="no forward"):
@@ -297,6 +313,26 @@ def test_bad_requests_name_what_came(model):
         view.crop([9])
     with pytest.raises(ValueError, match="first is"):
         model.forward(TokenTree.roots([1]), view, first=[1])
+
+
+def test_a_cache_serves_its_model_and_its_slots_alone(model):
+    """Another model's pages are of another size, and a freed cache's memory is the next cache's: neither may be written."""
+    tree = TokenTree.roots([1])
+    cache = model.new_cache([20, 20])
+    view = cache.of([0])
+    with pytest.raises(ValueError, match="forward: cache is another model's"):
+        ramify.load("zoo-drafter").forward(tree, view)
+    with pytest.raises(ValueError, match="forward: cache is another model's"):
+        ramify.load("zoo-drafter").prefill([[1, 2]], cache)
+    for slots in ([2], [-1], [0, 0]):
+        with pytest.raises(ValueError, match=r"Cache.of: slots is .*; takes different ones of \[0, 1\]"):
+            cache.of(slots)
+    cache.free([0])
+    with pytest.raises(ValueError, match=r"takes different ones of \[1\]"):
+        model.prefill([[1, 2]], cache)
+    cache.free([1])
+    with pytest.raises(ValueError, match="forward: cache was freed"):
+        model.forward(tree, view)
 
 
 def test_nan_weights_are_reported(folders, tmp_path):
@@ -315,8 +351,23 @@ def test_nan_weights_are_reported(folders, tmp_path):
 
 
 def test_load_refuses_by_name(folders, tmp_path):
-    with pytest.raises(ValueError, match='dtype is "fp8"'):
-        ramify.load(folders["llama"][0], dtype="fp8")
+    folder = folders["llama"][0]
+    for arguments, told in (
+        ({"dtype": "fp8"}, 'dtype is "fp8"; takes bf16 or fp32.'),
+        ({"dtype": None}, "dtype is None; takes bf16 or fp32."),
+        ({"device": "cuda"}, 'device is "cuda"; takes "cpu"'),
+        ({"weights": "int5"}, 'weights is "int5"; takes int8, int4-g32'),
+        ({"weights": 5}, "weights is 5; takes int8"),
+        ({"head": True}, "head is True; takes int8"),
+        ({"activations": 5}, 'activations is 5; takes "int8"'),
+    ):
+        with pytest.raises(ValueError, match=f"^load: {told}"):
+            ramify.load(folder, **arguments)
+    for wrong in (None, 5, b"zoo", ["zoo"]):
+        with pytest.raises(TypeError, match='load: model is .*; takes a path, "zoo" or "zoo-drafter".'):
+            ramify.load(wrong)
+    with pytest.raises(ramify.CheckpointError, match='load: model is ""'):
+        ramify.load("")
     with pytest.raises(ramify.CheckpointError, match="no folder"):
         ramify.load(tmp_path / "nothing")
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}))
