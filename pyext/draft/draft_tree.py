@@ -108,7 +108,7 @@ class _Likely:
         self.settings, self.run, self.sampling, self.b, self.rows = settings, run, sampling, b, rows
         self.dice = sampling.params[b].needs_logits
         heat = sampling.params[b].temperature
-        self.temperature = max(heat, 1e-30) if heat else 1.0  # float32 divides by nothing much smaller
+        self.temperature = min(max(heat, 1e-30), 1e30) if heat else 1.0  # what float32 can divide by
         self.nodes: list[tuple[float, int, int, int]] = []  # all: (-odds, its place here, token, parent's place); they sort best first
         self.best: list[tuple[float, int, int, int]] = []  # those that are rows unless better ones come
         self.fresh = [-1]  # places of the nodes that the coming forward runs, in its row order; -1 is the root
