@@ -107,7 +107,8 @@ class _Likely:
     def __init__(self, settings: DraftTree, run: Guessing, sampling: Sampling, b: int, rows: int) -> None:
         self.settings, self.run, self.sampling, self.b, self.rows = settings, run, sampling, b, rows
         self.dice = sampling.params[b].needs_logits
-        self.temperature = sampling.params[b].temperature or 1.0
+        heat = sampling.params[b].temperature
+        self.temperature = min(max(heat, 1e-30), 1e30) if heat else 1.0  # what float32 can divide by
         self.nodes: list[tuple[float, int, int, int]] = []  # all: (-odds, its place here, token, parent's place); they sort best first
         self.best: list[tuple[float, int, int, int]] = []  # those that are rows unless better ones come
         self.fresh = [-1]  # places of the nodes that the coming forward runs, in its row order; -1 is the root

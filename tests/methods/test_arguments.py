@@ -148,6 +148,17 @@ def test_numbers(model, still_writes, name, value, error, told):
     refused(error, told, model, **{name: value})
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("method", ["plain", "prompt_lookup", "draft_chain", "draft_tree", "draft_tree:stochastic=True"])
+def test_temperatures_at_the_ends(model, method):
+    """A temperature below every float32 takes the likeliest token, one above every logit takes any: without a warning on the way."""
+    greedy, cold, hot = (
+        ramify.generate(model, [PROMPT], method=method, drafter=model, max_new_tokens=12, temperature=temperature, size="fixed:rows_each=9")
+        for temperature in (0.0, 1e-300, 1e300)
+    )
+    assert cold[0].token_ids == greedy[0].token_ids and len(hot[0].token_ids) == 12
+
+
 def test_more_new_tokens_than_positions(model, still_writes):
     refused(ValueError, "together, the positions of the model.", model, max_new_tokens=1 << 100)
 
