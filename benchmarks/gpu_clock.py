@@ -63,6 +63,17 @@ def clock(device: str) -> Events | Wall:
     return Events(device) if torch.device(device).type == "cuda" else Wall()
 
 
+def lost() -> str:
+    """Why the device answers no more; empty while it does, or was never asked."""
+    if not torch.cuda.is_initialized():
+        return ""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
 @dataclass
 class Runner:
     """One peer of a cell. inside: what its calls run in, entered outside the clock."""

@@ -1,4 +1,4 @@
-"""Ten minutes on a GPU: `python -m benchmarks.gpu_day --out benchmarks/results/ [--stages a,b] [--again] [--minutes 10] [--rehearse]`.
+"""Ten minutes on a GPU: `python -m benchmarks.gpu_day --out benchmarks/results/ [--stages a,b] [--again] [--minutes 9.5] [--rehearse]`.
 
 Builds the CUDA kernels, runs the tests of the ops on them and on Triton, lets the sanitizers watch, probes the chip, times our kernels
 beside their peers and sweeps the configurations of Triton's attention. Correctness before speed. Every stage is a process of its own
@@ -38,12 +38,12 @@ class Stage:
 
 
 STAGES = (
-    Stage("identify", 0.5, "benchmarks.gpu_stages:identify", ("environment", "sources")),
+    Stage("identify", 1.0, "benchmarks.gpu_stages:identify", ("environment", "sources")),
     Stage("build", 1.5, "benchmarks.gpu_stages:build", ("build",)),
-    Stage("tests", 2.75, "benchmarks.gpu_tests:tests", ("tests",)),
+    Stage("tests", 2.5, "benchmarks.gpu_tests:tests", ("tests",)),
     Stage("sanitize", 1.25, "benchmarks.gpu_stages:sanitize", ("sanitize",)),
     Stage("probes", 0.25, "benchmarks.gpu_stages:probes", ("limits",)),
-    Stage("speed", 2.75, "benchmarks.gpu_speed:speed", ("rows",), needs=("probes",)),
+    Stage("speed", 2.5, "benchmarks.gpu_speed:speed", ("rows",), needs=("probes",)),
     Stage("tune", 1.0, "benchmarks.gpu_speed:tune", ("tune",)),
 )
 EMPTY: dict[str, Any] = {"environment": {}, "sources": {}, "build": {}, "tests": [], "sanitize": [], "limits": {}, "rows": [], "tune": []}
@@ -131,7 +131,7 @@ class GpuDay:
         if seconds > 1:
             print(f"{stage.name:<9} ", end="", flush=True)
             status, reason, part = gpu_run.run(stage.work, folder, self.doc, seconds, self.options.rehearse, self.options.seed)
-            self.doc |= {key: value for key, value in part.items() if key in stage.fills}
+            status, reason = self._take({key: value for key, value in part.items() if key in stage.fills}) or (status, reason)
         else:
             status, reason = "not run", "the time was over"
             print(f"{stage.name:<9} ", end="")
@@ -143,6 +143,15 @@ class GpuDay:
             self.doc["environment"]["command"] = " ".join(["python -m benchmarks.gpu_day", *map(gpu_run.bare, sys.argv[1:])])
         if self.path:
             self._save()
+
+    def _take(self, part: dict[str, Any]) -> tuple[str, str] | None:
+        """Put a stage's part into the document; its status and the reason where it does not fit there."""
+        try:
+            validate(self.doc | part)
+        except (ValueError, KeyError, TypeError) as error:
+            return "failed", str(error)
+        self.doc |= part
+        return None
 
     def _save(self) -> None:
         assert self.path is not None
@@ -157,7 +166,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where gpu_day-<gpu>.json and its table are written")
     parser.add_argument("--stages", type=lambda text: text.split(","), default=[], metavar="A,B", help="these alone (default: all)")
     parser.add_argument("--again", action="store_true", help="run finished stages once more")
-    parser.add_argument("--minutes", type=float, default=10.0, help="for the whole day, shared out between its stages")
+    parser.add_argument("--minutes", type=float, default=9.5, help="for the whole day, shared out between its stages")
     parser.add_argument("--rehearse", action="store_true", help="every stage on the CPU, tiny: shows that it runs, measures nothing")
     parser.add_argument("--seed", type=int, default=0, help="of every random input")
     options = parser.parse_args(arguments)

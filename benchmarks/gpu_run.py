@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +17,14 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = re.compile(r"(?<![\w.:/])/(?:[\w.+@-]+/)+")
+
+
+AGAIN = 75
+"""Exit code of a stage that lost the device and has more to do."""
+
+
+class DeviceLost(RuntimeError):
+    """A launch failed in a way that stays with this process: another one may go on."""
 
 
 @dataclass
@@ -45,9 +54,9 @@ class Day:
 
 def write(path: Path, value: Any) -> None:
     """A JSON file that is the old one or the new one, never a half; no folder of the machine is in it."""
-    part = path.with_name(f"{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
-    part.replace(path)
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    fresh.write_text(json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
+    fresh.replace(path)
 
 
 def _plain(value: Any) -> Any:
@@ -82,35 +91,38 @@ def environment() -> dict[str, str]:
 
 
 def run(
-    work: str, folder: Path, document: Mapping[str, Any], seconds: float, rehearsal: bool, seed: int
+    work: str, folder: Path, document: Mapping[str, Any], seconds: float, rehearsal: bool = False, seed: int = 0
 ) -> tuple[str, str, dict[str, Any]]:
-    """Run `work`, "module:function" of one Day, and end it after `seconds`. Returns its status, a reason, and its part of the document."""
+    """Run `work`, "module:function" of one Day, and end it after `seconds`. Returns its status, a reason, and its part of the document.
+
+    A stage that lost the device is started again with what it has written so far, for as long as there is time.
+    """
     write(folder / "document.json", document)
     (folder / "part.json").unlink(missing_ok=True)
-    told = ["--work", work, "--folder", str(folder), "--seconds", str(seconds), "--seed", str(seed), *(["--rehearse"] if rehearsal else [])]
-    log = folder / "log.txt"
-    with log.open("w") as words:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.gpu_run", *told],
-            cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, stdout=words, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-        try:
-            code = process.wait(seconds)
-            status = "ok" if code == 0 else "failed"
-            reason = "" if code == 0 else f"ended with {code}: {_last_line(log)}"
-        except subprocess.TimeoutExpired:
-            status, reason = "timed out", f"took longer than {seconds:.0f} s"
-        finally:
-            _end(process)
-    return status, reason, read(folder / "part.json")
+    log, ends = folder / "log.txt", time.monotonic() + seconds
+    told = ["--work", work, "--folder", str(folder), "--seed", str(seed), *(["--rehearse"] if rehearsal else [])]
+    settings = environment() | ({"OMP_NUM_THREADS": "1"} if rehearsal else {})
+    code = AGAIN
+    while code == AGAIN and (left := ends - time.monotonic()) > 1:
+        with log.open("w") as words:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.gpu_run", *told, "--seconds", str(left)],
+                cwd=ROOT, env=settings, stdin=subprocess.DEVNULL, stdout=words, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+            try:
+                code = process.wait(left)
+            except subprocess.TimeoutExpired:
+                return "timed out", f"took longer than {seconds:.0f} s", read(folder / "part.json")
+            finally:
+                _end(process)
+    reason = "" if code == 0 else f"ended with {code}: {_last_line(log)}"
+    return "failed" if code else "ok", reason, read(folder / "part.json")
 
 
 def _end(process: subprocess.Popen) -> None:
     """End a stage and all that it started."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # its own group, see start_new_session
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
@@ -156,8 +168,14 @@ def main() -> None:
     demote_root()
     module, _, function = options.work.partition(":")
     ends = time.monotonic() + options.seconds
-    day = Day(options.folder, read(options.folder / "document.json"), ends, options.rehearse, options.seed)
-    getattr(import_module(module), function)(day)
+    part = read(options.folder / "part.json")  # of a process before this one
+    day = Day(options.folder, read(options.folder / "document.json"), ends, options.rehearse, options.seed, part)
+    try:
+        getattr(import_module(module), function)(day)
+    except DeviceLost as error:
+        print(error)
+        day.save()
+        sys.exit(AGAIN)
     day.save()
 
 

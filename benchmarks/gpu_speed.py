@@ -11,13 +11,16 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_cells
-from benchmarks.gpu_clock import Events, Runner, Wall, clock, race
-from benchmarks.gpu_run import Day
+from benchmarks.gpu_clock import Events, Runner, Wall, clock, lost, race
+from benchmarks.gpu_run import Day, DeviceLost
 from benchmarks.registry import Case, Provider, error_of
 from ramify import backends
 
 SPARE = 5.0
 """Seconds that a stage keeps to itself: it ends before it is ended."""
+
+COMPILING = 45.0
+"""Seconds without which a slow way does not begin."""
 
 
 def off_by(got: Any, want: Sequence[torch.Tensor]) -> float:
@@ -45,7 +48,7 @@ def _inside(way: Provider) -> AbstractContextManager:
 
 
 def check(way: Provider, case: Case, want: Sequence[torch.Tensor] | None, row: dict[str, Any]) -> Runner | None:
-    """The way, ready to be timed; None with the reason in `row`."""
+    """The way, ready to be timed; None with the reason in `row`. DeviceLost when nothing after it would be true."""
     if reason := way.needs() if way.needs else "":
         row.update(status="not installed", reason=reason)
         return None
@@ -59,8 +62,8 @@ def check(way: Provider, case: Case, want: Sequence[torch.Tensor] | None, row: d
     except Exception as error:  # one that cannot run here is a row with its reason, never the end of the run
         said = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         row.update(status="not run" if " was forced and cannot run " in said else "failed", reason=said)
-        if "CUDA error" in said:
-            raise  # the device's memory is lost with its context: nothing after this would be true
+        if why := lost():
+            raise DeviceLost(why) from error
         return None
     if row.get("max_error", 0.0) > case.limit:
         row.update(status="wrong", reason=f"error {row['max_error']:.3g} is above {case.limit:.3g}")
@@ -69,27 +72,47 @@ def check(way: Provider, case: Case, want: Sequence[torch.Tensor] | None, row: d
 
 
 def run_cell(
-    cell: gpu_cells.Cell, named: Sequence[Provider], with_clock: Events | Wall, limits: dict[str, Any], red: dict[tuple[str, str], str]
-) -> list[dict[str, Any]]:
-    """Check and time these ways to compute one cell. A row each."""
-    taking = [way for way in named if not (way.only and not way.only(cell.shape))]
+    cell: gpu_cells.Cell,
+    named: Sequence[Provider],
+    with_clock: Events | Wall,
+    limits: dict[str, Any],
+    red: dict[tuple[str, str], str],
+    rows: list[dict[str, Any]],
+) -> None:
+    """Check and time these ways to compute one cell; a row each is added to `rows`, also where the device is lost on the way."""
     case = cell.make()
     want = case.want() if case.want else None
     floor = max(case.bytes / (1e9 * limits["read"]), case.flops / (1e9 * limits["peak"]["bf16"]) if case.arithmetic == "bf16" else 0.0)
-    rows, runners = [], []
-    for way in taking:
-        facts = {"op": cell.op, "provider": way.name, "backend": str(way.backend), "dtype": cell.dtype, "shape": cell.shape}
-        rows.append({**facts, "baseline": way.baseline, "status": "ok"})
-        if (cell.op, way.backend) in red:
-            rows[-1].update(status="wrong", reason=f"its tests failed: {red[cell.op, str(way.backend)]}")
-        elif runner := check(way, case, want, rows[-1]):
-            runners.append((rows[-1], runner))
-    race([runner for _, runner in runners], with_clock)
+    fresh, runners = [], []
+    try:
+        for way in named:
+            row = {**_facts(cell, way), "status": "ok"}
+            fresh.append(row)
+            if (cell.op, way.backend) in red:
+                row.update(status="wrong", reason=f"its tests failed: {red[cell.op, str(way.backend)]}")
+            elif runner := check(way, case, want, row):
+                runners.append((row, runner))
+    except DeviceLost:
+        rows += [row for row in fresh if row["status"] != "ok"]  # the others have their turn in the next process
+        raise
+    rows += fresh
+    try:
+        race([runner for _, runner in runners], with_clock)
+    except RuntimeError as error:
+        for row, _ in runners:
+            row.update(status="failed", reason=f"while the cell was timed: {error}".splitlines()[0][:300])
+        if why := lost():
+            raise DeviceLost(why) from error
+        return
     for row, runner in runners:
         row |= {"us": runner.us, "host_us": runner.host_us, "bursts": {"clean": len(runner.samples), "disturbed": 0}}
         row |= {"floor_us": round(1e6 * floor, 3), "share_of_floor": round(1e6 * floor / runner.us["median"], 4)}
         row |= {"bytes": case.bytes, "flops": case.flops}
-    return rows
+
+
+def _facts(cell: gpu_cells.Cell, way: Provider) -> dict[str, Any]:
+    facts = {"op": cell.op, "provider": way.name, "backend": str(way.backend), "dtype": cell.dtype, "shape": cell.shape}
+    return {**facts, "baseline": way.baseline}
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> None:
@@ -101,27 +124,27 @@ def ratios(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def speed(day: Day) -> None:
-    """Every cell with the ways that compile at once, then the slow ones beside ours in the cells that they take part in."""
-    red, with_clock, rows = red_ops(day.document), clock(day.device), []
-    day.part["rows"] = rows
+    """Every cell with the ways that compile at once, then the slow ones in the cells that they take part in."""
+    red, with_clock, rows = red_ops(day.document), clock(day.device), day.part.setdefault("rows", [])
+    done = {_key(row) for row in rows}  # by a process that lost the device
     every = [(cell, gpu_cells.ways(cell.op, day.device)) for cell in gpu_cells.cells(day.device, day.rehearsal, day.seed)]
-    quick = [(cell, [way for way in found if not way.facts.get("slow")]) for cell, found in every]
-    slow = [(cell, [way]) for cell, found in every for way in found if way.facts.get("slow") and (not way.only or way.only(cell.shape))]
-    for cell, named in quick + slow:
-        if day.left() < SPARE:
-            rows += [_late(cell, way) for way in named if not way.only or way.only(cell.shape)]
-            continue
-        rows += run_cell(cell, named, with_clock, day.document["limits"], red)
-        ratios(rows)
-        day.save()
-        if day.device == "cuda":
-            torch.cuda.empty_cache()
+    for slow in (False, True):
+        for cell, found in every:
+            taking = [way for way in found if way.facts.get("slow", False) == slow and (not way.only or way.only(cell.shape))]
+            named = [way for way in taking if _key(_facts(cell, way)) not in done]
+            if day.left() < (COMPILING if slow and not day.rehearsal else SPARE):
+                rows += [{**_facts(cell, way), "status": "not run", "reason": "the stage's time was over"} for way in named]
+            elif named:
+                run_cell(cell, named, with_clock, day.document["limits"], red, rows)
+                ratios(rows)
+                day.save()
+            if day.device == "cuda":
+                torch.cuda.empty_cache()
     day.save()
 
 
-def _late(cell: gpu_cells.Cell, way: Provider) -> dict[str, Any]:
-    facts = {"op": cell.op, "provider": way.name, "backend": str(way.backend), "dtype": cell.dtype, "shape": cell.shape}
-    return {**facts, "baseline": way.baseline, "status": "not run", "reason": "the stage's time was over"}
+def _key(row: dict[str, Any]) -> str:
+    return f"{row['op']} {row['shape']} {row['provider']}"
 
 
 Config = tuple[int, int, int, int]
@@ -160,39 +183,41 @@ def _unchanged(config: Config | None) -> Iterator[Callable[..., Config]]:
 
 def tune(day: Day) -> None:
     """The Triton table of tree attention, shape by shape in turns: nearest configurations first, until the time is over."""
-    chosen = _unchanged if day.rehearsal else configured
-    backend = "cpu" if day.rehearsal else "triton"
-    with_clock, found = clock(day.device), []
-    day.part["tune"] = found
-    if ("tree_attention", backend) in red_ops(day.document):
-        found.append({"op": "tree_attention", "status": "wrong", "reason": "its tests failed"})
-        return day.save()
-    contexts = (64,) if day.rehearsal else (8192,)
-    cells = [c for c in gpu_cells.cells(day.device, day.rehearsal, day.seed) if c.op == "tree_attention" and c.shape["context"] in contexts]
+    chosen, backend = (_unchanged, "cpu") if day.rehearsal else (configured, "triton")
+    with_clock, found = clock(day.device), day.part.setdefault("tune", [])
+    if said := red_ops(day.document).get(("tree_attention", backend)):
+        found.append({"op": "tree_attention", "status": "wrong", "reason": f"its tests failed: {said}"})
+        return
     call, prepare = gpu_cells.CALLS["tree_attention"]
     way, queues = Provider("tune", call, backend=backend, prepare=prepare), []
-    for cell in cells:
+    wanted = (64,) if day.rehearsal else (8192,)
+    cells = gpu_cells.cells(day.device, day.rehearsal, day.seed)
+    for number, cell in enumerate(each for each in cells if each.op == "tree_attention" and each.shape["context"] in wanted):
         case = cell.make()
         q, k = case.args[0].q, case.args[0].k
         rows = q.shape[1] * q.shape[2] // k.shape[2]
         with chosen(None) as config:
             shipped = config(rows, q.shape[3], q.element_size())
-        row = {"op": "tree_attention", "shape": cell.shape, "packed_rows": rows, "shipped": list(shipped), "status": "ok", "tried": []}
-        found.append(row)
-        tries = candidates(rows, shipped)
-        queues.append((row, case, case.want(), tries[:4] if day.rehearsal else tries))
+        if number == len(found):  # else a process before this one began it
+            facts = {"op": "tree_attention", "shape": cell.shape, "packed_rows": rows, "shipped": list(shipped)}
+            found.append({**facts, "status": "ok", "tried": []})
+        tries = candidates(rows, shipped)[: 4 if day.rehearsal else None]
+        queues.append((found[number], case, case.want() if case.want else None, tries))
     for number in range(max(len(tries) for *_, tries in queues)):
         for row, case, want, tries in queues:
-            if number >= len(tries) or day.left() < SPARE:
-                continue
-            result: dict[str, Any] = {"config": list(tries[number]), "status": "ok"}
-            with chosen(tries[number]):
-                if runner := check(way, case, want, result):
-                    race([runner], with_clock, rounds=2)
-                    result["us"] = runner.us
-            row["tried"].append(result)
-            timed = [each for each in row["tried"] if each["status"] == "ok"]
-            if timed:
-                row["best"] = min(timed, key=lambda each: each["us"]["median"])["config"]
-            day.save()
-    day.save()
+            if len(row["tried"]) <= number < len(tries) and day.left() > SPARE:
+                with chosen(tries[number]):
+                    _try(row, way, case, want, tries[number], with_clock)
+                day.save()
+
+
+def _try(row: dict[str, Any], way: Provider, case: Case, want: Any, config: Config, with_clock: Events | Wall) -> None:
+    """Check and time one configuration; the best so far is in the row."""
+    result: dict[str, Any] = {"config": list(config), "status": "ok"}
+    row["tried"].append(result)
+    if runner := check(way, case, want, result):
+        race([runner], with_clock, rounds=2)
+        result["us"] = runner.us
+    timed = [each for each in row["tried"] if "us" in each]
+    if timed:
+        row["best"] = min(timed, key=lambda each: each["us"]["median"])["config"]

@@ -24,10 +24,8 @@ def verdict(doc: dict[str, Any]) -> str:
     for name in dict.fromkeys(row["provider"] for row in doc["rows"] if row["provider"].startswith("ramify")):
         trees = [row for row in doc["rows"] if row["provider"] == name and row["op"] == "tree_attention" and "ratio" in row]
         if trees:
-            over = f"{median(row['ratio'] for row in trees):.2f}x the best peer"
-            parts.append(
-                f"tree_attention {name.removeprefix('ramify ')} {over}, {median(row['share_of_floor'] for row in trees):.0%} of floor"
-            )
+            over, floor = (median(row[key] for row in trees) for key in ("ratio", "share_of_floor"))
+            parts.append(f"tree_attention {name.removeprefix('ramify ')} {over:.2f}x the best peer, {floor:.0%} of floor")
     return "; ".join(parts)
 
 
@@ -61,14 +59,8 @@ def text(doc: dict[str, Any]) -> str:
         cell = (row["op"], _shape(row))
         figures = ("", "", "", "", "")
         if row["status"] == "ok":
-            ratio = f"{row['ratio']:.2f}x" if "ratio" in row else ""
-            figures = (
-                f"{row['us']['median']:.1f}",
-                f"{row['us']['p10']:.1f}-{row['us']['p90']:.1f}",
-                f"{row['host_us']:.0f}",
-                ratio,
-                share(row),
-            )
+            us, ratio = row["us"], f"{row['ratio']:.2f}x" if "ratio" in row else ""
+            figures = (f"{us['median']:.1f}", f"{us['p10']:.1f}-{us['p90']:.1f}", f"{row['host_us']:.0f}", ratio, share(row))
         speeds.append((*(cell if cell != before else ("", "")), row["provider"], *figures, notes(row)))
         before = cell
     lines += table(("op", "shape", "provider", "us", "p10-p90", "host us", "ratio", "of floor", ""), speeds, left=3)
@@ -76,10 +68,8 @@ def text(doc: dict[str, Any]) -> str:
     for row in (row for row in doc["tune"] if "best" in row):
         us = {tuple(each["config"]): each["us"]["median"] for each in row["tried"] if "us" in each}
         first, best = us.get(tuple(row["shipped"])), us[tuple(row["best"])]
-        gain = f"{first / best:.2f}x" if first else ""
-        tuned.append(
-            (_shape(row), str(row["packed_rows"]), _words(row["shipped"]), _words(row["best"]), gain, f"{len(us)} of {len(row['tried'])}")
-        )
+        gain, timed = f"{first / best:.2f}x" if first else "", f"{len(us)} of {len(row['tried'])}"
+        tuned.append((_shape(row), str(row["packed_rows"]), _words(row["shipped"]), _words(row["best"]), gain, timed))
     lines += table(("tree_attention, Triton", "rows", "shipped", "best", "gain", "timed"), tuned)
     return "\n".join([*lines, f"verdict: {doc['verdict']}", ""])
 

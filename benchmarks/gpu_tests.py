@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import gpu_clock
 from benchmarks.gpu_run import ROOT, Day
 from ramify import backends, native_cuda
 from ramify.testing import evidence
@@ -34,18 +35,8 @@ def tests(day: Day) -> None:
     log.write_text("")
     wanted = ("cpu",) if day.rehearsal else evidence.GPU
     paths = ["tests/ops/test_glue.py", "-k", "silu_mul"] if day.rehearsal else list(FOLDERS)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "benchmarks.gpu_tests",
-        "--import-mode=importlib",
-        *paths,
-    ]
+    plugin = ["-p", "no:cacheprovider", "-p", "benchmarks.gpu_tests", "--import-mode=importlib"]
+    command = [sys.executable, "-m", "pytest", "-q", *plugin, *paths]
     if importlib.util.find_spec("xdist") and not day.rehearsal:  # the kernels compile side by side
         command += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
     settings = {LOG: str(log), BACKENDS: ",".join(wanted), "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)])}
@@ -140,16 +131,10 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """After a test that lost the device, end the process: an error of a launch stays with its context."""
     yield
-    import torch
-
-    if not torch.cuda.is_initialized():
-        return
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError as error:
+    if why := gpu_clock.lost():
         if _worker:
             os._exit(3)  # the next worker takes over
-        pytest.exit(f"the device is lost after {item.nodeid}: {str(error).splitlines()[0]}", returncode=3)
+        pytest.exit(f"the device is lost after {item.nodeid}: {why}", returncode=3)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

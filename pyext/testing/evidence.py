@@ -79,10 +79,10 @@ def unproven(root: Path) -> dict[tuple[str, str], str]:
         row = rows.get((op, backend))
         if row is None:
             found[op, backend] = backends.UNPROVEN.get(backend, "not yet run on hardware")
-        elif row["failed"] or not row["passed"]:
-            found[op, backend] = (
-                f"{row['failed']} of its tests failed on hardware" if row["failed"] else "none of its tests ran on hardware"
-            )
+        elif row["failed"]:
+            found[op, backend] = f"{row['failed']} of its tests failed on hardware"
+        elif not row["passed"]:
+            found[op, backend] = "none of its tests ran on hardware"
         elif not whole:
             found[op, backend] = "its tests did not end on hardware"
         elif row["sources"] != digests(root, op, backend):
