@@ -19,7 +19,11 @@ GPU = ("cuda", "triton")
 FOLDERS = {"cuda": ("csrc/cuda", ".cu"), "triton": ("kernels", ".py")}
 """Backend -> the folder of its kernels and what their names end in."""
 
-ELSEWHERE = {("interval_attention", "triton"): "interval", ("merge_states", "triton"): "interval"}
+ELSEWHERE = {
+    ("interval_attention", "triton"): "interval",
+    ("merge_states", "triton"): "interval",
+    ("merge_states", "cuda"): "merge",
+}
 """Op and backend -> name of its kernel file, where that is not the name of the op's file in ramify.ops."""
 
 
