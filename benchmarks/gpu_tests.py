@@ -98,8 +98,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def backend_of(item: pytest.Item) -> str:
     """The backend of a test's case, "" when it is none of those asked for."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
-    name = "cuda" if params.get("place") == "gpu" else params.get("backend")
-    return name if name in os.environ.get(BACKENDS, ",".join(evidence.GPU)).split(",") else ""
+    given = [params.get(key) for key in ("backend", "place")]
+    names = ["cuda" if value == "gpu" else getattr(value, "name", value) for value in given]
+    wanted = os.environ.get(BACKENDS, ",".join(evidence.GPU)).split(",")
+    return next((name for name in names if name in wanted), "")
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -78,7 +78,7 @@ def unproven(root: Path) -> dict[tuple[str, str], str]:
     doc = newest(root)
     rows = {} if doc is None else {(row["op"], row["backend"]): row for row in doc["tests"]}
     whole = doc is not None and doc["stages"]["tests"]["status"] == "ok"
-    found = {}
+    found: dict[tuple[str, str], str] = {}
     for op, backend in dict.fromkeys((row.op, row.backend) for row in backends.TABLE if row.backend in GPU):
         row = rows.get((op, backend))
         if row is None:
@@ -96,7 +96,8 @@ def unproven(root: Path) -> dict[tuple[str, str], str]:
 
 def standing(root: Path) -> dict[str, str]:
     """Kernel file -> "" when every op that it serves is proven in its present form, else the first reason why not."""
-    missing, found = unproven(root), {}
+    missing = unproven(root)
+    found: dict[str, str] = {}
     for op, backend in dict.fromkeys((row.op, row.backend) for row in backends.TABLE if row.backend in GPU):
         for path in files_of(root, op, backend):
             found[path] = found.get(path) or (f"{op}: {missing[op, backend]}" if (op, backend) in missing else "")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 BAND = 512
 """Bytes on either side of a storage: a multiple of what any kernel asks of an address."""
@@ -33,16 +33,20 @@ class _Held:
 
 
 class OnDevice(TorchDispatchMode):
-    """Ops of `namespace` called inside the block run on `device`; their tensors, and all other ops, stay on the CPU."""
+    """Ops of `namespace` called inside the block run on `device`; their tensors, and all other ops, stay on the CPU.
+
+    A call with tensors that lie elsewhere already is left as it is.
+    """
 
     def __init__(self, device: str, namespace: str = "ramify") -> None:
         super().__init__()
         self.device, self.namespace = device, namespace
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """Run one op: there and back when it is ours."""
+        """Run one op: there and back when it is ours and its tensors are here."""
         kwargs = kwargs or {}
-        if func.namespace != self.namespace:
+        away = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.device.type != "cpu"]
+        if func.namespace != self.namespace or away:
             return func(*args, **kwargs)
         held: dict[tuple[int, int], _Held] = {}
         schema = func._schema.arguments

@@ -127,6 +127,12 @@ def test_other_ops_stay_where_they_are():
     assert seen[0][0].data_ptr() == x.data_ptr()
 
 
+def test_tensors_that_lie_elsewhere_are_left_there():
+    x = torch.empty(3, 8, device="meta")
+    with OnDevice("cpu"):
+        assert ops.silu_mul(x).shape == (3, 4) and ops.silu_mul(x).device.type == "meta"
+
+
 def test_what_a_backend_does_not_take_is_skipped(monkeypatch):
     monkeypatch.setattr(tensors, "OnDevice", lambda device: OnDevice("cpu"))
     with pytest.raises(pytest.skip.Exception, match='backend "cuda" was forced and cannot run this call'), running("cuda"):
