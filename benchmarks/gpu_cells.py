@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks import tree_attention as tree
 from benchmarks.peers import gpu_attention as peers
 from benchmarks.registry import Case, Provider
-from ramify import ops, reference
+from ramify import backends, ops, reference
 from ramify.testing.tensors import random_tree
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -241,7 +241,8 @@ COMPILED = ("row_stats", "rms_norm", "silu_mul", "rope")
 def ways(op: str, device: str) -> list[Provider]:
     """Who computes an op."""
     call, prepare = CALLS[op]
-    found = [Provider(f"ramify {name}", call, backend=name, prepare=prepare) for name in OURS[device]]
+    kernels = {row.backend for row in backends.TABLE if row.op == op} | {"cpu"}  # without one, plain torch would run under its name
+    found = [Provider(f"ramify {name}", call, backend=name, prepare=prepare) for name in OURS[device] if name in kernels]
     if op in TORCH:
         plain, prepared = TORCH[op]
         found.append(Provider("torch", plain, baseline=True, prepare=prepared))

@@ -135,12 +135,13 @@ class GpuDay:
         else:
             status, reason = "not run", "the time was over"
             print(f"{stage.name:<9} ", end="")
+        if stage.name == self.stages[0].name and self.doc["environment"]:
+            self.doc["environment"]["commit"] = self.doc["environment"].get("commit") or self.options.commit
+            self.doc["environment"]["command"] = " ".join(["python -m benchmarks.gpu_day", *map(gpu_run.bare, sys.argv[1:])])
         held = {"status": status, "seconds": round(time.monotonic() - start, 1), "limit": round(max(seconds, 0), 1), "tree": self.tree}
         held |= {"commit": self.doc["environment"].get("commit", ""), "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")}
         self.doc["stages"][stage.name] = held | ({"reason": reason} if reason else {})
         print(f"{status} in {held['seconds']:.1f} s{': ' + reason if reason else ''}")
-        if stage.name == self.stages[0].name and self.doc["environment"]:
-            self.doc["environment"]["command"] = " ".join(["python -m benchmarks.gpu_day", *map(gpu_run.bare, sys.argv[1:])])
         if self.path:
             self._save()
 
@@ -168,6 +169,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="run finished stages once more")
     parser.add_argument("--minutes", type=float, default=9.5, help="for the whole day, shared out between its stages")
     parser.add_argument("--rehearse", action="store_true", help="every stage on the CPU, tiny: shows that it runs, measures nothing")
+    parser.add_argument("--commit", default="", help="what is noted as the commit where the checkout has no git")
     parser.add_argument("--seed", type=int, default=0, help="of every random input")
     options = parser.parse_args(arguments)
     names = [stage.name for stage in STAGES]

@@ -13,6 +13,7 @@ from benchmarks.peers import gpu_attention
 from benchmarks.registry import Case, Provider
 from benchmarks.tree_attention import Inputs
 from ramify.backends import TestBackend
+from ramify.testing import emulator
 
 ROOT = Path(__file__).parents[2]
 LIMITS = {"read": 1.0, "peak": {"bf16": 1.0}}
@@ -120,6 +121,23 @@ def test_a_configuration_is_put_back():
         assert attention.config is config and config(99, 128, 2, masked=True) == (16, 32, 4, 2)
         raise RuntimeError
     assert attention.config is before
+
+
+def test_every_cell_is_right_on_the_emulated_kernels(monkeypatch):
+    """What the stage `speed` asks of the CUDA kernels, tiny: arguments fit, and the check that comes before the clock passes."""
+    if why := emulator.missing():
+        pytest.skip(f"the emulator cannot be built: {why}")
+    monkeypatch.setitem(gpu_cells.OURS, "cpu", ("cuda",))
+    with emulator.emulating(emulator.Emulator(emulator.build(ROOT / "csrc", ROOT / "build" / "emulated"))):
+        asked = set()
+        for cell in gpu_cells.cells("cpu", tiny=True):
+            case = cell.make()
+            for way in gpu_cells.ways(cell.op, "cpu"):
+                if way.backend == "cuda":
+                    row = {"status": "ok"}
+                    assert gpu_speed.check(way, case, case.want(), row), (cell.op, row)
+                    asked.add(cell.op)
+    assert asked >= {"tree_attention", "row_stats", "topk_logits", "verify_greedy", "kv_commit", "rms_norm", "silu_mul", "rope", "embed"}
 
 
 SPILLING = """
