@@ -3,9 +3,11 @@
     python setup.py build_ext --inplace         the developer's loop: only what changed is compiled
 
 Environment: CXX, MAX_JOBS, RAMIFY_CXXFLAGS (appended to every compile and link, e.g. "-g -O1 -fsanitize=address"),
-RAMIFY_CUDA=auto|on|off, RAMIFY_CUDA_ARCHS ("80;90a;90+PTX"), CUDACXX, CUDA_HOME.
+RAMIFY_CUDA=auto|on|off, RAMIFY_CUDA_ARCHS ("80;90a;90+PTX"), CUDACXX, CUDA_HOME, RAMIFY_CPU=on|off (off: `_cuda` alone, for a GPU
+machine that is in a hurry).
 """
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -193,12 +195,24 @@ def _flag(path: Path) -> str:
 
 def python_flags() -> str:
     """Include flags of this interpreter and of pybind11."""
-    import pybind11
-
     include = Path(sysconfig.get_paths()["include"])
     if not (include / "Python.h").exists():
         raise BuildError(f"{include}/Python.h is missing; install Python's development files (python3-dev on Debian)")
-    return f"-isystem {_flag(include)} -isystem {_flag(Path(pybind11.get_include()))}"
+    return f"-isystem {_flag(include)} -isystem {_flag(find_pybind11())}"
+
+
+def find_pybind11() -> Path:
+    """The folder of pybind11's headers: of the package, or of the copy that torch brings."""
+    try:
+        import pybind11
+
+        return Path(pybind11.get_include())
+    except ImportError:
+        torch = importlib.util.find_spec("torch")
+        include = Path(torch.origin).parent / "include" if torch and torch.origin else Path()
+        if (include / "pybind11" / "pybind11.h").exists():
+            return include
+    raise BuildError("pybind11 is not found; pip install pybind11")
 
 
 def find_ninja() -> str:
@@ -230,7 +244,7 @@ def packages(folder: str, name: str) -> list[str]:
 
 def main() -> None:
     """Name the packages and the modules; the rest is in pyproject.toml."""
-    modules = [Extension("ramify._cpu", ["csrc/bind_cpu.cpp"])]
+    modules = [] if os.environ.get("RAMIFY_CPU") == "off" else [Extension("ramify._cpu", ["csrc/bind_cpu.cpp"])]
     if find_nvcc():
         modules.append(Extension("ramify._cuda", ["csrc/bind_cuda.cpp"]))
     setup(

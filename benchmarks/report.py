@@ -104,7 +104,7 @@ def environment(seed: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "versions": {name: version for name in ("ramify", *PACKAGES) if (version := _version(name))},
+        "versions": {name: found for name in ("ramify", *PACKAGES) if (found := version(name))},
         "commit": _commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "seed": seed,
@@ -127,7 +127,8 @@ def _no_folder(word: str) -> str:
     return word.rpartition("/")[2]
 
 
-def _version(name: str) -> str:
+def version(name: str) -> str:
+    """The version of an installed package, or of ramify; "" where there is none."""
     try:
         return __import__("ramify").__version__ if name == "ramify" else metadata.version(name)
     except Exception:

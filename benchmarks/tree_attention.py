@@ -27,19 +27,19 @@ LIMITS = {"bf16": 0.02, "f32": 5e-5}  # see error_of: 8 bits of mantissa in inpu
 class Inputs:
     """One copy of a cell's tensors, in the axes of ramify.ops and, on demand, in those that torch wants."""
 
-    def __init__(self, size: str, context: int, T: int, dtype: str, seed: int) -> None:
+    def __init__(self, size: str, context: int, T: int, dtype: str, seed: int, device: str = "cpu") -> None:
         (Hq, Hkv, D), kind = SIZES[size], DTYPES[dtype]
-        rng = torch.Generator().manual_seed(seed)
+        rng = torch.Generator(device).manual_seed(seed)
 
         def random(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=rng).to(kind)
+            return torch.randn(shape, generator=rng, device=device).to(kind)
 
         self.q = 2 * random(1, T, Hq, D)  # scores spread as widely as in a trained model: a flat softmax hides errors
         self.k, self.v = random(1, context, Hkv, D), random(1, context, Hkv, D)
         self.tail_k, self.tail_v = random(1, T, Hkv, D), random(1, T, Hkv, D)
-        self.visible = random_tree(T, rng)  # bool [T, T]
+        self.visible = random_tree(T, torch.Generator().manual_seed(seed)).to(device)  # bool [T, T]
         self.ancestors = words(self.visible)[None]  # int64 [1, T, W]
-        self.prefix_len = torch.tensor([context], dtype=torch.int32)
+        self.prefix_len = torch.tensor([context], dtype=torch.int32, device=device)
         self.group = Hq // Hkv
 
     @cached_property
@@ -52,7 +52,7 @@ class Inputs:
     @cached_property
     def mask(self) -> Tensor:
         """bool [T, context + T]: the dense mask that torch needs."""
-        return torch.cat([torch.ones(len(self.visible), self.k.shape[1], dtype=torch.bool), self.visible], dim=1)
+        return torch.cat([self.visible.new_ones(len(self.visible), self.k.shape[1]), self.visible], dim=1)
 
 
 def random_tree(T: int, rng: torch.Generator) -> Tensor:
@@ -67,7 +67,7 @@ def random_tree(T: int, rng: torch.Generator) -> Tensor:
 def words(visible: Tensor) -> Tensor:
     """bool [T, T] -> ancestor words int64 [T, ceil(T / 64)]: bit j & 63 of word j >> 6."""
     padded = F.pad(visible, (0, -len(visible) % 64)).view(len(visible), -1, 64).long()
-    return (padded << torch.arange(64)).sum(-1)
+    return (padded << torch.arange(64, device=visible.device)).sum(-1)
 
 
 def exact(x: Inputs) -> Tensor:
@@ -151,7 +151,7 @@ def flex_inputs(x: Inputs) -> tuple:
     def seen(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
         return (key < context) | visible[row, (key - context).clamp(min=0)]
 
-    return q, keys, values, create_block_mask(seen, None, None, q.shape[2], keys.shape[2], device="cpu")
+    return q, keys, values, create_block_mask(seen, None, None, q.shape[2], keys.shape[2], device=q.device.type)
 
 
 _flex = None

@@ -18,15 +18,18 @@ PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 
 
 def ops_table(root: Path) -> str:
-    """Every public op: what it computes and where it runs. A star: a backend whose kernels no GPU has run yet."""
+    """Every public op: what it computes and where it runs. A star: a kernel that no GPU has proven in its present form."""
     from ramify import backends, ops
+    from ramify.testing import evidence
 
-    rows = []
+    rows, unproven = [], evidence.unproven(root)
     for name in sorted(backends.OPS):
         kernels = {row.backend for row in backends.TABLE if row.op == name}
-        gpu = [label + "*" * (each in backends.UNPROVEN) for each, label in (("cuda", "CUDA"), ("triton", "Triton")) if each in kernels]
+        gpu = [label + "*" * ((name, each) in unproven) for each, label in (("cuda", "CUDA"), ("triton", "Triton")) if each in kernels]
         rows.append([f"`{name}`", _summary(getattr(ops, name)), "C++" if "cpu" in kernels else "torch", ", ".join(gpu) or "torch"])
-    notes = [f"\\* {reason[0].upper()}{reason[1:]}." for reason in dict.fromkeys(backends.UNPROVEN.values())]
+    known = list(backends.UNPROVEN.values())
+    said = sorted(set(unproven.values()), key=lambda reason: (known.index(reason) if reason in known else len(known), reason))
+    notes = [f"\\* {reason[0].upper()}{reason[1:]}." for reason in said]
     return "\n\n".join([_table(["op", "what it computes", "CPU", "GPU"], rows), *notes])
 
 

@@ -4,7 +4,7 @@ Used by the tests of the ops, and by anyone who tests a kernel or a plugin of th
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ramify import backends
+from ramify.testing.on_device import OnDevice
 
 TREES = ("chain", "star", "random", "bushy")
 
@@ -21,12 +22,12 @@ TREES = ("chain", "star", "random", "bushy")
 def running(backend: str, level: str | None = None) -> Iterator[None]:
     """Run on this backend, and on this ISA level if the backend is "cpu"; put both back afterwards.
 
-    Triton kernels run in the mended, guarded interpreter where TRITON_INTERPRET=1 is set.
+    Triton kernels run in the mended, guarded interpreter where TRITON_INTERPRET=1 is set. Elsewhere they and the CUDA kernels run on the
+    GPU, whose turn of a call ramify.testing.on_device plays: tests give CPU tensors and get them. A call that the backend does not
+    take skips the test there, with the reason.
     """
     if level is None:
-        interpreted = backend == "triton" and backends.interpreted()
-        guard = import_module("ramify.testing.triton_interpreter").guarded() if interpreted else nullcontext()
-        with backends.backend(backend), guard:
+        with _at(backend):
             yield
         return
     native = backends.native()
@@ -39,18 +40,37 @@ def running(backend: str, level: str | None = None) -> Iterator[None]:
         native.set_isa(before)
 
 
-def runs(op: str, **sizes: Any) -> list:
-    """pytest parameters (backend, level) of what takes `op` at these sizes: reference, CPU kernels at every ISA level, Triton.
+@contextmanager
+def _at(backend: str) -> Iterator[None]:
+    """Where a backend without ISA levels runs."""
+    if backends.DEVICE_OF.get(backend, "cpu") == "cpu":
+        with backends.backend(backend):
+            yield
+    elif backend == "triton" and backends.interpreted():
+        with backends.backend(backend), import_module("ramify.testing.triton_interpreter").guarded():
+            yield
+    else:
+        import pytest
 
-    CUDA C++ kernels take tensors on a GPU: their tests are in tests/gates.
+        try:
+            with backends.backend(backend), OnDevice(backends.DEVICE_OF[backend]):
+                yield
+        except ValueError as error:
+            if f'backend "{backend}" was forced' not in str(error):
+                raise
+            pytest.skip(str(error))
+
+
+def runs(op: str, **sizes: Any) -> list:
+    """pytest parameters (backend, level) of what takes `op` at these sizes: reference, CPU kernels at every ISA level, Triton, CUDA.
+
+    A backend that cannot run here is skipped and says why.
     """
     import pytest
 
     found = []
     for param in backends.params(op, **sizes):
         name = param.values[0].name
-        if param.values[0].device != "cpu":
-            continue
         if name != "cpu" or param.marks:
             found.append(pytest.param(name, None, id=name, marks=param.marks))
             continue

@@ -29,8 +29,8 @@ def check(case, *, scale=None, window=None, sink=None, dot=False):
 
 
 def uses_dot(level, case, backend="cpu"):
-    """Whether products take bf16 operands: a level of its own on the CPU, every Triton kernel of 16-bit tensors."""
-    return case.k.dtype == BF16 and (level == "avx512_bf16" or (backend == "triton" and case.q.dtype == BF16))
+    """Whether products take bf16 operands: a level of its own on the CPU, every GPU kernel of 16-bit tensors."""
+    return case.k.dtype == BF16 and (level == "avx512_bf16" or (backend in ("triton", "cuda") and case.q.dtype == BF16))
 
 
 SHAPES = [  # prefix lengths, rows, Hq, Hkv, D, tree, tail_rows, page
