@@ -17,6 +17,9 @@ from typing import Any
 PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 
 
+LABELS = {"cuda": "CUDA", "triton": "Triton"}
+
+
 def ops_table(root: Path) -> str:
     """Every public op: what it computes and where it runs. A star: a kernel that no GPU has proven in its present form."""
     from ramify import backends, ops
@@ -25,12 +28,15 @@ def ops_table(root: Path) -> str:
     rows, unproven = [], evidence.unproven(root)
     for name in sorted(backends.OPS):
         kernels = {row.backend for row in backends.TABLE if row.op == name}
-        gpu = [label + "*" * ((name, each) in unproven) for each, label in (("cuda", "CUDA"), ("triton", "Triton")) if each in kernels]
+        gpu = [label + "*" * ((name, each) in unproven) for each, label in LABELS.items() if each in kernels]
         rows.append([f"`{name}`", _summary(getattr(ops, name)), "C++" if "cpu" in kernels else "torch", ", ".join(gpu) or "torch"])
-    known = list(backends.UNPROVEN.values())
-    said = sorted(set(unproven.values()), key=lambda reason: (known.index(reason) if reason in known else len(known), reason))
-    notes = [f"\\* {reason[0].upper()}{reason[1:]}." for reason in said]
-    return "\n\n".join([_table(["op", "what it computes", "CPU", "GPU"], rows), *notes])
+    said: dict[str, list[str]] = {}  # reason -> backends
+    for (_, backend), reason in sorted(unproven.items()):
+        if LABELS[backend] not in (labels := said.setdefault(reason, [])):
+            labels.append(LABELS[backend])
+    notes = [f"{' and '.join(labels)}: {reason}." for reason, labels in said.items()]
+    table = _table(["op", "what it computes", "CPU", "GPU"], rows)
+    return f"{table}\n\n\\* {' '.join(notes)}" if notes else table
 
 
 def methods_table(root: Path) -> str:
