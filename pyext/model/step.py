@@ -13,6 +13,7 @@ import torch
 from ramify import native
 from ramify.cache.arena import Arena
 from ramify.model.config import ModelConfig
+from ramify.model.pace import Pace
 from ramify.model.rope import RopeTable
 from ramify.model.weights import Linears, Weights
 
@@ -52,6 +53,7 @@ class Step:
 
     def __init__(self, config: ModelConfig, weights: Weights, rope: RopeTable, arena: Arena, plan: Plan, pages: int):
         self.plan, self.threads = plan, native.threads()
+        self._pace = Pace(self.threads)
         self.inputs = Inputs(plan.rows, plan.sequences, pages)
         self.inputs.count[0] = plan.rows  # scratch is sized for the widest step
         capture = _Capture(config, weights, rope, arena, plan, self.inputs, pages)
@@ -67,7 +69,7 @@ class Step:
             for args in self.calls:
                 native.run(args)
         else:
-            self.program.replay(self.threads)
+            self._pace.run(self.program.replay)
 
 
 class _Capture:
