@@ -160,7 +160,8 @@ class NinjaBuild(build_ext):
         OBJECTS.mkdir(parents=True, exist_ok=True)
         (OBJECTS / "build.ninja").write_text(ninja.text)
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
-        done = subprocess.run([find_ninja(), "-C", str(OBJECTS), *jobs, *map(str, targets)])
+        quiet = [] if self.distribution.verbose else ["--quiet"]  # the compiler's own messages are shown all the same
+        done = subprocess.run([find_ninja(), "-C", str(OBJECTS), *quiet, *jobs, *map(str, targets)])
         if done.returncode != 0:
             hint = "; RAMIFY_CUDA=off builds without the GPU module" if nvcc else ""
             raise BuildError(f"compilation failed, the compiler's message is above{hint}")

@@ -86,7 +86,7 @@ class Registry:
             if key in options:
                 raise ValueError(f'{who}: option "{key}" of "{name}" is set by an argument; takes it there alone. {_takes(known)}')
             if known is not None and key not in known:
-                near = difflib.get_close_matches(key, known, 1, cutoff=0.4)
+                near = difflib.get_close_matches(key, known, 1, cutoff=0.7)
                 hint = f'; nearest is "{near[0]}"' if near else ""
                 raise ValueError(f'{who}: "{name}" has no option {show(key)}{hint}. {_takes(known)}')
             if key in asked:
@@ -108,7 +108,7 @@ class Registry:
 
     def _unknown(self, name: str, caller: str, noun: str) -> str:
         known = self.names()
-        near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+        near = difflib.get_close_matches(name, known, 1, cutoff=0.6)
         hint = f'nearest is "{near[0]}"' if near else f"known: {', '.join(known) or 'none'}"
         where = "ramify.methods() lists all" if self.kind == "drafter" else f"{self.package} holds the built-in ones"
         return f"{caller}: {noun} {show(name)} is not known; {hint}. {where}; a plugin needs --plugin FILE."

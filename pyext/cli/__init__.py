@@ -41,11 +41,13 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own) and return its exit code."""
+    command = "ramify"
     try:
         _prepare_streams()
         args, unknown = parser().parse_known_args(argv)
         if unknown:
             raise UsageError(f"ramify {args.command}: unrecognized arguments: {' '.join(unknown)}. ramify {args.command} --help lists all.")
+        command = f"ramify {args.command}"
         code = args.run(args)
         sys.stdout.flush()
         return code
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RAMIFY_TRACEBACK"):
             raise
         try:
-            print(_one_line(error), file=sys.stderr, flush=True)
+            print(_one_line(error, command), file=sys.stderr, flush=True)
         except OSError:
             _silence(sys.stderr)
         return USAGE
@@ -80,8 +82,11 @@ def _silence(stream: TextIO) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _one_line(error: Exception) -> str:
-    """The message of an expected error; of another one, its kind as well."""
+def _one_line(error: Exception, command: str) -> str:
+    """The message of an expected error; of another one, its kind as well. What the system refused is told of the command and the path."""
+    if isinstance(error, OSError) and error.strerror:
+        path = f"{error.filename}: " if error.filename is not None else ""
+        return f"{command}: {path}{error.strerror}."
     text = " ".join(str(error).split())
     if not (text and isinstance(error, (ValueError, TypeError, OSError, ImportError, RuntimeError))):
         text = f"{type(error).__name__}: {text}. RAMIFY_TRACEBACK=1 shows where."

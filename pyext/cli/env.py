@@ -91,16 +91,19 @@ def openmp() -> list[str]:
 
 
 def kernels() -> list[dict[str, Any]]:
-    """One row per op: why a backend cannot take its float32 form on the CPU, and the one taken; None where the forced one cannot."""
-    import torch
-
+    """One row per op: the dtype asked about, the first that its kernels take; why a backend cannot run it on tensors on the CPU; and the
+    one taken, None where the forced one cannot.
+    """
     from ramify import backends
 
     rows = []
     for op in backends.OPS:
-        why = backends.reasons(op, "cpu", torch.float32, {})
-        taken = backends.taken(op, "cpu", torch.float32, {})
-        rows.append({"op": op, "taken": taken, "why_not": {name: reason for name, reason in why.items() if reason}})
+        dtype = next(row.dtypes[0] for row in backends.TABLE if row.op == op)
+        why = backends.reasons(op, "cpu", dtype, {})
+        taken = backends.taken(op, "cpu", dtype, {})
+        rows.append(
+            {"op": op, "dtype": backends.short(dtype), "taken": taken, "why_not": {name: reason for name, reason in why.items() if reason}}
+        )
     return rows
 
 
@@ -154,9 +157,9 @@ def _kernel_table(found: dict[str, Any]) -> list[str]:
     rows = []
     for row in found["kernels"]:
         cells = ["-" if name in row["why_not"] else level if name == "cpu" else "yes" + "*" * (name in UNPROVEN) for name in names]
-        rows.append([row["op"], *cells, row["taken"] or "refused"])
+        rows.append([row["op"], row["dtype"], *cells, row["taken"] or "refused"])
     notes = [f"* {UNPROVEN[name]}" for name in names if name in UNPROVEN]
-    return [table(["float32 on the CPU", *names, "taken here"], rows, left=len(names) + 2), *notes]
+    return [table(["on the CPU", "dtype", *names, "taken here"], rows, left=len(names) + 3), *notes]
 
 
 def _version(name: str) -> str | None:

@@ -160,8 +160,7 @@ def figures(method: str, out: Any) -> str:
 
 def method_names(given: list[str]) -> list[str]:
     """The names after --method, in order and once each; "a,b" is two names, the commas of "a:key=1,other=2" part its options."""
-    parted = [name for word in given for name in ([word] if ":" in word else word.split(","))]
-    return list(dict.fromkeys(filter(None, parted)))
+    return list(dict.fromkeys(name for word in given for name in ([word] if ":" in word else word.split(","))))
 
 
 def default_methods(args: argparse.Namespace) -> list[str]:

@@ -58,7 +58,8 @@ def read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
-        raise ValueError(f"convert: {file} cannot be read ({problem}); takes a UTF-8 text file.") from None
+        reason = getattr(problem, "strerror", None) or problem
+        raise ValueError(f"convert: {file} cannot be read ({reason}); takes a UTF-8 text file.") from None
 
 
 class Stream:

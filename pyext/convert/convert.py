@@ -120,10 +120,10 @@ def convert(
     if texts:
         made.calibration = "Python standard library sources" if calibration is None else _named(calibration)
         made.calibration_tokens = sum(map(len, texts))
-    if judged:
-        made.evaluated_on = "the zoo's held-out modules" if evaluate is None else _named(evaluate)
-        made.before = _measured(checkpoint, tokenizer, judged)
-    with NewFolder(out, force) as new, torch.no_grad():
+    with NewFolder(out, force) as new, torch.no_grad():  # made first: what cannot be written is told before the work
+        if judged:
+            made.evaluated_on = "the zoo's held-out modules" if evaluate is None else _named(evaluate)
+            made.before = _measured(checkpoint, tokenizer, judged)
         _write_tensors(checkpoint, new, made, format, texts, progress)
         values = read_json(folder / "config.json")
         new.json("config.json", {**values, "quantization_config": config_of(format, method, head_format)})

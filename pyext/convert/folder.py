@@ -4,10 +4,13 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,7 +23,8 @@ SHARD = 2_000_000_000
 class NewFolder:
     """`with NewFolder(out, force) as folder:` writes; leaving the block puts it in place, leaving it by an exception removes it.
 
-    Raises ValueError where `out` exists without `force`, or with it is no checkpoint folder that could be replaced.
+    Raises ValueError where `out` exists without `force`, or with it is no checkpoint folder that could be replaced, and where it cannot
+    be written: no such place, no permission, a full disk.
     """
 
     def __init__(self, out: Path, force: bool = False) -> None:
@@ -32,13 +36,15 @@ class NewFolder:
         self._bytes = 0
 
     def __enter__(self) -> "NewFolder":
-        self.path.mkdir(parents=True)
+        with self._writing():
+            self.path.mkdir(parents=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             if kind is None:
-                self._put_in_place()
+                with self._writing():
+                    self._put_in_place()
         finally:
             shutil.rmtree(self.path, ignore_errors=True)
 
@@ -67,19 +73,32 @@ class NewFolder:
 
     def text(self, name: str, text: str) -> None:
         """Write a text file."""
-        (self.path / name).write_text(text, encoding="utf-8")
+        with self._writing():
+            (self.path / name).write_text(text, encoding="utf-8")
 
     def copy(self, file: Path) -> None:
         """Copy a file under its own name."""
-        shutil.copyfile(file, self.path / file.name)
+        held = file.read_bytes()
+        with self._writing():
+            (self.path / file.name).write_bytes(held)
 
     def _write(self) -> None:
         self._shards.append(list(self._waiting))
         self._bytes += sum(tensor.nbytes for tensor in self._waiting.values())
         file = self.path / str(len(self._shards))
-        save_file(self._waiting, file, metadata={"format": "pt"})
+        with self._writing():
+            save_file(self._waiting, file, metadata={"format": "pt"})
         file.chmod(self.path.stat().st_mode & 0o666)  # the library makes files that only their owner reads
         self._waiting = {}
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What the system says against writing, told of the folder that was asked for."""
+        try:
+            yield
+        except (OSError, SafetensorError) as problem:
+            reason = getattr(problem, "strerror", None) or problem
+            raise ValueError(f"convert: OUT {self.out} cannot be written ({reason}); takes a new folder in a place that can be.") from None
 
     def _put_in_place(self) -> None:
         if not self.out.exists():

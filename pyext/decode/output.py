@@ -109,8 +109,10 @@ class Output:
             return ""
         if self._reader is not None and self.finish_reason:
             return self._reader.text
-        ids = self.token_ids
-        return tokenizer.decode(ids[:-1] if ids and ids[-1] in self.request.eos else ids)
+        ended = len(self.ids) > self._start and self.ids[-1] in self.request.eos
+        reader = TextStream(tokenizer, self.ids[:-1] if ended else self.ids, self._start)
+        reader.finish()
+        return reader.text
 
     def take(self, tokens: list[int]) -> int:
         """Append what one step emitted, up to and including the token that ends the text; return how many were kept."""

@@ -6,20 +6,27 @@ from typing import Any
 HALF = "\ufffd"
 """What a tokenizer decodes an unfinished UTF-8 character to."""
 
+CONTEXT = 16
+"""Ids before the text that are decoded with its beginning, at most."""
+
 
 class TextStream:
     """The text of ids[start:] as it grows, and whether a stop string is in it.
 
-    Decodes a short window instead of the whole text: from the last id but one batch, so that tokenizers which drop a leading space see
-    what stands before it. Text that may still change (an unfinished character) or be cut (the beginning of a stop string) is held back.
+    Decodes a short window instead of the whole text. It begins with ids whose text is known already, of the prompt at first, so that
+    tokenizers which drop the space of a first word see that this is none. Text that may still change (an unfinished character) or be cut
+    (the beginning of a stop string) is held back.
     """
 
     def __init__(self, tokenizer: Any, ids: list[int], start: int, stops: Sequence[str] = ()) -> None:
         self.tokenizer, self.ids, self.stops = tokenizer, ids, stops
         self.text = ""
         self.stopped = False
-        self._window = self._read = start  # the window begins at _window; ids before _read are wholly in `text`
-        self._known = 0  # characters of the window that are in `text`
+        self._window, self._read = start, start  # the window begins at _window; ids before _read are wholly in `text`, or before it
+        self._known = 0  # characters of the window that are in `text`, or before it
+        while self._window > max(0, start - CONTEXT) and not self._known:
+            self._window -= 1
+            self._known = len(tokenizer.decode(ids[self._window : start]).rstrip(HALF))
         self._shown = 0
         self._longest = max(map(len, stops), default=0)
 
@@ -31,7 +38,7 @@ class TextStream:
 
     def finish(self) -> None:
         """No more ids come: an unfinished character is now what it decodes to."""
-        if not self.stopped and self._window < len(self.ids):
+        if not self.stopped and self._read < len(self.ids):
             self._extend(self.tokenizer.decode(self.ids[self._window :]), whole=True)
 
     def take(self, last: bool = False) -> str:
@@ -47,8 +54,10 @@ class TextStream:
         self.text += sure[self._known :]
         self._known = max(self._known, len(sure))
         if len(sure) == len(window):
-            self._window, self._read = self._read, len(self.ids)
-            self._known = len(self.tokenizer.decode(self.ids[self._window :]))
+            known = self.tokenizer.decode(self.ids[self._read :])
+            if known:  # what shows nothing, a special id or a space that was dropped, is no beginning
+                self._window, self._known = self._read, len(known)
+            self._read = len(self.ids)
         if self.stops and len(self.text) > old:
             begin = max(0, old - self._longest + 1)
             found = [at for at in (self.text.find(stop, begin) for stop in self.stops) if at >= 0]

@@ -7,6 +7,7 @@ accepted rows that were never run (the last guess of a chain) become pending.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -51,8 +52,9 @@ class Guessing:
 class SecondModel:
     """The draft model of one call to generate; slots are those of the call."""
 
-    def __init__(self, model: Any, requests: Sequence[Request]) -> None:
-        self.model = model
+    def __init__(self, model: Any, requests: Sequence[Request], method: str) -> None:
+        """method: the name that its errors begin with."""
+        self.model, self.method = model, method
         self.limit = model.config.max_positions
         self.capacities = [min(r.capacity, self.limit) for r in requests]
         self.cache: Any = None  # made by the first begin: a drafter that only watches needs none
@@ -87,7 +89,8 @@ class SecondModel:
     def forward(self, grown: Sequence[Guessing], topk: int = 0, logits: bool = False) -> tuple[Any, list[int]]:
         """Run the rows that were added to these trees (pending tokens and root, the first time).
 
-        Returns the StepOut, and for each tree where in it the root or the first added row lies; its others follow.
+        Returns the StepOut, and for each tree where in it the root or the first added row lies; its others follow. Raises ValueError for
+        logits that are not finite, and says whose they are.
         The draft region belongs to one set of sequences per step, so a tree that has stopped growing runs its last row again.
         """
         trees = list(self._run.values())
@@ -97,7 +100,15 @@ class SecondModel:
             tree = TokenTree.from_parents([t.tokens for t in trees], [t.parents for t in trees])
         first = np.array([min(t.fed, len(t.tokens) - 1) for t in trees], np.int32)
         whole = trees[0].fed == 0
-        out = self.model.forward(tree, self._view, first=None if whole else first, topk=topk, logits=logits)
+        try:
+            out = self.model.forward(tree, self._view, first=None if whole else first, topk=topk, logits=logits)
+        except ValueError as problem:
+            raise ValueError(f"{self.method}: the drafter's {str(problem).removeprefix('forward: ')}") from problem
+        if not math.isfinite(out.lse.sum()):  # a model that does not look itself
+            row = int(np.flatnonzero(~np.isfinite(out.lse))[0])
+            raise ValueError(
+                f"{self.method}: the drafter's logits of row {row} hold NaN or infinity; takes finite ones. Check its weights."
+            )
         at, row = {}, 0
         for t, old in zip(trees, first.tolist(), strict=True):
             at[t.slot] = row + (t.head if whole else 0)
@@ -157,7 +168,7 @@ class ModelDrafter(Drafter):
         if self.model is None:
             raise ValueError(f"{self.name}: model is None; takes the loaded draft model. generate(drafter=...) sets it.")
         check_vocabulary(model, loaded_model("model", self.model, self.name))
-        self.second = SecondModel(self.model, requests)
+        self.second = SecondModel(self.model, requests, self.name)
         self.params = [r.params for r in requests]
         self.text: dict[int, list[int]] = {}
         self.last = None

@@ -1,6 +1,10 @@
-"""ramify inside Hugging Face transformers. With `ramify.cli` the only room that knows anything outside; imported on first use."""
+"""ramify inside Hugging Face transformers. With `ramify.cli` the only room that knows anything outside; imported on first use.
+
+Needs transformers: `pip install 'ramify[hf]'`.
+"""
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,4 +21,10 @@ __all__ = ["CustomGenerate", "LowBitLinear", "RamifyConfig"]
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    try:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "transformers":
+            raise
+        came = "not installed" if find_spec("transformers") is None else "of a version without what it uses"
+        raise ImportError(f"{name}: transformers is {came}. pip install 'ramify[hf]' brings the right one.", name=error.name) from None

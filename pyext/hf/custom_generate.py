@@ -45,7 +45,7 @@ _STATEFUL = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermar
 
 
 class CustomGenerate:
-    """What `generate(custom_generate=...)` takes: decodes token-parallel with any drafter of ramify.
+    """What `generate(custom_generate=...)` takes: decodes token-parallel with any drafter of ramify. Needs `pip install 'ramify[hf]'`.
 
     method: a drafter's name, with options if wanted ("prompt_lookup:longest=4"), or a Drafter of your own.
     drafter: for methods with a second model, that model: transformers' or ramify's. size: rows a sequence and step, or a

@@ -23,7 +23,7 @@ METHODS = ("ramify_w4", "ramify_w8")
 
 
 class RamifyConfig(QuantizationConfigMixin):
-    """What `quantization_config=` of from_pretrained takes to quantise a dense checkpoint while it loads.
+    """What `quantization_config=` of from_pretrained takes to quantise a dense checkpoint while it loads. Needs `pip install 'ramify[hf]'`.
 
     format: "int4-g64", "int8", "fp8", ... by name. modules_to_not_convert: names of layers, or parts of names, that stay dense
     besides the head. method and head are notes of the quantizer that wrote a checkpoint. Raises UnsupportedModelError for an

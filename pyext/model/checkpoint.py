@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ramify.checks import show
 from ramify.errors import CheckpointError
 from ramify.model.config import ModelConfig, read_json
 from ramify.quant import QuantizedWeight
@@ -166,7 +167,8 @@ class Checkpoint:
         where = {str(name): self.folder / Path(str(file)).name for name, file in weight_map.items()}
         for name, file in where.items():
             if not file.is_file():
-                raise CheckpointError(f'load: {file.name}, tensor "{name}" is missing: {INDEX} names a file that is not there. Fetch it.')
+                named = show(weight_map[name]).strip('"')  # as it stands there, folders and all
+                raise CheckpointError(f'load: {named}, tensor "{name}" is missing: {INDEX} names a file that is not there. Fetch it.')
         return where
 
     def _check_headers(self) -> None:

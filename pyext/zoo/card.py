@@ -26,7 +26,7 @@ instructions: use it to see decoding methods work, not to write software.
 | held-out loss | **{nats:.3f} nats a token**, {bits:.3f} bits a byte, over {held:,} tokens of the held-out modules |
 | held-out modules | {modules} (and every file named after them) |
 
-To train it again: `pip install ramify[zoo]`, then `python -m ramify.zoo.train --out zoo --tokens {tokens_flag}{package_flags}`.
+To train it again: `pip install 'ramify[zoo]'`, then `python -m ramify.zoo.train --out zoo --only {name} --tokens {tokens_flag}{flags}`.
 The training text is licensed under the PSF licence; the weights are released with ramify under Apache-2.0.
 """
 
@@ -53,8 +53,8 @@ def write_card(folder: Path, summary: dict, packages: Sequence[str] = ()) -> Non
             bits=summary["held_out"]["bits_per_byte"],
             held=summary["held_out"]["tokens"],
             modules=", ".join(f"`{name}`" for name in corpus.HELD_OUT),
-            tokens_flag=f"{summary['tokens']:.3g}",
-            package_flags="".join(f" --package {name}" for name in packages),
+            tokens_flag=f"{summary['tokens']:.3g}".replace("e+0", "e"),
+            flags=" --distil" * bool(summary.get("teacher")) + "".join(f" --package {name}" for name in packages),
         )
     )
 

@@ -1,11 +1,12 @@
 """Train the zoo: a byte-level BPE of 4,096 tokens, a small Llama target and a smaller Llama drafter, on Python sources.
 
-    python -m ramify.zoo.train --out FOLDER [--tokens 12e6] [--package NAME ...] [--only tokenizer|target|drafter]
+    python -m ramify.zoo.train --out FOLDER [--only tokenizer|target|drafter] [--tokens N] [--package NAME ...] [--distil]
 
 Written for two CPU cores and a couple of hours: the hidden matrices train with Muon, embeddings and gains with AdamW,
-one cosine schedule for both, short sequences first and the full 2,048 positions for the last part. The drafter learns
-what the target would say of the same text: a guess is accepted as often as the two laws agree. A run that was stopped
-goes on from its last checkpoint, also to more tokens than were planned. Needs the optional packages of `pip install ramify[zoo]`.
+one cosine schedule for both, short sequences first and the full 2,048 positions for the last part. Both learn the
+text; with --distil the drafter learns what the target would say of it, since a guess is accepted as often as the two laws
+agree. A run that was stopped goes on from its last checkpoint, also to more tokens than were planned. Needs the optional
+packages of `pip install 'ramify[zoo]'`.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ VOCABULARY, POSITIONS, END_OF_TEXT = 4096, 2048, "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Recipe:
-    """One model of the zoo: its shape, and how long and how fast it learns."""
+    """One model of the zoo, as it ships: its shape, and how long and how fast it learns."""
 
     name: str
     hidden: int
@@ -41,6 +42,7 @@ class Recipe:
     kv_heads: int
     inner: int
     peak: float  # learning rate of Muon's matrices at the top of the schedule
+    tokens: float  # how many it reads
     teacher: str = ""  # the model whose law it learns; else it learns the text
 
     def config(self) -> LlamaConfig:
@@ -63,8 +65,8 @@ class Recipe:
 
 
 RECIPES = {
-    "target": Recipe("target", hidden=256, layers=9, heads=4, kv_heads=2, inner=768, peak=0.02),
-    "drafter": Recipe("drafter", hidden=192, layers=2, heads=3, kv_heads=1, inner=512, peak=0.02, teacher="target"),
+    "target": Recipe("target", hidden=256, layers=9, heads=4, kv_heads=2, inner=768, peak=0.02, tokens=1.01e7),
+    "drafter": Recipe("drafter", hidden=192, layers=2, heads=3, kv_heads=1, inner=512, peak=0.02, tokens=4.5e6),
 }
 BATCH_TOKENS = 8192
 ADAM_SHARE = 0.15  # AdamW's learning rate as a share of Muon's
@@ -242,9 +244,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line entry: see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m ramify.zoo.train", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("zoo"), help="folder for the tokenizer and both models (default: zoo)")
-    parser.add_argument("--tokens", type=float, default=12e6, help="training tokens of each model (default: 12e6)")
+    parser.add_argument("--tokens", type=float, help="training tokens of each model (default: what the shipped ones read)")
     parser.add_argument("--package", action="append", default=[], help="also train on this installed, permissively licensed package")
     parser.add_argument("--only", choices=["tokenizer", *RECIPES], help="one part; the default makes all three")
+    parser.add_argument(
+        "--distil", action="store_true", help="the drafter learns the law of the target, which --out must hold, not the text"
+    )
     parser.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's own choice)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -261,7 +266,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     stream = encode(tokenizer, texts)
     print(f"{len(texts)} files, {sum(map(len, texts)) / 1e6:.1f} M characters, {len(stream) / 1e6:.2f} M tokens")
     for name in wanted:
-        summary = train_model(RECIPES[name], tokenizer, stream, int(options.tokens), options.out, options.seed)
+        recipe = RECIPES[name]
+        if options.distil and name != "target":
+            recipe = replace(recipe, teacher="target")
+        summary = train_model(recipe, tokenizer, stream, int(options.tokens or recipe.tokens), options.out, options.seed)
         write_card(options.out / name, summary, options.package)
         print(json.dumps({key: value for key, value in summary.items() if key != "losses"}))
 

@@ -47,7 +47,7 @@ def test_env_json():
     assert found["variables"]["RAMIFY_ISA"] == "portable" and "built" in found["cuda"]
     ops = {row["op"]: row for row in found["kernels"]}
     assert {"tree_attention", "linear", "rms_norm", "verify_greedy"} <= set(ops)
-    assert all(row["taken"] not in row["why_not"] for row in ops.values())
+    assert all(row["taken"] == "cpu" and "cpu" not in row["why_not"] for row in ops.values())  # each has a kernel, asked for what it takes
 
 
 def test_env_for_a_person():
@@ -61,10 +61,12 @@ def test_env_for_a_person():
     assert ramify.__version__ in facts[0] and "1 thread" in facts[1] and "1 threads" not in facts[1]
     assert "portable taken" in facts[2] and "OMP_NUM_THREADS=1" in done.stdout and "RAMIFY_ISA=portable" in done.stdout
     heading, *rows = table.splitlines()
-    assert heading.startswith("float32 on the CPU") and heading.endswith("taken here")
+    assert heading.startswith("on the CPU  ") and heading.endswith("taken here")
     columns = list(zip(*(row.split() for row in rows)))
     assert "tree_attention" in columns[0] and all(set(column) != {"-"} for column in columns)
-    assert len(heading.removeprefix("float32 on the CPU").removesuffix("taken here").split()) == len(columns) - 2
+    assert len(heading.removeprefix("on the CPU").removesuffix("taken here").split()) == len(columns) - 2
+    greedy = next(row.split() for row in rows if row.startswith("verify_greedy"))
+    assert greedy[1] == "int32" and greedy[-1] == "cpu" and {*columns[1]} == {"float32", "int32"}
     assert "ramify.explain" in last and "\n" not in last
 
 

@@ -64,12 +64,38 @@ def test_errors_are_one_line_and_leave_nothing(tmp_path, text, capsys):
         ([broken, out], "model.safetensors"),
         ([copy, out, "--method", "gptq"], "calibration is missing"),
         ([tmp_path / "absent", out], "is no folder"),
+        (
+            ["zoo-drafter", text / "out", "--to", "int8"],
+            f"ramify convert: OUT {text / 'out'} cannot be written (Not a directory); takes a new folder",
+        ),
+        (
+            ["zoo-drafter", out, "--to", "int8", "--evaluate", tmp_path],
+            f"ramify convert: {tmp_path} cannot be read (Is a directory); takes",
+        ),
         (["zoo-drafter"], "OUT"),
     ]
     for argv, says in cases:
         code, told, err = run(capsys, *argv)
         assert (code, told, err.count("\n")) == (2, "", 1) and says in err and err.startswith("ramify ")
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_full_disk(tmp_path, capsys, monkeypatch):
+    """Told of OUT by name, not of the folder of another name that is written; nothing is left."""
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    out = tmp_path / "out"
+    for writer in ("ramify.convert.folder.save_file", "pathlib.Path.write_text", "pathlib.Path.write_bytes", "pathlib.Path.mkdir"):
+        with monkeypatch.context() as patch:
+            patch.setattr(writer, full)
+            code, _, err = run(capsys, "zoo-drafter", out, "--method", "rtn", "--evaluate", __file__)
+        assert (code, err) == (
+            2,
+            f"ramify convert: OUT {out} cannot be written (No space left on device); takes a new folder in a place that can be.\n",
+        )
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_interrupted(tmp_path, capsys, monkeypatch):

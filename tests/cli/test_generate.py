@@ -114,6 +114,9 @@ def test_prompt_from_standard_input(model, capsys, monkeypatch):
     [
         (["--method", "prompt_lokup", PROMPT], 'method "prompt_lokup" is not known; nearest is "prompt_lookup"'),
         (["--method", "prompt_lookup:longst=3", PROMPT], 'has no option "longst"; nearest is "longest"'),
+        (["--method", "prompt_lookup:foo=1", PROMPT], '"prompt_lookup" has no option "foo". Options: longest,'),
+        (["--method", "", "--", PROMPT], 'method "" is not known'),
+        (["--method", "", "plain", "--", PROMPT], "without --compare"),
         (["--method", "plain", ""], "empty"),
         (["--method", "plain"], "PROMPT is missing"),
         ([], "PROMPT is missing"),

@@ -127,7 +127,16 @@ def test_streams_whose_reader_went_away():
 def test_a_full_disk():
     with open("/dev/full", "wb") as full:
         done = ramify_command(*GENERATE, "x", stdout=full)
-    assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and b"No space left" in done.stderr
+    assert done.returncode == 2 and done.stderr == b"ramify generate: No space left on device.\n"
+
+
+def test_what_the_system_refuses_names_command_and_path(capsys, monkeypatch):
+    def refused(*args, **options):
+        raise PermissionError(13, "Permission denied", "/some/file")
+
+    monkeypatch.setattr(ramify, "load", refused)
+    assert main(["generate", "x"]) == 2
+    assert capsys.readouterr().err == "ramify generate: /some/file: Permission denied.\n"
 
 
 def test_an_interrupt_keeps_the_text_so_far():

@@ -297,6 +297,11 @@ def test_caches(model, still_writes):
     refused(ValueError, HERE + "cache was freed; a cache serves one call.", model, cache=used)
 
 
+def test_no_method_is_no_method(model, still_writes):
+    for wrong in ("", ":longest=3"):
+        refused(ValueError, HERE + 'method "" is not known; known: auto, ', model, method=wrong)
+
+
 def test_a_refused_call_leaves_the_callers_cache(model):
     cache = model.new_cache([100])
     for wrong in ({"max_new_tokens": 0}, {"seed": -1}, {"stop": 5}, {"stream": 5}, {"method": None}, {"size": 5}, {"drafter": 5}):

@@ -202,6 +202,21 @@ def test_levels_cost_one_forward_each():
     assert len(model.forwards) == 4 and max(model.forwards) <= 3 * made.frontier
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("method", ["draft_chain", "draft_tree", "draft_tree:stochastic=True"])
+def test_nan_of_the_drafter_is_told_as_the_drafters(method, temperature):
+    """Of a model that looks at its logits (ramify's) and of one that does not, and never as the target's."""
+    where = rf"^{method.partition(':')[0]}: the drafter's logits of row \d+ (are not finite|hold NaN or infinity); takes "
+    target, blind = FakeModel(64), FakeModel(64)
+    blind.table.fill(np.nan)
+    with pytest.raises(ValueError, match=where):
+        ramify.generate(target, [PROMPTS[0]], method, blind, max_new_tokens=8, temperature=temperature, size=Fixed(8))
+    zoo, looks = ramify.load("zoo-drafter"), ramify.load("zoo-drafter")
+    looks.weights.final_norm.fill_(float("nan"))
+    with pytest.raises(ValueError, match=where):
+        ramify.generate(zoo, [PROMPTS[0]], method, looks, max_new_tokens=8, temperature=temperature, size=Fixed(8))
+
+
 def test_bad_options():
     with pytest.raises(ValueError, match="most is 0"):
         DraftChain(most=0)

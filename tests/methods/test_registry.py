@@ -59,6 +59,19 @@ def test_options():
         drafter.build("prompt_lookup:longest=four")
 
 
+def test_only_what_is_near_is_suggested():
+    for spec, told in {
+        "prompt_lookup:longst=3": 'has no option "longst"; nearest is "longest". Options: ',
+        "prompt_lookup:foo=1": 'has no option "foo". Options: longest,',
+        "draft_tree:nodes=0": 'has no option "nodes". Options: ',
+        "prompt_lokup": 'nearest is "prompt_lookup"',
+        "oak": "is not known; known: auto, ",
+    }.items():
+        with pytest.raises(ValueError) as raised:
+            drafter.build(spec, model=None) if "tree" in spec else drafter.build(spec)
+        assert told in str(raised.value)
+
+
 @pytest.fixture
 def registry():
     return Registry("drafter", "ramify.draft")

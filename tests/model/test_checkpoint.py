@@ -121,6 +121,11 @@ def test_shards(tmp_path):
     shard(write(folder))
     (folder / "model-2.safetensors").unlink()
     refused(folder, r"model-2\.safetensors.*missing")
+    index["weight_map"]["lm_head.weight"] = "../../elsewhere/passwd"
+    (folder / INDEX).write_text(json.dumps(index))
+    shard_of = folder / "model-2.safetensors"
+    shard_of.touch()
+    refused(folder, r"load: \.\./\.\./elsewhere/passwd, tensor \"lm_head\.weight\" is missing")
     (folder / INDEX).write_text("{}")
     refused(folder, "weight_map")
 

@@ -1,8 +1,10 @@
 """What the compiler made: one object per instruction set level, nothing shared between levels, no torch."""
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,26 @@ def test_the_check_sees_a_leak(tmp_path, source):
     compiler = shutil.which("g++") or pytest.skip("no g++")
     subprocess.run([compiler, "-std=c++17", "-O0", "-mavx2", "-c", "leak.cpp", "-o", "leak.avx2.o"], cwd=tmp_path, check=True)
     assert leaking(tmp_path / "leak.avx2.o", "avx2")
+
+
+@pytest.mark.parametrize("flags", [[], ["--quiet"]])
+def test_ninja_is_quiet_where_setup_is(tmp_path, flags):
+    """A ninja that fails and tells what it was asked for; what it says is seen either way."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for folder in ("csrc/cpu", "pyext", "kernels"):
+        (tmp_path / folder).mkdir(parents=True)
+    shutil.copy(ROOT / "pyext/__init__.py", tmp_path / "pyext")  # the version is read from it
+    (tmp_path / "ninja.py").write_text(f"BIN_DIR = {str(tmp_path)!r}\n")
+    ninja = tmp_path / "ninja"
+    ninja.write_text('#!/bin/sh\necho "asked for $*"\nexit 1\n')
+    ninja.chmod(0o755)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "RAMIFY_CUDA": "off", "CXX": "true", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "setup.py", *flags, "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and "compilation failed" in done.stderr, done.stderr
+    [asked] = [line for line in done.stdout.splitlines() if line.startswith("asked for")]
+    assert ("--quiet" in asked) == bool(flags) and (done.stdout == asked + "\n" or not flags)
 
 
 def test_every_kernel_source_has_every_level():

@@ -54,6 +54,30 @@ def test_one_openmp_runtime(order):
     assert python(code).strip() == "1"
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_what_needs_transformers_says_what_to_install(tmp_path, there):
+    """Whether transformers is missing or, an empty package here, too old."""
+    if there:
+        (tmp_path / "transformers").mkdir()
+        (tmp_path / "transformers/__init__.py").touch()
+    code = f"""if True:
+        import sys
+        sys.path.insert(0, {str(tmp_path)!r})
+        if not {there}:
+            sys.modules["transformers"] = None
+        import ramify
+        for name in ("CustomGenerate", "RamifyConfig"):
+            try:
+                getattr(ramify, name)
+            except ImportError as error:
+                print(error)
+    """
+    came = "of a version without what it uses" if there else "not installed"
+    assert python(code).splitlines() == [
+        f"{name}: transformers is {came}. pip install 'ramify[hf]' brings the right one." for name in ("CustomGenerate", "RamifyConfig")
+    ]
+
+
 PUBLIC = [
     *(
         "CheckpointError",
