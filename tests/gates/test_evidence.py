@@ -65,7 +65,7 @@ def test_a_change_of_a_source_takes_the_proof_away(checkout, path, ops):
     found = evidence.unproven(checkout)
     assert ops <= set(found) and set(found.values()) == {"changed since it ran on hardware"}
     assert {backend for _, backend in found} == {backend for _, backend in ops}
-    assert "*" in docs.ops_table(checkout) and "Changed since it ran on hardware." in docs.ops_table(checkout)
+    assert "*" in docs.ops_table(checkout) and "changed since it ran on hardware." in docs.ops_table(checkout)
 
 
 def test_what_is_no_proof(checkout):

@@ -253,7 +253,7 @@ def test_registry_and_bad_arguments():
         "fixed:rows_each=300": "takes 1 to 256",
         "measured:share=2": "share is 2; takes 0 to 1",
         "measured:most=0": "most is 0",
-        "fixed:row=2": 'nearest is "rows_each"',
+        "fixed:row_each=2": 'nearest is "rows_each"',
         "fixd": 'nearest is "fixed"',
     }.items():
         with pytest.raises(ValueError, match=told):
