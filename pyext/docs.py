@@ -30,11 +30,8 @@ def ops_table(root: Path) -> str:
         kernels = {row.backend for row in backends.TABLE if row.op == name}
         gpu = [label + "*" * ((name, each) in unproven) for each, label in LABELS.items() if each in kernels]
         rows.append([f"`{name}`", _summary(getattr(ops, name)), "C++" if "cpu" in kernels else "torch", ", ".join(gpu) or "torch"])
-    said: dict[str, list[str]] = {}  # reason -> backends
-    for (_, backend), reason in sorted(unproven.items()):
-        if LABELS[backend] not in (labels := said.setdefault(reason, [])):
-            labels.append(LABELS[backend])
-    notes = [f"{' and '.join(labels)}: {reason}." for reason, labels in said.items()]
+    said = sorted({(LABELS[backend], reason) for (_, backend), reason in unproven.items()})
+    notes = [f"{label}: {reason}." for label, reason in said]
     table = _table(["op", "what it computes", "CPU", "GPU"], rows)
     return f"{table}\n\n\\* {' '.join(notes)}" if notes else table
 

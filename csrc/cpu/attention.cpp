@@ -260,13 +260,10 @@ struct Attention {
       const Vec l = Vec::set(seen ? st.l[r] : 1.f);
       for (int64_t d = 0; d < D; d += L) {
         const Vec o = Vec::load(st.o + r * D + d) / l;
-        if (a.q_dtype == kF32) {
-          o.store(static_cast<float*>(a.out) + at + d);
-        } else {
-          float v[L];
-          o.store(v);
-          for (int i = 0; i < L; ++i) static_cast<bf16*>(a.out)[at + d + i] = narrow(v[i]);
-        }
+        if (a.q_dtype == kF32)
+          store_part(static_cast<float*>(a.out) + at + d, o, L);
+        else
+          store_part(static_cast<bf16*>(a.out) + at + d, o, L);
       }
       if (a.lse) a.lse[b * a.lse_stride_b + row * a.lse_stride_t + head] = seen ? st.m[r] * kLn2 + log_of(st.l[r]) : -__builtin_inff();
     }

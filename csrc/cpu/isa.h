@@ -223,6 +223,12 @@ RAMIFY_INLINE void store_part(float* p, Vec a, int64_t n) {
   for (int i = 0; i < n; ++i) p[i] = t[i];
 }
 
+RAMIFY_INLINE void store_part(bf16* p, Vec a, int64_t n) {
+  float t[L];
+  a.store(t);
+  for (int i = 0; i < L && i < n; ++i) p[i] = narrow(t[i]);
+}
+
 // Sum of all lanes in one fixed tree.
 RAMIFY_INLINE float hsum(Vec a) {
   float t[L];

@@ -7,13 +7,6 @@
 namespace ramify::RAMIFY_ISA {
 namespace {
 
-RAMIFY_INLINE void put(float* p, Vec x, int64_t n) { store_part(p, x, n); }
-RAMIFY_INLINE void put(bf16* p, Vec x, int64_t n) {
-  float t[L];
-  x.store(t);
-  for (int i = 0; i < L && i < n; ++i) p[i] = narrow(t[i]);
-}
-
 template <class T>
 void merge(const MergeArgs& a, Team& team) {
   constexpr float kNone = -__builtin_inff();
@@ -29,7 +22,7 @@ void merge(const MergeArgs& a, Team& team) {
     for (int64_t d = 0; d < a.D; d += L) {
       const Vec one = w1 == 0.f ? zero : load_part(x + d, a.D - d, 0.f) * v1;
       const Vec other = w2 == 0.f ? zero : load_part(y + d, a.D - d, 0.f) * v2;
-      put(out + d, (one + other) / total, a.D - d);
+      store_part(out + d, (one + other) / total, a.D - d);
     }
   }
 }

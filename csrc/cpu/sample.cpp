@@ -58,24 +58,24 @@ void divide(double* w, int64_t n, double by) {
   for (int64_t i = 0; i < n; ++i) w[i] /= by;
 }
 
-// Arg-max of a row and its maximum.
+// Arg-max of a row.
 template <class T>
-int32_t best_of(const T* x, int64_t V, float& top) {
+int32_t best_of(const T* x, int64_t V) {
   BlockStats best, block;
   for (int64_t j = 0; j < V; j += kStatsBlock) {
     block_stats(x + j, V - j < kStatsBlock ? V - j : kStatsBlock, int32_t(j), 0, block);
     if (j == 0 || above(block.top, best.top)) best.top = block.top, best.arg = block.arg;
   }
-  top = best.top;
   return best.arg < 0 ? 0 : best.arg;
 }
 
 // w = softmax(x / temperature).
 template <class T>
 void weigh(const T* x, int64_t V, float temperature, double* w) {
-  float top;
-  best_of(x, V, top);
-  const Vec heat = Vec::set(temperature), most = Vec::set(top == kMasked ? 0.f : top) / heat;
+  Vec top = Vec::set(kMasked);
+  for (int64_t j = 0; j < V; j += L) top = max(load_part(x + j, V - j, kMasked), top);
+  const float highest = hmax(top);
+  const Vec heat = Vec::set(temperature), most = Vec::set(highest == kMasked ? 0.f : highest) / heat;
   float e[L];
   for (int64_t j = 0; j < V; j += L) {
     exp(load_part(x + j, V - j, kMasked) / heat - most).store(e);
@@ -113,8 +113,7 @@ Choice choose(const VerifyArgs& a, const Tree& tree, int64_t b, int64_t row, int
   const T* const x = static_cast<const T*>(a.logits) + b * a.stride_b + row * a.stride_t;
   const float heat = a.temperature[b];
   if (!(heat > 0.f)) {
-    float top;
-    const int32_t token = best_of(x, a.V, top);
+    const int32_t token = best_of(x, a.V);
     return {token, tree.holder(row, token)};
   }
   const uint64_t seed = uint64_t(a.seed[b]), at = uint64_t(a.position[b] + depth);

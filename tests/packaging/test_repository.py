@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 LONGEST_FILE = 400  # lines
 LARGEST_TREE = 44e6  # bytes
 TEXT = {".py", ".cpp", ".h", ".cu", ".cuh", ".md", ".toml", ".json", ".txt", ""}
-FOREIGN = re.compile(r"/root/\w|/home/(?!me/)\w|/work/\w|pypi\.org|pythonhosted|download\.pytorch")
+FOREIGN = re.compile(r"/(?:root|work)/\w|/home/(?!me/)\w|pypi\.org|pythonhosted|download\.pytorch")
 
 
 @pytest.fixture(scope="module")
