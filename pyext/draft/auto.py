@@ -2,13 +2,15 @@
 
 The choice is a bandit's with known costs: each drafter has its own measured size policy, which says how many tokens per second its best
 width brings; the best one drafts, the others watch. A drafter nobody has met is expected to be decent and so is tried at once; one that
-fell behind is tried again at growing intervals, within a share of the time.
+fell behind is tried again at growing intervals, within a share of the time. A small model's step is over sooner than four drafters have
+watched it, so they watch later: steps are kept and shown many at a time, or when a drafter's turn comes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ramify.checks import between
@@ -26,14 +28,23 @@ if TYPE_CHECKING:
 
 _FIRST, _LAST = 24, 512  # steps between two visits to drafters that are behind
 _VISIT = 3  # steps of a visit
-_STAND = 8  # steps that the choice of a drafter stands
+_REFUSED = 8  # steps before a visit that was too dear is thought of again
+_KEPT = 64  # steps that wait to be watched, at most
+PLAIN = -1  # where no drafter pays
 
 
 class Arm:
-    """A drafter and its size policy."""
+    """A drafter and its size policy. seen: how many of the steps that are kept it has watched."""
 
     def __init__(self, drafter: Drafter) -> None:
         self.drafter, self.size = drafter, Measured(about=f"auto {drafter.name}")
+        self.seen = 0
+
+    def watch(self, steps: Sequence[tuple]) -> None:
+        """Watch the steps that it has not seen."""
+        for step in steps[self.seen :]:
+            self.drafter.observe(*step)
+        self.seen = len(steps)
 
 
 @drafter("auto", lossless=True, trained=False, takes_model="maybe")
@@ -48,7 +59,8 @@ class Auto(Drafter):
     share: float = 0.02
     arms: list[Arm] = field(default_factory=list, init=False, repr=False)
     wants: Wants = field(default=Wants(), init=False, repr=False)
-    chosen: int = field(default=0, init=False)
+    chosen: int = field(default=PLAIN, init=False)
+    _steps: list[tuple] = field(default_factory=list, init=False, repr=False)  # what arms have still to watch
 
     def __post_init__(self) -> None:
         between("share", self.share, 0, 1, "auto")
@@ -86,17 +98,41 @@ class Auto(Drafter):
 
     def propose(self, slots: Sequence[int], roots: Sequence[int], rows: Sequence[int]) -> TokenTree:
         """The chosen drafter's tree."""
-        return self.arms[self.chosen].drafter.propose(slots, roots, rows)
+        arm = self.arms[self.chosen]
+        arm.watch(self._steps)
+        return arm.drafter.propose(slots, roots, rows)
 
     def observe(self, slots: Sequence[int], tree: TokenTree, out: Any, verdict: Verdict) -> None:
-        """All see every step."""
-        for arm in self.arms:
+        """The one that drafts sees the step now, the others later."""
+        now = self.arms if self.wants.taps or self.wants.logits else self.arms[self.chosen :][:1] if self.chosen >= 0 else ()
+        for arm in now:
+            arm.watch(self._steps)
             arm.drafter.observe(slots, tree, out, verdict)
+            arm.seen += 1
+        if len(now) == len(self.arms):
+            self._steps.append(())
+        else:
+            self._steps.append((list(slots), tree, _kept(out), verdict))
+        if len(self._steps) >= _KEPT:
+            self._catch_up()
 
     def end(self, slots: Sequence[int]) -> None:
         """End the slots everywhere."""
+        self._catch_up()
         for arm in self.arms:
             arm.drafter.end(slots)
+
+    def _catch_up(self) -> None:
+        for arm in self.arms:
+            arm.watch(self._steps)
+            arm.seen = 0
+        self._steps.clear()
+
+
+def _kept(out: Any) -> SimpleNamespace:
+    """The likely ids of a step's rows: `out` holds views that the next step overwrites."""
+    ids, values = out.topk_ids, out.topk_values
+    return SimpleNamespace(topk_ids=None if ids is None else ids.copy(), topk_values=None if values is None else values.copy())
 
 
 class _AutoSize(SizePolicy):
@@ -104,8 +140,10 @@ class _AutoSize(SizePolicy):
 
     def __init__(self, auto: Auto) -> None:
         self.auto, self.log = auto, Experience()
-        self.visit = self.stands = 0  # steps left of a visit; steps for which the choice of a drafter stands
-        self.home = self.next = 0
+        self.visit = 0  # steps left of a visit
+        self.home, self.next = PLAIN, -1
+        self._batch = 0  # for which the drafters were compared last; 0 asks for it anew
+        self._rate = self._second = 0.0  # tokens per second of the home, and of the best drafter but for it
 
     def bind(self, model: Any, requests: Sequence[Request]) -> None:
         """Bind every drafter's policy."""
@@ -117,47 +155,60 @@ class _AutoSize(SizePolicy):
 
     def rows(self, live: Sequence[int], lengths: Sequence[int]) -> list[int]:
         """Choose the drafter of most tokens per second, or a visit to another; then its width."""
-        arms, batch = self.auto.arms, len(live)
-        self.log.since += 1
+        batch, log = len(live), self.log
+        log.since += 1
         if not self.visit:
-            if self.stands:
-                self.stands -= 1
-            else:
-                rates = [arm.size.decide(batch) for arm in arms]
-                self.stands = _STAND if self.home == rates.index(max(rates)) else 0
-                self.home = self.auto.chosen = rates.index(max(rates))
-            self.auto.chosen = self.home
-            if len(arms) > 1 and self.log.since > self.log.wait:
+            if batch != self._batch:
+                self._compare(batch)
+            if log.since > log.wait:
                 self._leave_home(batch)
-        size = arms[self.auto.chosen].size
         if self.visit:
-            return [size.visit(batch)] * batch
-        return size.rows(live, lengths)
+            return [self.auto.arms[self.auto.chosen].size.visit(batch)] * batch
+        if self.home == PLAIN:
+            return [1] * batch
+        size = self.auto.arms[self.home].size
+        width, self._rate = size.choose(batch), size.rate
+        if self._rate < self._second or not size.drafts:
+            self._batch = 0
+        return [width] * batch
 
     def observe(self, tree: TokenTree, verdict: Verdict, clock: Clock) -> None:
         """The chosen drafter's policy learns; a visit's loss is written down."""
-        arms, batch, log = self.auto.arms, tree.B, self.log
-        size = arms[self.auto.chosen].size
-        seconds = clock.draft.last + clock.forward.last + clock.verify.last + clock.commit.last
+        arms, batch, log, rest = self.auto.arms, tree.B, self.log, clock.verify.last + clock.commit.last
+        seconds = clock.draft.last + clock.forward.last + rest
         log.spent += seconds
+        if self.auto.chosen == PLAIN:
+            arms[0].size.costs.observe(tree.M, clock.forward.last, rest, True)
+            return
+        size = arms[self.auto.chosen].size
         size.observe(tree, verdict, clock)
         if not self.visit:
             return
-        tokens = sum(map(len, verdict.path)) / batch
-        home = arms[self.home].size.decide(batch)
-        log.lost += max(0.0, seconds - tokens / home)
+        log.lost += max(0.0, seconds - sum(map(len, verdict.path)) / batch / self._rate)
         self.visit -= 1
         if not self.visit:
-            self.stands = 0
-            log.wait = _FIRST if size.decide(batch) > home else min(2 * log.wait, _LAST)
+            log.wait = _FIRST if size.decide(batch) > self._rate else min(2 * log.wait, _LAST)
+            self._batch, self.auto.chosen = 0, self.home
+
+    def _compare(self, batch: int) -> None:
+        """Find the home: the drafter of most tokens per second, or plain decoding where the best of all is to draft nothing."""
+        sizes = [arm.size for arm in self.auto.arms]
+        rates = [size.decide(batch) for size in sizes]
+        self._rate = max(rates)
+        best = rates.index(self._rate)
+        drafting = [rate for i, rate in enumerate(rates) if i != best and sizes[i].drafts]
+        self.home = self.auto.chosen = best if sizes[best].drafts else PLAIN
+        self._batch, self._second = batch, max(drafting, default=0.0)
 
     def _leave_home(self, batch: int) -> None:
         """Begin a visit to the next drafter, if the share of the time that visits may cost allows it."""
         arms, log = self.auto.arms, self.log
-        other = (self.next + 1) % len(arms)
-        other = (other + 1) % len(arms) if other == self.home else other
-        price = arms[other].size.price(batch, arms[self.home].size.decide(batch))
-        log.since = max(0, log.wait - _STAND)  # refused or not, not asked again at once
+        others = [i for i in range(len(arms)) if i != self.home]
+        if not others:
+            return
+        other = next((i for i in others if i > self.next), others[0])
+        price = arms[other].size.price(batch, self._rate)
+        log.since = max(0, log.wait - _REFUSED)  # refused or not, not asked again at once
         if log.lost + price <= self.auto.share * log.spent:
             self.next = self.auto.chosen = other
             self.visit, log.since = _VISIT, 0

@@ -17,16 +17,25 @@ _CONTEXT = 256  # committed tokens while measuring; how cost grows with context 
 _REPEAT = 5
 _PATIENCE = 0.5  # seconds; wider steps than the first that takes longer are extrapolated
 _RATE = 0.1
+SETTLED = 12
+"""Plain steps, after wider ones, until they cost what plain decoding costs."""
 
 _tables: WeakKeyDictionary[Any, "CostTable"] = WeakKeyDictionary()
 
 
 class CostTable:
-    """Seconds of a step by its rows: linear between the buckets, and beyond the last two as between them."""
+    """Seconds of a step by its rows: linear between the buckets, and beyond the last two as between them.
+
+    rest: seconds of verify and commit, whatever the rows. A plain step that follows wider ones says nothing of plain decoding: it takes up to
+    twice as long until a dozen of them have brought caches and clocks back (seen on a model that lies in the last-level cache), so
+    plain steps are taken in only where they follow each other.
+    """
 
     def __init__(self, seconds: Sequence[float], rows: Sequence[int] = BUCKETS) -> None:
         self.rows = list(rows)
         self.seconds = [max(float(s), 1e-9) for s in seconds]
+        self.rest = 0.0
+        self._plain = 0  # plain steps in a row
 
     def at(self, rows: float) -> float:
         """Seconds of a step of so many rows (of all sequences together)."""
@@ -38,8 +47,15 @@ class CostTable:
         slope = (self.seconds[-1] - self.seconds[-2]) / (self.rows[-1] - self.rows[-2])
         return np.interp(rows, self.rows, self.seconds) + np.maximum(rows - self.rows[-1], 0) * slope
 
-    def observe(self, rows: int, seconds: float) -> None:
-        """Move the two nearest buckets a little towards what a step really took. One step counts at most for a factor of two."""
+    def observe(self, rows: int, seconds: float, rest: float = 0.0, plain: bool = False) -> None:
+        """Move the two nearest buckets a little towards what a step really took. One step counts at most for a factor of two.
+
+        plain: whether it was a step without guesses, one row a sequence.
+        """
+        self.rest += _RATE * (rest - self.rest)
+        self._plain = self._plain + 1 if plain else 0
+        if 0 < self._plain <= SETTLED:
+            return
         k, share = self._place(rows)
         share = min(share, 1.0)
         factor = min(max(seconds / self.at(rows), 0.5), 2.0) - 1

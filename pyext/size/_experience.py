@@ -20,6 +20,7 @@ _PRIOR = 1 + 1.2 * (1 - _N**-0.7)
 
 _MEMORY = 0.05  # weight of the newest step
 _STALE = 0.3  # steps, after forgetting, below which a width counts as not tried
+_OPEN = 5  # widths, up to 6 rows, that are taken for known at first
 _TRUST = 8.0  # steps that what an earlier process learned counts as, at most: the next text may be another kind
 FIRST_WAIT = 8
 
@@ -29,14 +30,14 @@ class Experience:
 
     Widths up to the widest tree of the last few dozen steps are known; wider ones hold what the known ones promise. opening: seconds that
     the first draft of a text takes beyond the others, such as a draft model's reading of the prompt. spent, lost: seconds of all steps and
-    of trials; wait, since: steps between two trials, and since the last.
+    of trials; checked: `spent` when plain decoding was last looked at; wait, since: steps between two trials, and since the last.
     """
 
     def __init__(self) -> None:
         self.tokens = _PRIOR.copy()
         self.rows = _N.astype(np.float64)
         self.steps = np.zeros(len(_N))
-        self.opening = self.spent = self.lost = 0.0
+        self.opening = self.spent = self.lost = self.checked = 0.0
         self.wait, self.since = FIRST_WAIT, 0
         self.draft: dict[int, deque[float]] = {}
         self._guess: np.ndarray | None = None
@@ -53,6 +54,12 @@ class Experience:
         self.steps[:k] += steps
         self.steps[k:] *= (1 - _MEMORY) ** steps
         self._extrapolate()
+
+    @property
+    def frontier(self) -> int:
+        """How many of WIDTHS to consider: up to twice the widest known. What lies beyond was never seen, and a step of it is dear."""
+        known = max(int(np.count_nonzero(self.steps > _STALE)), _OPEN)
+        return int(np.searchsorted(_N, 2 * WIDTHS[known - 1])) + 1
 
     def drafted(self, width: int, seconds: float) -> None:
         """Drafting a step of this width took so long."""

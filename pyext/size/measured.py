@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ramify.checks import between, show, whole
-from ramify.size._cost import CostTable, cost_table
+from ramify.size._cost import SETTLED, CostTable, cost_table
 from ramify.size._experience import FIRST_WAIT, WIDTHS, Experience, remembered
 from ramify.size.base import SizePolicy, size_policy
 from ramify.tree import MAX_ROWS, TokenTree
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 _SILENT, _CLOSE = 1.5, 0.03  # a drafter that offers so few rows goes on being asked while that is this close to plain
 _LAST_WAIT = 256  # steps between trials, after many that failed
 _STAND = 8  # steps that a choice stands, once the first few steps were seen
+_SPELL = SETTLED + 8  # plain steps of a spell, the last of which count
+_NEAR = 0.05  # share of its time that a spell is taken to lose, at least
+_PLAIN_STANDS = 64  # the same for plain decoding, which teaches nothing about the drafter
 
 
 @size_policy("measured")
@@ -57,11 +60,12 @@ class Measured(SizePolicy):
         self._widths = [n for n in WIDTHS if n <= self.most]
         self._chosen, self._best, self._wider = 1, 0, 0  # rows of this step; index of the best width; index of the best wider one
         self._stands = 0  # steps for which the choice still stands
+        self._spell = 0  # steps left of a spell of plain ones
+        self._spells = 0.0  # seconds that the next spell is expected to lose
         self._batch = 0
         self._loss = 0.0  # what a trial of the wider one is expected to cost
         self._rate = 0.0  # tokens per second and sequence of the best width
         self._trial = False
-        self._rest = 0.0  # seconds of verify and commit in a step
         self._left = np.inf  # tokens that the longest request may still bring
         self._first: float | None = None  # seconds of this call's first draft, while it waits for a second to compare with
         self._opened = False
@@ -83,10 +87,16 @@ class Measured(SizePolicy):
 
     def choose(self, batch: int) -> int:
         """Rows per sequence of the next step for a batch of this many."""
+        if self._spell:
+            self._spell, self._chosen = self._spell - 1, 1
+            return 1
         self.decide(batch)
         e = self.experience
         e.since += 1
-        if e.since > e.wait and self._wider > self._best and e.lost + self._loss <= self.share * e.spent:
+        if self._best and self.share * (e.spent - e.checked) > 2 * self._spells:
+            self._take(0)
+            self._spell, e.checked = _SPELL - 1, e.spent
+        elif e.since > e.wait and self._wider > self._best and e.lost + self._loss <= self.share * e.spent:
             self._take(self._wider)
             self._trial, e.since = True, 0
         return self._chosen
@@ -116,22 +126,33 @@ class Measured(SizePolicy):
             best = 0
         settled = best == self._best and self.experience.steps[0] >= _STAND
         self._best = self._wider = best
+        self._spells = _SPELL * max(_NEAR, 1 - float(rates[0] / rates[best])) / float(rates[0])
         if best < len(rates) - 1:
             self._wider = wider = best + 1 + int(rates[best + 1 :].argmax())
             self._loss = max(0.0, float(tokens[wider] / rates[wider] - tokens[wider] / rates[best])) + self._opening()
         self._batch, self._trial, self._rate, self._chosen = batch, False, float(rates[best]), self._widths[best]
-        self._stands = _STAND if settled else 0
+        self._stands = (_STAND if best else _PLAIN_STANDS) if settled else 0
         return self._rate
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second and sequence that the last choice is expected to bring."""
+        return self._rate
+
+    @property
+    def drafts(self) -> bool:
+        """Whether the best choice is to draft at all."""
+        return self._best > 0
 
     def observe(self, tree: TokenTree, verdict: "Verdict", clock: "Clock") -> None:
         """Learn from a step that was drafted with the width last chosen."""
         e, draft, forward = self.experience, clock.draft.last, clock.forward.last
-        self._rest += 0.1 * (clock.verify.last + clock.commit.last - self._rest)
-        seconds = draft + forward + self._rest
+        rest = clock.verify.last + clock.commit.last
+        self.costs.observe(tree.M, forward, rest, tree.M == tree.B)
+        seconds = draft + forward + rest
         tokens = sum(map(len, verdict.path)) / tree.B
         e.spent += seconds
         self._left -= tokens
-        self.costs.observe(tree.M, forward)
         self._drafted(draft)
         self._rows.append(tree.row_start)
         self._paths += verdict.path
@@ -172,9 +193,10 @@ class Measured(SizePolicy):
 
     def _rates(self, batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens per second, tokens and rows per step, of each width."""
-        e, count = self.experience, len(self._widths)
+        e = self.experience
+        count = min(len(self._widths), e.frontier)
         tokens, rows = np.maximum.accumulate(e.tokens)[:count], e.rows[:count]
-        seconds = self.costs.over(batch * rows) + e.drafting()[:count] + self._rest
+        seconds = self.costs.over(batch * rows) + e.drafting()[:count] + self.costs.rest
         if opening := self._opening():  # shared among the tokens that are still to come
             seconds[1:] += opening * tokens[1:] / max(1.0, self._left)
         return tokens / seconds, tokens, rows

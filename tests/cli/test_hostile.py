@@ -139,8 +139,28 @@ def test_what_the_system_refuses_names_command_and_path(capsys, monkeypatch):
     assert capsys.readouterr().err == "ramify generate: /some/file: Permission denied.\n"
 
 
-def test_an_interrupt_keeps_the_text_so_far():
-    process = subprocess.Popen([*COMMAND, *GENERATE, "--max-new-tokens", "1900", "x"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+SLOW = """
+import time
+import ramify
+from ramify.draft.base import Drafter
+from ramify.tree import TokenTree
+
+@ramify.drafter("slow_for_test")
+class Slow(Drafter):
+    def propose(self, slots, roots, rows):
+        return TokenTree.roots(roots)
+
+    def observe(self, slots, tree, out, verdict):
+        time.sleep(0.02)
+"""
+
+
+def test_an_interrupt_keeps_the_text_so_far(tmp_path):
+    plugin = tmp_path / "slow.py"  # so that the text is not finished before the signal comes, however late that is
+    plugin.write_text(SLOW)
+    slowly = [word.replace("plain", "slow_for_test") for word in GENERATE]
+    argv = [*COMMAND, *slowly, "--plugin", str(plugin), "--max-new-tokens", "1900", "x"]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     first = process.stdout.read(20)
     process.send_signal(signal.SIGINT)
     rest, said = process.communicate(timeout=60)
