@@ -6,7 +6,7 @@ from ramify.cli import main
 from ramify.zoo.corpus import held_out_texts
 
 MODULE, LINES = "queue", 42
-METHODS = ("draft_tree", "draft_chain", "prompt_lookup", "token_recycling", "auto")
+METHODS = ("prompt_lookup", "token_recycling", "draft_tree", "draft_chain", "auto")
 
 
 def prompt(module: str = MODULE, lines: int = LINES) -> str:

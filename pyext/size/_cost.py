@@ -26,9 +26,9 @@ _tables: WeakKeyDictionary[Any, "CostTable"] = WeakKeyDictionary()
 class CostTable:
     """Seconds of a step by its rows: linear between the buckets, and beyond the last two as between them.
 
-    rest: seconds of verify and commit, whatever the rows. A plain step that follows wider ones says nothing of plain decoding: it takes up to
-    twice as long until a dozen of them have brought caches and clocks back (seen on a model that lies in the last-level cache), so
-    plain steps are taken in only where they follow each other.
+    rest: seconds of verify and commit, whatever the rows. A plain step that follows wider ones says nothing of plain decoding: it takes
+    up to twice as long until a dozen of them have brought caches and clocks back (seen on a model that lies in the last-level cache),
+    so plain steps are taken in only where they follow each other.
     """
 
     def __init__(self, seconds: Sequence[float], rows: Sequence[int] = BUCKETS) -> None:
