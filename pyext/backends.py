@@ -127,7 +127,8 @@ TABLE = (
 """Everything that runs on a kernel; a call that no row takes runs in plain torch."""
 
 MODEL_BACKEND = "cpu"
-"""What a captured step of the model layer is made of, and so all that `generate` runs on; only ops have a choice."""
+"""What a captured step of a model on the CPU is made of, and so all that `generate` runs on there; a model on a GPU runs on ops, and
+those have a choice."""
 
 OPS = tuple(dict.fromkeys(row.op for row in TABLE))
 
@@ -142,8 +143,8 @@ class backend:
     """Force a backend for the whole process: `ramify.backend("reference")`, or until a `with` block ends.
 
     name: "cpu", "triton", "cuda" or "reference"; None lets the table choose again. An op that the forced backend cannot run
-    raises ValueError with the reason, and so does a model of `ramify.load` under anything but "cpu": its captured steps are made of
-    CPU kernels. RAMIFY_BACKEND does the same from outside.
+    raises ValueError with the reason, and so does a model of `ramify.load` on the CPU under anything but "cpu": its captured steps are made
+    of CPU kernels. RAMIFY_BACKEND does the same from outside.
     """
 
     def __init__(self, name: str | None) -> None:
@@ -198,13 +199,20 @@ def taken(op: str, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) ->
     return None if why[name] else name
 
 
-def check_model_backend() -> None:
-    """Raises ValueError when another backend is forced than the one whose kernels a captured step of the model layer is made of."""
+def check_model_backend(device: str = "cpu") -> None:
+    """Raises ValueError when the forced backend cannot be what a step of a model on this device is made of."""
     name = forced()
-    if name is not None and name != MODEL_BACKEND:
+    if name is None:
+        return
+    if device == "cpu" and name != MODEL_BACKEND:
         raise ValueError(
-            f'generate: backend "{name}" is forced and the model layer runs on "{MODEL_BACKEND}" alone; takes "{MODEL_BACKEND}" or none. '
+            f'generate: backend "{name}" is forced and on the CPU the model layer runs on "{MODEL_BACKEND}" alone; takes "{MODEL_BACKEND}" or none. '
             "Use ramify.backend(None), or unset RAMIFY_BACKEND."
+        )
+    if device.startswith("cuda") and name == "cpu":
+        raise ValueError(
+            f'generate: backend "cpu" is forced and the model is on {device}; takes {listed(name for name in BACKENDS if name != "cpu")}. '
+            "Use ramify.backend(None), or load it on the CPU."
         )
 
 

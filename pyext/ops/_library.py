@@ -5,6 +5,8 @@ No gradient is registered: ops are for inference, and one that is asked for a gr
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -19,6 +21,15 @@ _library = torch.library.Library("ramify", "DEF")  # alive as long as this modul
 _tags = (torch.Tag.pt2_compliant_tag,)
 
 Outputs = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A call over fixed tensors: shapes checked and a backend chosen once, for `run()` to be called again and again."""
+
+    op: str
+    backend: str
+    run: Callable[[], None]
 
 
 class Op:
@@ -72,6 +83,15 @@ class Op:
         self._call_into(*inputs, **dict(zip(self.outputs, outs)))
         return _one_or_all(outs)
 
+    def bind(self, outs: Outputs, *inputs: Any) -> Bound:
+        """This call over these very tensors, which share no memory between outputs and inputs. What is in them is never looked at."""
+        check = Shapes(self.name, inputs[0])
+        for out, (shape, dtype) in zip(outs, self._check(*inputs), strict=True):
+            check.out("out", out, shape, dtype)
+        backend = backends.choose(self.name, outs[0].device.type, **self._sizes(*inputs))
+        kernel = self._kernels.get(backend)
+        return Bound(self.name, backend, partial(self._refer, outs, inputs) if kernel is None else partial(kernel, outs, *inputs))
+
     def _functional(self, *inputs: Any) -> Any:
         outs = self._allocate(inputs)
         self._run(outs, inputs)
@@ -109,7 +129,10 @@ class Op:
         kernel = self._kernels.get(backend)
         if kernel is not None:
             kernel(outs, *inputs)
-            return
+        else:
+            self._refer(outs, inputs)
+
+    def _refer(self, outs: Outputs, inputs: tuple) -> None:
         for out, value in zip(outs, self._reference(*inputs)):
             out.copy_(value)
 
@@ -142,6 +165,12 @@ class InPlaceOp:
         for i, name in self._written:
             _check_leaf(self.name, name, inputs[i])
         self._call(*inputs)
+
+    def bind(self, *inputs: Any) -> Bound:
+        """This call over these very tensors. What is in them is never looked at, nor whether an address would be written twice."""
+        self._check(*inputs)
+        backend = backends.choose(self.name, inputs[0].device.type, **self._sizes(*inputs))
+        return Bound(self.name, backend, partial(self._kernels.get(backend) or self._reference, *inputs))
 
     def _run(self, *inputs: Any) -> None:
         self._check(*inputs)

@@ -1,0 +1,119 @@
+"""Ops over fixed tensors, for a step that is recorded once and replayed: checked here, bound to their kernels, never checked again.
+
+Each function takes its outputs last, but for those that write in place, and returns a `Bound`. No call of a Bound reads what its tensors
+hold, so a list of them can become a CUDA graph; the one exception is the reference's tree_attention.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ramify import backends, reference
+from ramify.ops import _cuda, attention, glue, kv, verify
+from ramify.ops._library import Bound
+from ramify.ops.linear import _low_bit
+from ramify.quant.packing import packed
+from ramify.quant.weight import QuantizedWeight
+
+
+def embed(ids: Tensor, table: Tensor, out: Tensor) -> Bound:
+    """ops.embed in out's dtype."""
+    return glue._embed.bind((out,), ids, table, out.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Bound:
+    """ops.rms_norm."""
+    return glue._rms_norm.bind((out,), x, weight, eps)
+
+
+def silu_mul(x: Tensor, out: Tensor) -> Bound:
+    """ops.silu_mul."""
+    return glue._silu_mul.bind((out,), x)
+
+
+def rope_append(
+    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
+) -> Bound:  # fmt: skip
+    """reference.rope_append, on the CUDA kernel where the table gives `rope` to it. Slots are slots of k and v, all of them."""
+    backend = backends.choose("rope", qkv.device.type, dtype=qkv.dtype, rotary="whole head")
+    run = _cuda.rope_append if backend == "cuda" else reference.rope_append
+    call = partial(run, qkv, cos, sin, positions, slots, q, k, v, q_norm, k_norm, eps)
+    return Bound("rope_append", backend if backend == "cuda" else "reference", call)
+
+
+def tree_attention(
+    q: Tensor, k: Tensor, v: Tensor, tail_k: Tensor, tail_v: Tensor, ancestors: Tensor, prefix_len: Tensor, page_table: Tensor,
+    window: int, tail_rows: Tensor, out: Tensor, lse: Tensor,
+) -> Bound:  # fmt: skip
+    """ops.tree_attention over pages, with the usual scale and no sink."""
+    scale = q.shape[3] ** -0.5
+    return attention._tree_attention.bind(
+        (out, lse), q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, 0, tail_rows
+    )
+
+
+def row_stats(logits: Tensor, argmax: Tensor, lse: Tensor, top: Tensor) -> Bound:
+    """ops.row_stats."""
+    return verify._row_stats.bind((argmax, lse, top), logits)
+
+
+def topk_logits(logits: Tensor, values: Tensor, ids: Tensor) -> Bound:
+    """ops.topk_logits, k as wide as its outputs."""
+    return verify._topk_logits.bind((values, ids), logits, ids.shape[1])
+
+
+def linear_low_bit(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> Bound:
+    """ops.linear over a low-bit weight that takes x as it is."""
+    panels = packed(weight) if x.device.type == "cpu" else None
+    tensors = weight.codes, weight.scale, weight.zero, weight.perm, panels
+    return _low_bit.bind((out,), x, *tensors, weight.format.name, bias, None, residual, "exact")
+
+
+def kv_moves(draft_k: Tensor, draft_v: Tensor, k: Tensor, v: Tensor, source: Tensor, target: Tensor, count: Tensor) -> Bound:
+    """Copy slot source[i] of the drafts to slot target[i] of the caches, all layers at once, for every i with count[i] = 1, not 0.
+
+    draft_k, draft_v [L, drafts, Hkv, D]; k, v [L, slots, Hkv, D]; source, target, count int32 [n]. It is kv_commit of n sequences of one
+    row each over one tail and one cache. The reference makes every move, so entries whose count is 0 must name slots that hold nothing.
+    """
+    n = len(source)
+    stacked = [x[:, None].expand(-1, n, -1, -1, -1) for x in (draft_k, draft_v, k, v)]
+    bound = kv._kv_commit.bind(*stacked, source[:, None], count, target, None)
+    if bound.backend != "reference":
+        return bound
+    return Bound("kv_commit", "reference", partial(_move, draft_k, draft_v, k, v, source, target))
+
+
+def _move(draft_k: Tensor, draft_v: Tensor, k: Tensor, v: Tensor, source: Tensor, target: Tensor) -> None:
+    for draft, cache in ((draft_k, k), (draft_v, v)):
+        cache[:, target.long()] = draft[:, source.long()].to(cache.dtype)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, add: bool) -> Bound:
+    """x W^T + bias into out, or added to what it holds: a dense linear by torch, which on a GPU is cuBLAS. float32 sums, rounded once.
+
+    out may be float32 where x and weight are narrower: then nothing is rounded. x [M, K], weight [N, K], bias [N], out [M, N].
+    """
+    turned = weight.t()
+    if out.dtype != x.dtype:
+        call = partial(_wide_product, x, turned, out)
+    elif add:
+        call = partial(out.addmm_, x, turned)
+    elif bias is not None:
+        return Bound("linear", "torch", partial(torch.addmm, bias, x, turned, out=out))
+    else:
+        call = partial(torch.mm, x, turned, out=out)
+    return Bound("linear", "torch", call if bias is None else partial(_then_add, call, out, bias))
+
+
+def _wide_product(x: Tensor, turned: Tensor, out: Tensor) -> None:
+    if x.device.type == "cuda":
+        torch.ops.aten.mm.dtype_out(x, turned, out.dtype, out=out)
+    else:
+        torch.mm(x.to(out.dtype), turned.to(out.dtype), out=out)
+
+
+def _then_add(call: partial, out: Tensor, bias: Tensor) -> None:
+    call()
+    out.add_(bias)
