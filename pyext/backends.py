@@ -206,7 +206,7 @@ def check_model_backend(device: str = "cpu") -> None:
         return
     if device == "cpu" and name != MODEL_BACKEND:
         raise ValueError(
-            f'generate: backend "{name}" is forced and on the CPU the model layer runs on "{MODEL_BACKEND}" alone; takes "{MODEL_BACKEND}" or none. '
+            f'generate: backend "{name}" is forced and on the CPU the model layer runs on "{MODEL_BACKEND}" alone; takes that or none. '
             "Use ramify.backend(None), or unset RAMIFY_BACKEND."
         )
     if device.startswith("cuda") and name == "cpu":

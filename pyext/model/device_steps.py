@@ -44,6 +44,11 @@ class DeviceSteps:
         """The device as measurements are filed under it."""
         return f"on {torch.cuda.get_device_name(self.device) if self.device.type == 'cuda' else self.device}"
 
+    def backend(self) -> str:
+        """The backend of attention."""
+        dtype = self.weights.dtype
+        return backends.choose("tree_attention", self.device.type, dtype=dtype, D=self.config.head_dim, kv=dtype)
+
     def arena(self, page_format: PageFormat, pages: int, draft_pages: int) -> DeviceArena:
         """Memory for a cache, and rotary tables for every position in it; caches share them while they are long enough."""
         positions = min(self.config.max_positions, pages * 64 + MAX_ROWS)

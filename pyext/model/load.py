@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ramify.backends import ROUNDED
-from ramify.checks import one_of, show
+from ramify.checks import listed, one_of, show
 from ramify.errors import CheckpointError
 from ramify.model.checkpoint import Checkpoint
 from ramify.model.model import Model
@@ -29,12 +29,12 @@ def load(
 ) -> Model:
     """Load a checkpoint folder (config.json + safetensors, sharded too), or "zoo" / "zoo-drafter", the models that ship with ramify.
 
-    dtype: "bf16" or "fp32", of dense weights and of the cache; on the CPU activations between layers are always f32, on a GPU they are in
-    dtype. device: "cpu", or "cuda", "cuda:1", ... for a GPU. weights: a low-bit format ("int8", "int4-g64", "fp8", ...) into which dense layers are quantised while they are read; None takes them as they are stored,
-    low-bit ones of `ramify convert`, GPTQ, AWQ, compressed-tensors and torchao included. head: the format of a dense lm_head (a tied one
-    leaves the embedding table as it is); None is what the checkpoint says, else "int8" beside low-bit `weights`, else dtype; "dense" is
-    dtype. activations: how low-bit layers take their input on the CPU: "int8", "int8-group" or "exact" (see ops.linear); a GPU's take it
-    as it is.
+    dtype: "bf16" or "fp32", of dense weights and of the cache; activations between layers are always f32 on the CPU and in dtype on a GPU.
+    weights: a low-bit format ("int8", "int4-g64", "fp8", ...) into which dense layers are quantised while they are read; None takes them
+    as they are stored, low-bit ones of `ramify convert`, GPTQ, AWQ, compressed-tensors and torchao included. device: "cpu", or "cuda",
+    "cuda:1", ... for a GPU. head: the format of a dense lm_head (a tied one leaves the embedding table as it is); None is what the
+    checkpoint says, else "int8" beside low-bit `weights`, else dtype; "dense" is dtype. activations: how low-bit layers take their input
+    on the CPU: "int8", "int8-group" or "exact" (see ops.linear); on a GPU they take it as it is.
 
     Raises UnsupportedModelError for another architecture, CheckpointError for a broken file, ValueError for the rest.
     """
@@ -78,8 +78,9 @@ def _device(device: Any) -> torch.device | None:
         return None
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if (place.index or 0) >= count:
-        there = f"{count} GPU{'s' * (count != 1)}" if count else "no GPU"
-        raise ValueError(f'load: device is {show(str(device))} and torch finds {there} here; takes "cpu". `ramify env` says what is there.')
+        takes = listed(f'"{name}"' for name in ["cpu", *(f"cuda:{i}" for i in range(count))])
+        finds = "" if count else ", since torch finds no GPU"
+        raise ValueError(f"load: device is {show(str(device))}; takes {takes} here{finds}.")
     return torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
 
 

@@ -57,6 +57,11 @@ class Model:
         """Precision of the weights and the cache: "fp32" or "bf16"."""
         return "bf16" if self.weights.dtype == torch.bfloat16 else "fp32"
 
+    @property
+    def backend(self) -> str:
+        """What a step is made of: the ISA level of the CPU kernels, or the backend that runs attention on a GPU."""
+        return self._steps.backend()
+
     def new_cache(self, capacities: Sequence[int], pages: str | None = None) -> Cache:
         """A cache with one slot per capacity (tokens). pages: a page format by name; the default stores what the model computes in.
 

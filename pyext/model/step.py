@@ -32,6 +32,10 @@ class Steps:
         self.config, self.weights = config, weights
         self._rope = RopeTable(config.rope, config.head_dim, config.max_positions)
 
+    def backend(self) -> str:
+        """The ISA level in use."""
+        return native.isa()
+
     def arena(self, page_format: PageFormat, pages: int, draft_pages: int) -> Arena:
         """Memory for a cache."""
         return Arena(self.config, page_format, pages, draft_pages)

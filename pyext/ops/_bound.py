@@ -4,7 +4,9 @@ Each function takes its outputs last, but for those that write in place, and ret
 hold, so a list of them can become a CUDA graph; the one exception is the reference's tree_attention.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,6 +98,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, add: bo
     out may be float32 where x and weight are narrower: then nothing is rounded. x [M, K], weight [N, K], bias [N], out [M, N].
     """
     turned = weight.t()
+    call: Callable[[], Any]
     if out.dtype != x.dtype:
         call = partial(_wide_product, x, turned, out)
     elif add:
@@ -114,6 +117,6 @@ def _wide_product(x: Tensor, turned: Tensor, out: Tensor) -> None:
         torch.mm(x.to(out.dtype), turned.to(out.dtype), out=out)
 
 
-def _then_add(call: partial, out: Tensor, bias: Tensor) -> None:
+def _then_add(call: Callable[[], Any], out: Tensor, bias: Tensor) -> None:
     call()
     out.add_(bias)

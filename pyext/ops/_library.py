@@ -29,7 +29,7 @@ class Bound:
 
     op: str
     backend: str
-    run: Callable[[], None]
+    run: Callable[[], Any]
 
 
 class Op:
