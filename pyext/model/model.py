@@ -14,7 +14,6 @@ from ramify.checks import show, whole
 from ramify.model.config import ModelConfig
 from ramify.model.device_steps import DeviceSteps
 from ramify.model.shape import DRAFT_PAGES, Shape
-from ramify.model.step import Steps
 from ramify.model.step_out import StepOut
 from ramify.model.tokenizer import Tokenizer
 from ramify.model.weights import Weights
@@ -36,7 +35,7 @@ class Model:
         self.eager = False
         device = weights.settings.device
         self.device = "cpu" if device is None else str(device)
-        self._steps: Any = Steps(config, weights) if device is None else DeviceSteps(config, weights, device)
+        self._steps: Any = _captured(config, weights) if device is None else DeviceSteps(config, weights, device)
         self._arenas: list[Any] = []
         depth = np.arange(PREFILL_ROWS, dtype=np.int32)
         bits = np.tril(np.ones((PREFILL_ROWS, PREFILL_ROWS), np.uint8))
@@ -200,3 +199,10 @@ class Model:
             raise ValueError(f"forward: position {last}; takes 0 to {self.config.max_positions - 1}. Shorten the text or the tree.")
         self._steps.reach(last)
         step.fill(shape, tree, tokens, lengths, cache.page_table[view.slots])
+
+
+def _captured(config: ModelConfig, weights: Weights) -> Any:
+    """The steps of the CPU. A build without its kernels has none, and still runs models on a GPU."""
+    from ramify.model.step import Steps
+
+    return Steps(config, weights)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ramify import native
+from ramify.backends import native
 from ramify.model.checkpoint import Checkpoint
 from ramify.model.config import ModelConfig
 from ramify.quant import Format, QuantizedWeight, quantize
@@ -31,14 +31,14 @@ class Linear:
     @classmethod
     def dense(cls, weight: Tensor, bias: Tensor | None = None) -> "Linear":
         """Pack a float32 or bfloat16 weight."""
-        return cls(native.pack_weight(weight.contiguous()), *weight.shape, bias)
+        return cls(native().pack_weight(weight.contiguous()), *weight.shape, bias)
 
     @classmethod
     def quantized(cls, weight: QuantizedWeight, bias: Tensor | None, activations: str) -> "Linear":
         """Pack a low-bit weight. activations: how its kernel takes the input; fp8 takes it as it is."""
-        how = native.ACTIVATIONS["exact" if weight.format.kind == "fp8" else activations]
-        numbers = {"dtype": native.LOW_BIT[weight.format.kind], "group": weight.format.group, "activations": how}
-        numbers |= {"scale_dtype": native.DTYPES[weight.scale.dtype], "zeros": int(weight.zero is not None)}
+        how = native().ACTIVATIONS["exact" if weight.format.kind == "fp8" else activations]
+        numbers = {"dtype": native().LOW_BIT[weight.format.kind], "group": weight.format.group, "activations": how}
+        numbers |= {"scale_dtype": native().DTYPES[weight.scale.dtype], "zeros": int(weight.zero is not None)}
         return cls(packed(weight), *weight.shape, bias, numbers, weight.perm)
 
     @property
@@ -48,11 +48,11 @@ class Linear:
 
     def arguments(self) -> Structure:
         """The kernel's arguments, as far as they are the weight's."""
-        kernel = native.LinearLowBitArgs if self.low_bit else native.LinearArgs
-        args = kernel(N=self.N, K=self.K, weight=self.panels.data_ptr(), bias=native.pointer(self.bias))
-        for name, value in (self.low_bit or {"dtype": native.DTYPES[self.panels.dtype]}).items():
+        kernel = native().LinearLowBitArgs if self.low_bit else native().LinearArgs
+        args = kernel(N=self.N, K=self.K, weight=self.panels.data_ptr(), bias=native().pointer(self.bias))
+        for name, value in (self.low_bit or {"dtype": native().DTYPES[self.panels.dtype]}).items():
             setattr(args, name, value)
-        args.perm = native.pointer(self.perm)
+        args.perm = native().pointer(self.perm)
         return args
 
 
