@@ -70,8 +70,10 @@ def engine(request):
     name, dtype = request.param.split("-")
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("torch finds no GPU")
-    if name == "triton" and (why := "" if backends.interpreted() else "TRITON_INTERPRET is not 1"):
-        pytest.skip(why)
+    if name == "triton":
+        if not backends.interpreted():
+            pytest.skip("TRITON_INTERPRET is not 1; the gate of Triton's values runs it in a process of its own")
+        pytest.importorskip("ramify.testing.triton_interpreter").install()
     if name == "table" and backends.missing("cpu"):
         pytest.skip(backends.missing("cpu"))
     if name != "triton" and os.environ.get("TRITON_INTERPRET") == "1":
@@ -232,14 +234,14 @@ def test_a_step_is_recorded_once_and_replayed(engine, folders):
     rng = random.Random(8)
     folder = folders["mistral"]
     model = engine.load(folder)
-    texts = [random_text(rng, n) for n in (70, 5, 130)]
+    texts = [random_text(rng, n) for n in ((20, 5, 12) if engine.slow else (70, 5, 130))]
     cache = model.new_cache([200] * 3)
     for slot, text in enumerate(texts):
         model.prefill([text], cache, slots=[slot])
     model.forward(TokenTree.from_parents(*zip(random_tree(rng, 6), random_tree(rng, 5))), cache.of([0, 1]))
     [step] = [step for step in cache.arena.programs.values() if step.plan.sequences == 2]
     recorded, copies = model._steps.recorded, step.copies
-    for slots in ([2, 0], [1, 2], [0, 1]):
+    for slots in ([2, 0], [1, 2], [0, 1])[: 2 if engine.slow else 3]:
         grown = [random_tree(rng, rng.randrange(5, 9)) for _ in slots]
         tree, view = TokenTree.from_parents([t for t, _ in grown], [p for _, p in grown]), cache.of(slots)
         got = model.forward(tree, view, logits=True).logits
@@ -248,7 +250,7 @@ def test_a_step_is_recorded_once_and_replayed(engine, folders):
         view.commit([tree.path(b, 3) for b in range(2)])
         for b, slot in enumerate(slots):
             texts[slot] += [grown[b][0][row] for row in tree.path(b, 3)]
-    assert model._steps.recorded == recorded and step.copies == copies + 3
+    assert model._steps.recorded == recorded and step.copies == copies + (2 if engine.slow else 3)
     assert (step.graph is not None) == (engine.device == "cuda" and step.captures)
 
 
@@ -256,7 +258,7 @@ def test_rows_that_fill_up_write_nothing(engine, folders):
     """Everything that no row may read is NaN before the step; only the draft slots of its own rows are written, and nobody's slot."""
     rng = random.Random(13)
     model = engine.load(folders["llama"])
-    texts = [random_text(rng, n) for n in (70, 3)]
+    texts = [random_text(rng, n) for n in (12 if engine.slow else 70, 3)]
     cache = model.new_cache([100, 100])
     model.prefill(texts, cache)
     arena, view = cache.arena, cache.of([0, 1])
