@@ -187,9 +187,9 @@ class DeviceStep:
             self.inputs.upload()
             steps.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(steps.stream):
-                if any(call.backend == "cuda" for call in self.calls):  # held, so that no later launch of more rows replaces them
-                    self._tickets: Tensor = native_cuda.tickets(self.device, self.plan.rows * self.plan.sequences)
                 self.replay()
+                if any(call.backend == "cuda" for call in self.calls):  # held: a later launch that needs more of them makes others
+                    self._tickets: Tensor = native_cuda.tickets(self.device, 1)
             steps.stream.synchronize()
             with torch.cuda.graph(graph, pool=steps.pool, stream=steps.stream, capture_error_mode="thread_local"):
                 self.replay()
