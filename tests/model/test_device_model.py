@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ramify
 from ramify import backends
+from ramify.cache.mirror import wait
+from ramify.model import device_steps
 from ramify.model.checkpoint import Checkpoint
 from ramify.reference.model import forward
 from ramify.testing import emulator
@@ -316,12 +318,31 @@ def test_a_replay_asks_the_device_nothing(engine, folders, monkeypatch):
             patch.setattr(torch.Tensor, name, refuse)
         for call in calls:
             call.run()
-    if engine.device == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            model.forward(tree, cache.of([0, 1]), topk=3, taps=(1,))
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    waits = []
+
+    def once(device):
+        waits.append(device)
+        with asking(engine, "default"):
+            wait(device)
+
+    monkeypatch.setattr(device_steps, "wait", once)
+    with asking(engine, "error"):
+        model.forward(tree, cache.of([0, 1]), topk=3, taps=(1,))
+    assert len(waits) == 1
+
+
+@contextmanager
+def asking(engine, mode):
+    """What torch does inside the block when something waits for a GPU."""
+    if engine.device != "cuda":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode(mode)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def test_eager_equals_replayed(engine, folders):
