@@ -14,7 +14,10 @@ from ramify.model.weights import Weights
 
 @dataclass(frozen=True)
 class Plan:
-    """What of the model a recorded step computes: `rows` packed rows on a CPU, rows of each sequence on another device."""
+    """What of the model a recorded step computes: `rows` packed rows on a CPU, rows of each sequence on another device.
+
+    draws: whether it also draws a token at every row, which no step on a CPU does: there logits are at hand.
+    """
 
     rows: int
     sequences: int
@@ -22,6 +25,7 @@ class Plan:
     head: bool
     topk: int
     taps: tuple[int, ...]
+    draws: bool = False
 
 
 class Recorder(Protocol):

@@ -82,6 +82,10 @@ class DeviceRecorder:
         self._product(x, part, self.logits, False)
         got = self.results
         self.calls.append(bound.row_stats(self.logits, got["argmax"], got["lse"], got["top"]))
+        if self.plan.draws:
+            ones, minus = (torch.full((self.rows, 1), value, dtype=torch.int32, device=self.logits.device) for value in (1, -1))
+            how = (self.inputs[name] for name in ("temperature", "seed", "index"))
+            self.calls.append(bound.draw(self.logits, ones, minus, *how, got["drawn"]))
         if self.plan.topk:
             self.calls.append(bound.topk_logits(self.logits, got["topk_values"], got["topk_ids"]))
 

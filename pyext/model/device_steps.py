@@ -19,6 +19,7 @@ from ramify.model.rope import rope_tables
 from ramify.model.shape import DRAFT_PAGES, Shape
 from ramify.model.step_out import DeviceStepOut
 from ramify.model.weights import Weights
+from ramify.sampling.pipeline import Draws
 from ramify.tree import MAX_ROWS, TokenTree
 
 F32, I32, I64 = torch.float32, torch.int32, torch.int64
@@ -29,7 +30,7 @@ MOVES = 32
 class DeviceSteps:
     """The recorded steps of a model on `device`: one for each plan that was asked for, kept by the arena over which it runs."""
 
-    prefill_rows = MAX_ROWS
+    prefill_rows, draws = MAX_ROWS, True
 
     def __init__(self, config: ModelConfig, weights: Weights, device: torch.device):
         self.config, self.weights, self.device = config, weights, device
@@ -58,18 +59,18 @@ class DeviceSteps:
         return DeviceArena(self.config, page_format, pages, draft_pages, self.device, self._tables)
 
     def step(
-        self, view: CacheView, shape: Shape, tree: TokenTree, span: tuple[int, int], head: bool, topk: int, taps: tuple
+        self, view: CacheView, shape: Shape, tree: TokenTree, span: tuple[int, int], head: bool, topk: int, taps: tuple, draws: bool
     ) -> "DeviceStep":
         """The step for rows of this shape, recorded when it is first asked for. Raises ValueError where a forced backend lacks an op."""
         if self.device.type == "cuda":
             backends.check_model_backend(str(self.device))
         arena, pages, B = view.cache.arena, view.cache.page_table.shape[1], len(view.slots)
         bucket = 1 << (int(shape.rows.max()) - 1).bit_length()
-        key = (bucket, B, span, head, topk, taps, pages, backends.forced())
+        key = (bucket, B, span, head, topk, taps, draws, pages, backends.forced())
         step = arena.programs.get(key)
         if step is None:
             self.recorded += 1
-            step = arena.programs[key] = DeviceStep(self, arena, Plan(bucket, B, span, head, topk, taps), pages)
+            step = arena.programs[key] = DeviceStep(self, arena, Plan(bucket, B, span, head, topk, taps, draws), pages)
         return step
 
     def reach(self, position: int) -> None:
@@ -90,12 +91,15 @@ class DeviceStep:
         arrays |= {name: ((rows,), I32) for name in ("tokens", "position", "slot")}
         arrays |= {"prefix": ((B,), I32), "tail_rows": ((B,), I32), "page_table": ((B, pages), I32)}
         arrays |= {name: ((B * max(T, MOVES),), I32) for name in ("source", "target", "moved")}
+        if plan.draws:
+            arrays |= {"temperature": ((rows,), F32), "seed": ((rows,), I64), "index": ((rows,), I64)}
         if plan.layers[0] > 0:
             arrays["hidden"] = ((rows, config.hidden_size), F32)
         self.inputs = Mirror(steps.device, arrays)
         arrays = {"argmax": ((rows,), I32), "lse": ((rows,), F32), "top": ((rows,), F32)} if plan.head else {}
         if plan.head and plan.topk:
             arrays |= {"topk_ids": ((rows, plan.topk), I32), "topk_values": ((rows, plan.topk), F32)}
+        arrays |= {"drawn": ((rows,), I32)} if plan.draws else {}
         arrays |= {f"tap{i}": ((rows, config.hidden_size), F32) for i in plan.taps}
         self.results = Mirror(steps.device, arrays)
         self.draft_page = np.arange(B, dtype=np.int32) * DRAFT_PAGES
@@ -134,15 +138,21 @@ class DeviceStep:
         inputs["slot"][at] = shape.draft_slot
         inputs["tail_rows"][:] = shape.rows
         words, ancestors = inputs["ancestors"], shape.arrays[2]  # of the whole tree, rows that were run before included
-        words[:] = 0
+        width = min(words.shape[2], ancestors.shape[1])  # no row sees a later one, so what is beyond stays 0
         for b, (start, stop) in enumerate(zip(shape.arrays[1][:-1], shape.arrays[1][1:], strict=True)):
-            width = min(words.shape[2], ancestors.shape[1])
             words[b, : stop - start, :width] = ancestors[start:stop, :width]
         self._shape = shape
 
     def start_from(self, hidden: np.ndarray) -> None:
         """Hidden states f32 [M, hidden] for a step whose layers start above 0."""
         self.inputs.host["hidden"][self._at] = hidden
+
+    def draw(self, draws: Draws, shape: Shape) -> None:
+        """What the tokens of a step whose plan draws are drawn with."""
+        inputs, at = self.inputs.host, self._at
+        inputs["temperature"][:] = 0  # rows of nobody take the likeliest
+        inputs["temperature"][at], inputs["seed"][at] = draws.temperature[shape.sequence], draws.seed[shape.sequence]
+        inputs["index"][at] = draws.position[shape.sequence] + shape.depth
 
     def run(self, eager: bool = False) -> None:
         """Compute the step: a copy there, one launch of the graph or one call after the other, a copy back, and one wait."""
@@ -168,6 +178,7 @@ class DeviceStep:
         if self.plan.head:
             out.argmax, out.top, out.lse = (named[name][at] for name in ("argmax", "top", "lse"))
             out.logits = self._download_logits
+            out.drawn = named["drawn"][at] if self.plan.draws else None
             if self.plan.topk:
                 out.topk_ids, out.topk_values = named["topk_ids"][at], named["topk_values"][at]
         return out

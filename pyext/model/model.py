@@ -18,6 +18,7 @@ from ramify.model.step_out import StepOut
 from ramify.model.tokenizer import Tokenizer
 from ramify.model.weights import Weights
 from ramify.registry import page_format
+from ramify.sampling.pipeline import Draws
 from ramify.tree import MAX_ROWS, TokenTree
 
 FORMATS = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -57,6 +58,11 @@ class Model:
         return "bf16" if self.weights.dtype == torch.bfloat16 else "fp32"
 
     @property
+    def draws(self) -> bool:
+        """Whether `forward` draws tokens when it is asked to: on a GPU, from where logits would be long on their way."""
+        return bool(self._steps.draws)
+
+    @property
     def backend(self) -> str:
         """What a step is made of: the ISA level of the CPU kernels, or the backend that runs attention on a GPU."""
         return self._steps.backend()
@@ -94,7 +100,7 @@ class Model:
         rows_out: Callable[[int, Sequence[int], StepOut], None] | None = None,
         chunk: int = PREFILL_ROWS,
     ) -> None:
-        """Feed and commit all given tokens, chunk by chunk, after what the slots hold. The chunk size changes no bit.
+        """Feed and commit all given tokens, chunk by chunk, after what the slots hold. On the CPU the chunk size changes no bit.
 
         rows_out(slot, tokens, out) sees each chunk's rows; without it logits are not computed at all.
         Raises ValueError for an empty prompt, a token outside the vocabulary, or more tokens than the slot or the model takes.
@@ -130,19 +136,21 @@ class Model:
         logits: bool = False,
         layers: tuple[int, int] | None = None,
         hidden: np.ndarray | None = None,
+        draws: Draws | None = None,
     ) -> StepOut:
         """Run the rows of a tree after the committed tokens of `view`; commits nothing.
 
         first int32 [B]: rows of each sequence below it were run by an earlier forward of the same uncommitted tree; only the others are
         computed and returned. taps: hidden states to return, 0 to num_layers (-1 is the last). topk: 0 to 32. layers [start, end): a part
-        of the model; start > 0 takes `hidden` f32 [M, hidden], end < num_layers returns the hidden state as its tap.
+        of the model; start > 0 takes `hidden` f32 [M, hidden], end < num_layers returns the hidden state as its tap. draws: of a
+        model whose property of that name is True: the token after every row, drawn where its logits are.
         Raises ValueError for a tree that does not fit the view, the vocabulary or the positions, and when a row's logits are not finite.
         """
         span = (0, self.config.num_layers) if layers is None else (int(layers[0]), int(layers[1]))
         if layers is not None or taps or topk:
             taps = self._check_request(span, taps, topk, hidden)
         head = span[1] == self.config.num_layers
-        out = self._forward(tree, view, first, span, head, topk, tuple(taps), hidden, MAX_ROWS)
+        out = self._forward(tree, view, first, span, head, topk, tuple(taps), hidden, MAX_ROWS, draws if head and self.draws else None)
         if not logits:
             out.logits = None
         return out
@@ -161,7 +169,7 @@ class Model:
             raise ValueError(f"forward: taps is {list(taps)}; takes layers {span[0]} to {span[1]}.")
         return taps
 
-    def _forward(self, tree, view, first, span, head, topk, taps, hidden, limit) -> StepOut:
+    def _forward(self, tree, view, first, span, head, topk, taps, hidden, limit, draws=None) -> StepOut:
         B, arena = len(tree.row_start) - 1, view.cache.arena
         if view.cache.model is not self:
             raise ValueError("forward: cache is another model's; takes one that this model's new_cache made.")
@@ -170,13 +178,15 @@ class Model:
         if len(view.slots) != B:
             raise ValueError(f"forward: tree has {B} sequences; takes {len(view.slots)}, as the view has.")
         shape = Shape.of(tree, limit) if first is None else Shape.grown(tree, first, limit)
-        step = self._steps.step(view, shape, tree, span, head, topk, taps)
+        step = self._steps.step(view, shape, tree, span, head, topk, taps, draws is not None)
         self._fill(step, shape, tree, view)
         if hidden is not None:
             if hidden.shape != (shape.M, self.config.hidden_size):
                 takes = f"[{shape.M}, {self.config.hidden_size}], a state per row"
                 raise ValueError(f"forward: hidden is {list(hidden.shape)}; takes {takes}.")
             step.start_from(hidden)
+        if draws is not None:
+            step.draw(draws, shape)
         step.run(self.eager)
         arena.flushed()
         view.draft_page, view.draft_rows = step.draft_page, shape.rows

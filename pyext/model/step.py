@@ -26,7 +26,7 @@ from ramify.tree import TokenTree
 class Steps:
     """The captured steps of a model on the CPU: one for each plan that was asked for, kept by the arena over which it runs."""
 
-    prefill_rows = PREFILL_ROWS
+    prefill_rows, draws = PREFILL_ROWS, False
 
     def __init__(self, config: ModelConfig, weights: Weights):
         self.config, self.weights = config, weights
@@ -40,7 +40,9 @@ class Steps:
         """Memory for a cache."""
         return Arena(self.config, page_format, pages, draft_pages)
 
-    def step(self, view: CacheView, shape: Shape, tree: TokenTree, span: tuple[int, int], head: bool, topk: int, taps: tuple) -> "Step":
+    def step(
+        self, view: CacheView, shape: Shape, tree: TokenTree, span: tuple[int, int], head: bool, topk: int, taps: tuple, _: bool
+    ) -> "Step":
         """The step for rows of this shape, captured when it is first asked for."""
         check_model_backend()
         arena, pages, B = view.cache.arena, view.cache.page_table.shape[1], len(view.slots)

@@ -12,7 +12,8 @@ class StepOut:
 
     argmax int32 [M]; top, lse f32 [M]: largest logit and log-sum-exp; topk_ids int32 and topk_values f32 [M, k], descending; logits
     f32 [M, V] when asked for; taps {i: f32 [M, hidden]}: the hidden state after i layers, before the norm that follows.
-    Without the last layer everything but taps is None.
+    drawn int32 [M]: the token that plain sampling would emit after each row, when draws were asked for. Without the last layer everything
+    but taps is None.
     """
 
     argmax: np.ndarray | None = None
@@ -22,6 +23,7 @@ class StepOut:
     topk_values: np.ndarray | None = None
     logits: np.ndarray | None = None
     taps: dict[int, np.ndarray] = field(default_factory=dict)
+    drawn: np.ndarray | None = None
 
 
 class DeviceStepOut(StepOut):

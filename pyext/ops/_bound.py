@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ramify import backends, reference
-from ramify.ops import _cuda, attention, glue, kv, verify
+from ramify.ops import _cuda, attention, glue, kv, sample, verify
 from ramify.ops._library import Bound
 from ramify.ops.linear import _low_bit
 from ramify.quant.packing import packed
@@ -64,6 +64,16 @@ def row_stats(logits: Tensor, argmax: Tensor, lse: Tensor, top: Tensor) -> Bound
 def topk_logits(logits: Tensor, values: Tensor, ids: Tensor) -> Bound:
     """ops.topk_logits, k as wide as its outputs."""
     return verify._topk_logits.bind((values, ids), logits, ids.shape[1])
+
+
+def draw(logits: Tensor, ones: Tensor, minus: Tensor, temperature: Tensor, seed: Tensor, index: Tensor, drawn: Tensor) -> Bound:
+    """A token from softmax(logits / temperature) of every row: verify_sample over trees of one row, whose bonus it is.
+
+    logits [R, V]; ones and minus int32 [R, 1] hold 1 and -1; temperature float32, seed and index int64 and drawn int32 [R].
+    """
+    path, count = torch.empty_like(ones), torch.empty_like(drawn)
+    inputs = logits[:, None], ones, minus, ones[:, 0], temperature, seed, index, None, "det"
+    return sample._verify_sample.bind((path, count, drawn), *inputs)
 
 
 def linear_low_bit(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> Bound:

@@ -24,6 +24,7 @@ from ramify.cache.mirror import wait
 from ramify.model import device_steps
 from ramify.model.checkpoint import Checkpoint
 from ramify.reference.model import forward
+from ramify.sampling import Sampling, SamplingParams
 from ramify.testing import emulator
 from ramify.testing.device_model import device_model
 from ramify.testing.tiny_models import FAMILIES, VOCABULARY, write_tiny_model
@@ -357,6 +358,49 @@ def test_eager_equals_replayed(engine, folders):
         outs.append([out.logits.copy(), out.argmax.copy(), out.lse.copy(), out.topk_ids.copy(), *(t.copy() for t in out.taps.values())])
         cache.free([0, 1])
     assert all(np.array_equal(a, b) for a, b in zip(*outs, strict=True))
+
+
+def test_tokens_are_drawn_where_the_logits_are(engine, folders):
+    """Every row's draw is what the host makes of the same logits, for sequences of their own temperatures, seeds and positions."""
+    rng = random.Random(4)
+    model = engine.load(folders["llama"])
+    params = [SamplingParams(temperature=0.7, seed=2**64 - 5), SamplingParams(), SamplingParams(temperature=30.0, seed=3)]
+    params += [SamplingParams(temperature=1.0, seed=1, top_k=5), SamplingParams(temperature=1e-3, seed=9)]
+    texts = [random_text(rng, n) for n in (5, 70, 1, 8, 30)]
+    cache = model.new_cache([len(text) + 1 for text in texts])
+    model.prefill(texts, cache)
+    sampling = Sampling(params, texts)
+    for _ in range(1 if engine.slow else 6):
+        grown = [random_tree(rng, rng.choice([1, 3, 7])) for _ in texts]
+        tree = TokenTree.from_parents([t for t, _ in grown], [p for _, p in grown])
+        out = model.forward(tree, cache.of(range(5)), logits=True, draws=sampling.draws())
+        assert out.drawn.dtype == np.int32 and len(out.drawn) == tree.M
+        for b, each in enumerate(params):
+            for row in range(len(grown[b][0])) if each.is_plain else ():
+                at = tree.span(b).start + row
+                path = [grown[b][0][i] for i in tree.path(b, row)[1:]]
+                assert out.drawn[at] == sampling.draw(b, out.logits[at], path)
+    assert Sampling([SamplingParams(), SamplingParams(temperature=1.0, top_p=0.5)], [[1], [2]]).draws() is None
+    assert model.forward(TokenTree.roots([1]), cache.of([0])).drawn is None
+
+
+@pytest.mark.parametrize("method", ["plain", "token_recycling"])
+def test_sampled_ids_are_those_of_the_cpu(engine, folders, method, monkeypatch):
+    """The same seed gives the same text, and no row of logits leaves the device for it."""
+    if engine.name not in ("table", "cuda") or engine.dtype != "fp32" or backends.missing("cpu"):
+        pytest.skip("ids are compared in fp32")
+    prompts = [random_text(random.Random(1), n) for n in (20, 3)]
+    common = {"method": method, "max_new_tokens": 40, "temperature": 0.8, "seed": 11}
+    truth = ramify.load(folders["llama"], dtype="fp32")
+    want = [out.token_ids for out in ramify.generate(truth, prompts, **common)]
+    model = engine.load(folders["llama"])
+    size = None if method == "plain" else "fixed:rows_each=9"
+    with monkeypatch.context() as patch:
+        patch.setattr(device_steps.DeviceStep, "_download_logits", lambda step: pytest.fail("logits were asked for"))
+        outs = ramify.generate(model, prompts, size=size, **common)
+    assert [out.token_ids for out in outs] == want
+    narrow = [ramify.generate(each, prompts, size=size, top_k=3, **common) for each in (truth, model)]  # the host has to see these logits
+    assert [out.token_ids for out in narrow[0]] == [out.token_ids for out in narrow[1]]
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4-g64"])
