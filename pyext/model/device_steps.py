@@ -1,6 +1,7 @@
 """Steps of a model on a device: recorded once for each plan, replayed as one CUDA graph, one copy in and one copy out.
 
 On a device that is no GPU the recorded calls run one after the other; so everything but the graph itself is tested without one.
+Status: run on tensors of the CPU, under the emulator and in Triton's interpreter; the graph not yet run on hardware.
 """
 
 import numpy as np
