@@ -4,7 +4,7 @@ Engines: "table", CPU tensors on the kernels that the table names; "reference", 
 the emulator; "triton", the Triton kernels in the interpreter (TRITON_INTERPRET=1); "cuda", a GPU and CUDA graphs.
 
 Tolerance in fp32: 1e-4 of the largest logit, as between any two orders of summing some hundred products. In bf16 a hidden state keeps 8
-bits and is rounded some six times a layer: 4% of the largest logit.
+bits and is rounded some six times a layer: 3% of the largest logit, of which half is seen.
 """
 
 import random
@@ -24,7 +24,7 @@ from ramify.testing.device_model import device_model
 from ramify.testing.tiny_models import FAMILIES, VOCABULARY, write_tiny_model
 from ramify.tree import MAX_ROWS, TokenTree
 
-NEAR = {"fp32": 1e-4, "bf16": 0.04}
+NEAR = {"fp32": 1e-4, "bf16": 0.03}
 
 
 @pytest.fixture(scope="module")
