@@ -177,6 +177,26 @@ struct AttentionArgs {
   void* scratch;  // attention_scratch(...) bytes
 };
 
+// The attention that each slot of a cache received from all rows, through the query heads of a group.
+struct ColsumArgs {
+  int64_t B, T, Hq, Hkv, D, type;  // q and k are of one type, bf16 or f16
+  const void* q;
+  int64_t q_stride_b, q_stride_t, q_stride_h;
+  const void* k;
+  int64_t k_stride_b, k_stride_s, k_stride_h;
+  const int32_t* page_table;
+  int64_t table_stride, table_width, page, pages;  // as in AttentionArgs
+  const float* lse;                                // natural logarithm
+  int64_t lse_stride_b, lse_stride_t;
+  const int32_t *prefix_len, *tail_rows;  // [B]; tail_rows null: T
+  const int64_t* ancestors;               // [B, T, words] or null: row t stands t behind the prefix
+  int64_t words;
+  double scale;
+  int64_t window, sink;  // window 0: unlimited
+  float* out;            // [B, Hkv, slots]
+  int64_t out_stride_b, out_stride_h;
+};
+
 struct FillArgs {  // out[i] = value + i, to show that a launch works
   uint32_t* out;
   int64_t count, value;
@@ -196,6 +216,7 @@ enum Kernel : int64_t {
   kVerifySample,
   kResidualSample,
   kAttention,
+  kColsum,
   kKernels
 };
 
