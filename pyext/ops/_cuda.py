@@ -15,6 +15,8 @@ from ramify.ops._memory import crosses, ids32
 Outputs = tuple[Tensor, ...]
 
 CHUNK, MOST_CHUNKS = 512, 64
+AUTOMATIC, MMA, COLUMNS, ROWS = range(4)
+VARIANT = AUTOMATIC  # tests and benchmarks pick an attention kernel with it
 SAMPLE_TILE = 2048  # kSampleTile
 
 
@@ -252,7 +254,7 @@ def _attend(args: ctypes.Structure, outs: Outputs, q: Tensor, k: Tensor, v: Tens
     for name, x, axes in (("q", q, "bth"), ("out", result, "bth"), ("lse", lse, "bt"), ("k", k, "bsh"), ("v", v, "bsh")):
         _place(args, name, x, axes)
     scratch = torch.empty(max(1, n.library().attention_scratch(ctypes.addressof(args)) // 4), device=q.device)
-    args.scratch = scratch.data_ptr()
+    args.scratch, args.variant = scratch.data_ptr(), VARIANT
     n.run(args, q, result, lse, k, v, *rest, scratch)
     if result is not out:
         out.copy_(result)
