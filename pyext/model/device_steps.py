@@ -20,6 +20,7 @@ from ramify.model.rope import rope_tables
 from ramify.model.shape import DRAFT_PAGES, Shape
 from ramify.model.step_out import DeviceStepOut
 from ramify.model.weights import Weights
+from ramify.ops._bound import ASKING
 from ramify.sampling.pipeline import Draws
 from ramify.tree import MAX_ROWS, TokenTree
 
@@ -116,8 +117,8 @@ class DeviceStep:
 
     @property
     def captures(self) -> bool:
-        """Whether no call needs an answer from the device: the reference's attention does."""
-        return not any(call.op == "tree_attention" and call.backend == "reference" for call in self.calls)
+        """Whether no call needs an answer from the device, as some references do."""
+        return not any(call.op in ASKING and call.backend == "reference" for call in self.calls)
 
     def fill(self, shape: Shape, tree: TokenTree, tokens: np.ndarray, lengths: np.ndarray, page_table: np.ndarray) -> None:
         """Write the inputs. A shape that the step has seen last is not written again."""

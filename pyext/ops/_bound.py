@@ -1,7 +1,7 @@
 """Ops over fixed tensors, for a step that is recorded once and replayed: checked here, bound to their kernels, never checked again.
 
 Each function takes its outputs last, but for those that write in place, and returns a `Bound`. No call of a Bound reads what its tensors
-hold, so a list of them can become a CUDA graph; the one exception is the reference's tree_attention.
+hold, so a list of them can become a CUDA graph; ASKING are the ops whose references do.
 """
 
 from collections.abc import Callable
@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ramify import backends, reference
-from ramify.ops import _cuda, attention, glue, kv, sample, verify
+from ramify.ops import attention, glue, kv, sample, verify
 from ramify.ops._library import Bound
 from ramify.ops.linear import _low_bit
 from ramify.quant.packing import packed
 from ramify.quant.weight import QuantizedWeight
+
+ASKING = ("rope_append", "tree_attention")
 
 
 def embed(ids: Tensor, table: Tensor, out: Tensor) -> Bound:
@@ -38,11 +39,8 @@ def rope_append(
     qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, q: Tensor, k: Tensor, v: Tensor,
     q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
 ) -> Bound:  # fmt: skip
-    """reference.rope_append, on the CUDA kernel where the table gives `rope` to it. Slots are slots of k and v, all of them."""
-    backend = backends.choose("rope", qkv.device.type, dtype=qkv.dtype, rotary="whole head")
-    run = _cuda.rope_append if backend == "cuda" else reference.rope_append
-    call = partial(run, qkv, cos, sin, positions, slots, q, k, v, q_norm, k_norm, eps)
-    return Bound("rope_append", backend if backend == "cuda" else "reference", call)
+    """ops.rope_append, its queries into q. Rows of padding may share a slot that nobody reads."""
+    return glue._rope_append.bind(qkv, cos, sin, positions, slots, k, v, q_norm, k_norm, eps, out=q)
 
 
 def tree_attention(
