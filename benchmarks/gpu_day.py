@@ -52,7 +52,7 @@ EMPTY: dict[str, Any] = {
 }
 KEYS = ("schema", "benchmark", "options", "stages", *EMPTY, "verdict")
 READ = ("csrc", "kernels", "pyext/ops", "pyext/testing", "pyext/reference", "tests/ops", "tests/gates", "benchmarks", "pyext/backends.py")
-READ += ("pyext/model", "pyext/cache", "tests/model/test_device_model.py")
+READ += ("pyext/model", "pyext/cache", "tests/model/test_device_model.py", "tests/model/conftest.py")
 """What a stage's result depends on: another state of these files, and the stage is not finished."""
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from ramify.model.config import ModelConfig
 
 I32 = torch.int32
+MOST_MOVES = 1 << 15
+"""Moves of one launch: a block each along an axis of a CUDA grid, which has 65535."""
 
 
 class DeviceArena:
@@ -43,7 +45,7 @@ class DeviceArena:
         self.free_pages = list(range(pages - 1, -1, -1))
         self.programs: dict = {}
         self.pending = 0
-        self._source, self._target = (np.zeros(draft_pages * PAGE, np.int32) for _ in range(2))
+        self._source, self._target = (np.zeros(min(draft_pages * PAGE, MOST_MOVES), np.int32) for _ in range(2))
         self._flush: tuple[Mirror, bound.Bound] | None = None
         self._workspace: dict[tuple[str, torch.dtype], Tensor] = {}
 

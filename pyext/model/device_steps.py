@@ -11,7 +11,7 @@ from torch import Tensor
 from ramify import backends, native_cuda
 from ramify.cache.base import PageFormat
 from ramify.cache.cache import CacheView
-from ramify.cache.device_arena import DeviceArena
+from ramify.cache.device_arena import MOST_MOVES, DeviceArena
 from ramify.cache.mirror import Mirror, wait
 from ramify.model.config import ModelConfig
 from ramify.model.describe import Plan, describe
@@ -92,7 +92,7 @@ class DeviceStep:
         arrays: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"ancestors": ((B, T, -(-T // 64)), I64)}
         arrays |= {name: ((rows,), I32) for name in ("tokens", "position", "slot")}
         arrays |= {"prefix": ((B,), I32), "tail_rows": ((B,), I32), "page_table": ((B, pages), I32)}
-        arrays |= {name: ((B * max(T, MOVES),), I32) for name in ("source", "target", "moved")}
+        arrays |= {name: ((min(B * max(T, MOVES), MOST_MOVES),), I32) for name in ("source", "target", "moved")}
         if plan.draws:
             arrays |= {"temperature": ((rows,), F32), "seed": ((rows,), I64), "index": ((rows,), I64)}
         if plan.layers[0] > 0:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ramify import backends
 from ramify.testing import emulator
 from ramify.testing.device_model import device_model
+from ramify.testing.tiny_models import FAMILIES, write_tiny_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,3 +103,9 @@ def engine(request):
     made = Engine(name, dtype, "cuda" if name == "cuda" else "cpu", request.getfixturevalue("library") if name == "emulated" else None)
     with made.running():
         yield made
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A tiny random checkpoint of each family. Modules with checkpoints of their own have a fixture of this name too."""
+    return {family: write_tiny_model(tmp_path_factory.mktemp(family), family) for family in FAMILIES}

@@ -21,15 +21,10 @@ from ramify.model.checkpoint import Checkpoint
 from ramify.reference.model import forward
 from ramify.sampling import Sampling, SamplingParams
 from ramify.testing.device_model import device_model
-from ramify.testing.tiny_models import FAMILIES, VOCABULARY, write_tiny_model
+from ramify.testing.tiny_models import FAMILIES, VOCABULARY
 from ramify.tree import MAX_ROWS, TokenTree
 
 NEAR = {"fp32": 1e-4, "bf16": 0.03}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return {family: write_tiny_model(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
 
 
 def oracle(folder, text):
@@ -362,27 +357,3 @@ def test_moves_beyond_what_a_step_carries(engine, folders):
     assert cache.arena.pending == 0
     got = model.forward(TokenTree.roots([3]), cache.of([0]), logits=True).logits
     close(got[0], oracle(folder, [*text, 3])[-1], engine.dtype)
-
-
-def test_what_cannot_run_is_refused(folders):
-    model = device_model(folders["llama"])
-    cache = model.new_cache([20])
-    with backends.backend("cuda"), pytest.raises(ValueError, match='backend "cuda" was forced and cannot run this call'):
-        model.forward(TokenTree.roots([1]), cache.of([0]))
-    with pytest.raises(ValueError, match="chunk is 0"):
-        model.prefill([[1, 2]], cache, chunk=0)
-    told = '"cpu" is forced and the model is on cuda:0; takes triton, cuda or reference'
-    with backends.backend("cpu"), pytest.raises(ValueError, match=told):
-        backends.check_model_backend("cuda:0")
-
-
-def test_costs_are_filed_by_device(folders):
-    """What a step costs on one device says nothing about another."""
-    from ramify.size import _store
-
-    model = device_model(folders["llama"])
-    assert model.device == "cpu" and " on cpu" in model.fingerprint
-    if not backends.missing("cpu"):
-        captured = ramify.load(folders["llama"], dtype="fp32")
-        assert captured.fingerprint != model.fingerprint
-        assert _store.path_of("step-cost", captured) != _store.path_of("step-cost", model)
