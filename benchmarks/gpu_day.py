@@ -1,9 +1,9 @@
 """Ten minutes on a GPU: `python -m benchmarks.gpu_day --out benchmarks/results/ [--stages a,b] [--again] [--minutes 9.5] [--rehearse]`.
 
-Builds the CUDA kernels, runs the tests of the ops on them and on Triton, lets the sanitizers watch, probes the chip, times our kernels
-beside their peers and sweeps the configurations of Triton's attention. Correctness before speed. Every stage is a process of its own
-under a limit; the document is whole after each, so what is cut short has still said what it knew, and the next run begins where this
-one ended. Exit code 1: a test or a check of ours is red, or a stage did not end. Nothing here changes a setting of the GPU.
+Builds the CUDA kernels, runs the tests of the ops on them and on Triton, lets the sanitizers watch, probes the chip, steps a whole model,
+times our kernels beside their peers and sweeps the configurations of Triton's attention. Correctness before speed. Every stage is a process
+of its own under a limit; the document is whole after each, so what is cut short has still said what it knew, and the next run begins where
+this one ended. Exit code 1: a test or a check of ours is red, or a stage did not end. Nothing here changes a setting of the GPU.
 """
 
 import argparse
@@ -40,15 +40,19 @@ class Stage:
 STAGES = (
     Stage("identify", 1.0, "benchmarks.gpu_stages:identify", ("environment", "sources")),
     Stage("build", 1.5, "benchmarks.gpu_stages:build", ("build",)),
-    Stage("tests", 2.5, "benchmarks.gpu_tests:tests", ("tests",)),
+    Stage("tests", 2.25, "benchmarks.gpu_tests:tests", ("tests",)),
     Stage("sanitize", 1.25, "benchmarks.gpu_stages:sanitize", ("sanitize",)),
     Stage("probes", 0.25, "benchmarks.gpu_stages:probes", ("limits",)),
-    Stage("speed", 2.5, "benchmarks.gpu_speed:speed", ("rows",), needs=("probes",)),
-    Stage("tune", 1.0, "benchmarks.gpu_speed:tune", ("tune",)),
+    Stage("model", 1.5, "benchmarks.gpu_model:model", ("model",)),
+    Stage("speed", 1.75, "benchmarks.gpu_speed:speed", ("rows",), needs=("probes",)),
+    Stage("tune", 0.5, "benchmarks.gpu_speed:tune", ("tune",)),
 )
-EMPTY: dict[str, Any] = {"environment": {}, "sources": {}, "build": {}, "tests": [], "sanitize": [], "limits": {}, "rows": [], "tune": []}
+EMPTY: dict[str, Any] = {
+    **{"environment": {}, "sources": {}, "build": {}, "tests": [], "sanitize": [], "limits": {}, "model": {}, "rows": [], "tune": []}
+}
 KEYS = ("schema", "benchmark", "options", "stages", *EMPTY, "verdict")
 READ = ("csrc", "kernels", "pyext/ops", "pyext/testing", "pyext/reference", "tests/ops", "tests/gates", "benchmarks", "pyext/backends.py")
+READ += ("pyext/model", "pyext/cache", "tests/model/test_device_model.py", "tests/model/conftest.py")
 """What a stage's result depends on: another state of these files, and the stage is not finished."""
 
 

@@ -12,6 +12,8 @@ def red(doc: dict[str, Any]) -> list[str]:
     found = [f"{name} {held['status']}" for name, held in doc["stages"].items() if held["status"] != "ok"]
     found += [f"{row['op']} {row['backend']}: {row['failed']} tests failed" for row in doc["tests"] if row["failed"]]
     found += [f"{row['tool']}: {row['reason']}" for row in doc["sanitize"] if row["status"] == "failed"]
+    tested = doc["model"].get("tests", {})
+    found += [f"model: {tested['failed']} tests failed"] if tested.get("failed") else []
     bad = [row for row in doc["rows"] if row["status"] in ("wrong", "failed") and row["provider"].startswith("ramify")]
     return found + [f"{row['op']} {row['backend']} {_shape(row)}: {row['status']}" for row in bad]
 
@@ -54,6 +56,7 @@ def text(doc: dict[str, Any]) -> str:
         node = f", {limits['node_us']} us a node of a graph" if "node_us" in limits else ""
         lines += [f"copy, GB/s read and written: {copies}; bf16 product {limits['peak']['bf16'] / 1e3:.1f} TFLOP/s"]
         lines += [f"a launch from Python {limits['launch_us']} us{node}", ""]
+    lines += _model(doc["model"])
     speeds, before = [], None
     for row in sorted(doc["rows"], key=lambda row: (_order(doc, row), not row["provider"].startswith("ramify"))):
         cell = (row["op"], _shape(row))
@@ -83,6 +86,27 @@ def table(heading: Sequence[str], rows: Sequence[Sequence[str]], left: int = 2) 
     flush = [number < left or (number == len(heading) - 1 and not title) for number, title in enumerate(heading)]
     cells = ([cell.ljust(w) if is_left else cell.rjust(w) for cell, w, is_left in zip(line, widths, flush)] for line in lines)
     return [*("  ".join(line).rstrip() for line in cells), ""]
+
+
+def _model(found: dict[str, Any]) -> list[str]:
+    """Tests, steps and generations of the model layer."""
+    if not found:
+        return []
+    tests = found["tests"]
+    lines = [f"model: {tests['passed']} tests passed, {tests['failed']} failed", *(f"  {line}" for line in tests["said"])]
+    steps = []
+    for row in found["steps"]:
+        graph, calls = row["graph_us"], row["calls_us"]
+        spread = f"{graph['p10']:.0f}-{graph['p90']:.0f}"
+        how = f"{row['calls']} calls, {', '.join(row['backends'])}"
+        gain = f"{calls['median'] / graph['median']:.2f}x"
+        figures = (f"{graph['median']:.0f}", spread, f"{calls['median']:.0f}", gain if row["captured"] else "no graph")
+        steps.append((str(row["rows"]), *figures, how))
+    lines += table(("zoo model, rows", "us", "p10-p90", "call by call", "graph gains", ""), steps, left=0)
+    made = [
+        (row["method"], str(row["tokens"]), f"{row['tokens_per_step']:.2f}", f"{row['tokens_per_second']:.0f}") for row in found["generate"]
+    ]
+    return lines + table(("generate", "tokens", "a step", "a second"), made, left=1)
 
 
 def _first(row: dict[str, Any]) -> str:

@@ -68,7 +68,7 @@ PYBIND11_MODULE(_cpu, m) {
 #define SIZE(T) d[#T] = sizeof(T)
     SIZE(LinearArgs), SIZE(AttentionArgs), SIZE(RopeAppendArgs), SIZE(EmbedArgs), SIZE(RmsNormArgs), SIZE(SiluMulArgs), SIZE(RopeArgs),
         SIZE(CopyRowsArgs), SIZE(CommitArgs), SIZE(RowStatsArgs), SIZE(PackArgs), SIZE(ProbeArgs), SIZE(MergeArgs), SIZE(PlaceArgs),
-        SIZE(VerifyArgs), SIZE(ResidualArgs);
+        SIZE(VerifyArgs), SIZE(ResidualArgs), SIZE(ColsumArgs);
 #undef SIZE
     return d;
   });

@@ -1,4 +1,6 @@
-"""rms_norm, rope, silu_mul and embed on Triton. Meaning: reference/glue.py. Status: interpreted and compiled, not yet run on hardware.
+"""rms_norm, rope, rope_append, silu_mul and embed on Triton. Meaning: reference/glue.py.
+
+Status: interpreted and compiled, not yet run on hardware.
 
 All are bound by memory: every element is read once and written once, arithmetic in f32. One program owns whole rows (or heads),
 so a row's bits never depend on its neighbours.
@@ -54,6 +56,59 @@ def _rope(
 
 
 @triton.jit
+def _turned(x, norm, c, s, half, D, eps, NORM: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr):
+    """A head of D features, normed where NORM says so and turned: the first half of the pairs, the second, what passes unturned."""
+    col, rest = tl.arange(0, HALF), 2 * half + tl.arange(0, max(REST, 1))
+    first = tl.load(x + col, mask=col < half, other=0.0).to(tl.float32)
+    second = tl.load(x + half + col, mask=col < half, other=0.0).to(tl.float32)
+    kept = tl.load(x + rest, mask=rest < D, other=0.0).to(tl.float32)
+    if NORM:
+        scale = 1.0 / tl.sqrt_rn((tl.sum(first * first, 0) + tl.sum(second * second, 0) + tl.sum(kept * kept, 0)) / D + eps)
+        first *= scale * tl.load(norm + col, mask=col < half, other=0.0).to(tl.float32)
+        second *= scale * tl.load(norm + half + col, mask=col < half, other=0.0).to(tl.float32)
+        kept *= scale * tl.load(norm + rest, mask=rest < D, other=0.0).to(tl.float32)
+    return first * c - second * s, second * c + first * s, kept
+
+
+@triton.jit
+def _store_head(to, first, second, kept, half, D, HALF: tl.constexpr, REST: tl.constexpr):
+    col, rest = tl.arange(0, HALF), 2 * half + tl.arange(0, max(REST, 1))
+    tl.store(to + col, first.to(to.dtype.element_ty), mask=col < half)
+    tl.store(to + half + col, second.to(to.dtype.element_ty), mask=col < half)
+    tl.store(to + rest, kept.to(to.dtype.element_ty), mask=rest < D)
+
+
+@triton.jit(do_not_specialize=["S", "P", "eps"])
+def _rope_append(
+    qkv, cos, sin, positions, slots, q, k, v, q_norm, k_norm, qkv_stride, table_stride,
+    q_stride_t, q_stride_h, k_stride_s, k_stride_h, v_stride_s, v_stride_h, Hq, Hkv, S, P, half, D, eps,
+    NORM_Q: tl.constexpr,  # queries are normed
+    NORM_K: tl.constexpr,  # keys are normed
+    HALF: tl.constexpr,  # half the turned features, rounded up to a power of two
+    REST: tl.constexpr,  # features that pass unturned, rounded up; 0: none
+    BLOCK: tl.constexpr,  # D, rounded up
+):  # fmt: skip
+    t, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    x, slot = qkv + t * qkv_stride + h * D, tl.load(slots + t).to(tl.int64)
+    stored = (slot >= 0) & (slot < S)
+    if h < Hq + Hkv:
+        col, position = tl.arange(0, HALF), tl.load(positions + t).to(tl.int64)
+        known = (position >= 0) & (position < P)  # a position outside the tables reads nothing and gives NaN
+        c = tl.load(cos + position * table_stride + col, mask=known & (col < half), other=float("nan"))
+        s = tl.load(sin + position * table_stride + col, mask=known & (col < half), other=float("nan"))
+        if h < Hq:
+            first, second, kept = _turned(x, q_norm, c, s, half, D, eps, NORM_Q, HALF, REST)
+            _store_head(q + t * q_stride_t + h * q_stride_h, first, second, kept, half, D, HALF, REST)
+        elif stored:
+            first, second, kept = _turned(x, k_norm, c, s, half, D, eps, NORM_K, HALF, REST)
+            _store_head(k + slot * k_stride_s + (h - Hq) * k_stride_h, first, second, kept, half, D, HALF, REST)
+    elif stored:
+        d = tl.arange(0, BLOCK)
+        value = tl.load(x + d, mask=d < D, other=0.0)
+        tl.store(v + slot * v_stride_s + (h - Hq - Hkv) * v_stride_h + d, value.to(v.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
 def _silu_mul(
     x, out, x_stride, out_stride, F,
     BLOCK: tl.constexpr,  # columns of one program
@@ -100,6 +155,18 @@ def rope(x, cos, sin, positions, out):
     _rope[(M, triton.cdiv(heads, tile))](
         x, cos, sin, positions, out, x.stride(0), x.stride(1), out.stride(0), out.stride(1), cos.stride(0), heads, half, D,
         HEADS=tile, HALF=triton.next_power_of_2(max(half, 1)), REST=triton.next_power_of_2(rest) if rest else 0, num_warps=4,
+    )  # fmt: skip
+
+
+def rope_append(qkv, cos, sin, positions, slots, q, k, v, q_norm, k_norm, eps):
+    """q [M, Hq, D] = the queries of rows qkv, turned; their keys, turned, and values go to slots [M] of k and v [S, Hkv, D]."""
+    (M, Hq, D), (S, Hkv), (P, half) = q.shape, k.shape[:2], cos.shape
+    rest = D - 2 * half
+    _rope_append[(M, Hq + 2 * Hkv)](
+        qkv, cos, sin, positions, slots, q, k, v, qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm,
+        qkv.stride(0), cos.stride(0), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], Hq, Hkv, S, P, half, D, eps,
+        NORM_Q=q_norm is not None, NORM_K=k_norm is not None, HALF=triton.next_power_of_2(max(half, 1)),
+        REST=triton.next_power_of_2(rest) if rest else 0, BLOCK=triton.next_power_of_2(D), num_warps=1,
     )  # fmt: skip
 
 

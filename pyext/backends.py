@@ -78,9 +78,11 @@ class Kernel:
 
 TABLE = (
     Kernel("tree_attention", "cpu", _F32_BF16, {"D": HEAD_SIZES, "kv": _F32_BF16}),
+    Kernel("attention_colsum", "cpu", _F32_BF16, {"D": HEAD_SIZES, "kv": _F32_BF16}),
     Kernel("linear", "cpu", _F32_BF16, {"weight": (*_F32_BF16, *LOW_BIT), "activations": ROUNDED}),
     Kernel("rms_norm", "cpu", _F32_BF16),
     Kernel("rope", "cpu", _F32_BF16, {"rotary": ("whole head",)}),
+    Kernel("rope_append", "cpu", _F32_BF16, {"cache": _F32_BF16, "rotary": ("whole head",)}),
     Kernel("silu_mul", "cpu", _F32_BF16),
     Kernel("embed", "cpu", _F32_BF16, {"out": _F32_BF16}),
     Kernel("row_stats", "cpu", _F32_BF16),
@@ -96,9 +98,12 @@ TABLE = (
     Kernel("tree_attention", "cuda", (torch.float16,), {"D": HEAD_SIZES, "kv": (torch.float16,)}),
     Kernel("interval_attention", "cuda", (torch.bfloat16,), {"D": HEAD_SIZES, "kv": (torch.bfloat16,)}),
     Kernel("interval_attention", "cuda", (torch.float16,), {"D": HEAD_SIZES, "kv": (torch.float16,)}),
+    Kernel("attention_colsum", "cuda", (torch.bfloat16,), {"D": HEAD_SIZES, "kv": (torch.bfloat16,)}),
+    Kernel("attention_colsum", "cuda", (torch.float16,), {"D": HEAD_SIZES, "kv": (torch.float16,)}),
     Kernel("merge_states", "cuda", _GPU),
     Kernel("rms_norm", "cuda", _GPU, {"weight": _GPU}),
     Kernel("rope", "cuda", _GPU),
+    Kernel("rope_append", "cuda", _GPU, {"cache": _GPU, "weight": _GPU, "D": range(1, 257)}),
     Kernel("silu_mul", "cuda", _GPU),
     Kernel("embed", "cuda", _GPU, {"out": _GPU}),
     Kernel("row_stats", "cuda", _GPU, {"V": range(1, MAX_COLUMNS + 1)}),
@@ -110,10 +115,12 @@ TABLE = (
     Kernel("kv_commit", "cuda", _GPU, {"cache": _GPU}),
     Kernel("tree_attention", "triton", _GPU, {"D": HEAD_SIZES, "kv": _GPU}),
     Kernel("interval_attention", "triton", _GPU, {"D": HEAD_SIZES, "kv": _GPU}),
+    Kernel("attention_colsum", "triton", _GPU, {"D": HEAD_SIZES, "kv": _GPU}),
     Kernel("merge_states", "triton", _GPU),
     Kernel("linear", "triton", _GPU, {"weight": tuple(LOW_BIT), "activations": ("exact",)}),
     Kernel("rms_norm", "triton", _GPU, {"H": range(1, 16385)}),
     Kernel("rope", "triton", _GPU),
+    Kernel("rope_append", "triton", _GPU, {"cache": _GPU}),
     Kernel("silu_mul", "triton", _GPU),
     Kernel("embed", "triton", _GPU, {"out": _GPU}),
     Kernel("row_stats", "triton", _GPU),
@@ -127,7 +134,8 @@ TABLE = (
 """Everything that runs on a kernel; a call that no row takes runs in plain torch."""
 
 MODEL_BACKEND = "cpu"
-"""What a captured step of the model layer is made of, and so all that `generate` runs on; only ops have a choice."""
+"""What a captured step of a model on the CPU is made of, and so all that `generate` runs on there; a model on a GPU runs on ops, and
+those have a choice."""
 
 OPS = tuple(dict.fromkeys(row.op for row in TABLE))
 
@@ -142,8 +150,8 @@ class backend:
     """Force a backend for the whole process: `ramify.backend("reference")`, or until a `with` block ends.
 
     name: "cpu", "triton", "cuda" or "reference"; None lets the table choose again. An op that the forced backend cannot run
-    raises ValueError with the reason, and so does a model of `ramify.load` under anything but "cpu": its captured steps are made of
-    CPU kernels. RAMIFY_BACKEND does the same from outside.
+    raises ValueError with the reason, and so does a model of `ramify.load` on the CPU under anything but "cpu": its captured steps are made
+    of CPU kernels. RAMIFY_BACKEND does the same from outside.
     """
 
     def __init__(self, name: str | None) -> None:
@@ -198,13 +206,20 @@ def taken(op: str, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) ->
     return None if why[name] else name
 
 
-def check_model_backend() -> None:
-    """Raises ValueError when another backend is forced than the one whose kernels a captured step of the model layer is made of."""
+def check_model_backend(device: str = "cpu") -> None:
+    """Raises ValueError when the forced backend cannot be what a step of a model on this device is made of."""
     name = forced()
-    if name is not None and name != MODEL_BACKEND:
+    if name is None:
+        return
+    if device == "cpu" and name != MODEL_BACKEND:
         raise ValueError(
-            f'generate: backend "{name}" is forced and the model layer runs on "{MODEL_BACKEND}" alone; takes "{MODEL_BACKEND}" or none. '
+            f'generate: backend "{name}" is forced and on the CPU the model layer runs on "{MODEL_BACKEND}" alone; takes that or none. '
             "Use ramify.backend(None), or unset RAMIFY_BACKEND."
+        )
+    if device.startswith("cuda") and name == "cpu":
+        raise ValueError(
+            f'generate: backend "cpu" is forced and the model is on {device}; takes {listed(name for name in BACKENDS if name != "cpu")}. '
+            "Use ramify.backend(None), or load it on the CPU."
         )
 
 

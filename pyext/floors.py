@@ -103,6 +103,11 @@ def _attention_floor(item: int, sizes: Mapping[str, Any], q: Sequence[int], k: S
     return 2 * prod(k) * kv + 2 * prod(q) * item, 4 * prod(q) * slots
 
 
+def _colsum_floor(item: int, sizes: Mapping[str, Any], q: Sequence[int], k: Sequence[int], *_: Sequence[int]) -> tuple[int, int]:
+    moved, flops = _attention_floor(item, sizes, q, k)
+    return (moved - 2 * prod(q) * item) // 2 + prod(q) * item, flops // 2
+
+
 def _linear_floor(item: int, sizes: Mapping[str, Any], x: Sequence[int], weight: Sequence[int], *_: Sequence[int]) -> tuple[int, int]:
     kind = sizes.get("weight")
     bits = LOW_BIT[kind] if isinstance(kind, str) else 8 * (kind.itemsize if kind else item)
@@ -113,10 +118,12 @@ def _linear_floor(item: int, sizes: Mapping[str, Any], x: Sequence[int], weight:
 FLOORS: dict[str, tuple[dict[str, str], Callable[..., tuple[int, int]]]] = {
     "tree_attention": ({"q": "B T Hq D", "k": "pages page Hkv D"}, _attention_floor),
     "interval_attention": ({"q": "B T Hq D", "k": "pages page Hkv D"}, _attention_floor),
+    "attention_colsum": ({"q": "B T Hq D", "k": "pages page Hkv D"}, _colsum_floor),
     "linear": ({"x": "... K", "weight": "N K"}, _linear_floor),
     "merge_states": ({"o1": "... D"}, lambda item, sizes, o, *_: (3 * prod(o) * item + 12 * prod(o[:-1]), 3 * prod(o))),
     "rms_norm": ({"x": "... H"}, lambda item, sizes, x, *_: (2 * prod(x) * item, 4 * prod(x))),
     "rope": ({"x": "... H D"}, lambda item, sizes, x, *_: (2 * prod(x) * item, 3 * prod(x))),
+    "rope_append": ({"qkv": "M N"}, lambda item, sizes, x, *_: (2 * prod(x) * item, 3 * prod(x))),
     "silu_mul": ({"x": "... 2F"}, lambda item, sizes, x, *_: (3 * prod(x) // 2 * item, 3 * prod(x))),
     "embed": ({"ids": "...", "table": "V H"}, lambda item, sizes, ids, table, *_: (2 * prod(ids) * table[-1] * item, 0)),
     "row_stats": ({"logits": "R V"}, lambda item, sizes, x, *_: (prod(x) * item + 12 * x[0], 3 * prod(x))),

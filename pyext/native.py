@@ -51,7 +51,8 @@ AttentionArgs = _struct(
 RopeAppendArgs = _struct(
     "RopeAppendArgs",
     2,
-    "rows:p qkv:p stride:i Hq:i Hkv:i D:i q_norm:p k_norm:p eps:d cos:p sin:p position:p draft_slot:p kv_dtype:i k:p v:p page_stride:i",
+    "rows:p qkv:p stride:i Hq:i Hkv:i D:i q_norm:p k_norm:p eps:d cos:p sin:p position:p draft_slot:p kv_dtype:i k:p v:p page_stride:i "
+    "plain:i k_stride_s:i k_stride_h:i v_stride_s:i v_stride_h:i",
 )
 EmbedArgs = _struct("EmbedArgs", 3, "rows:p tokens:p table:p dtype:i V:i hidden:i out:p out_stride:i")
 RmsNormArgs = _struct("RmsNormArgs", 4, "rows:p x:p x_stride:i hidden:i residual:p residual_stride:i weight:p eps:d out:p out_stride:i")
@@ -82,6 +83,13 @@ VerifyArgs = _struct(
     "temperature:p seed:p position:p q:p q_stride_b:i q_stride_t:i drawn:i scratch:p",
 )
 ResidualArgs = _struct("ResidualArgs", 16, "rows:i V:i dtype:i p:p q:p p_stride:i q_stride:i u:p ids:p scratch:p")
+ColsumArgs = _struct(
+    "ColsumArgs",
+    17,
+    "B:i T:i Hq:i Hkv:i D:i slots:i q:p q_dtype:i q_stride_b:i q_stride_t:i q_stride_h:i k:p kv_dtype:i k_stride_b:i k_stride_s:i "
+    "k_stride_h:i page_table:p table_stride:i page:i lse:p lse_stride_b:i lse_stride_t:i prefix_len:p tail_rows:p depth:p scale:d "
+    "window:i sink:i out:p out_stride_b:i out_stride_h:i scratch:p",
+)
 
 STRUCTS = (
     LinearArgs,
@@ -100,6 +108,7 @@ STRUCTS = (
     PlaceArgs,
     VerifyArgs,
     ResidualArgs,
+    ColsumArgs,
 )
 
 uniform = _cpu.uniform

@@ -100,7 +100,14 @@ AttentionArgs = _struct(
     "lse:p lse_stride_b:i lse_stride_t:i scale:d window:i sink:i prefix_len:p tail_rows:p ancestors:p words:i start:p end:p "
     "k:p v:p k_stride_b:i k_stride_s:i k_stride_h:i v_stride_b:i v_stride_s:i v_stride_h:i "
     "page_table:p table_stride:i table_width:i page:i pages:i tail_k:p tail_v:p "
-    "tail_k_stride_b:i tail_k_stride_t:i tail_k_stride_h:i tail_v_stride_b:i tail_v_stride_t:i tail_v_stride_h:i chunk:i scratch:p",
+    "tail_k_stride_b:i tail_k_stride_t:i tail_k_stride_h:i tail_v_stride_b:i tail_v_stride_t:i tail_v_stride_h:i chunk:i scratch:p variant:i",
+)
+ColsumArgs = _struct(
+    "ColsumArgs",
+    13,
+    "B:i T:i Hq:i Hkv:i D:i type:i q:p q_stride_b:i q_stride_t:i q_stride_h:i k:p k_stride_b:i k_stride_s:i k_stride_h:i page_table:p "
+    "table_stride:i table_width:i page:i pages:i lse:p lse_stride_b:i lse_stride_t:i prefix_len:p tail_rows:p ancestors:p words:i "
+    "scale:d window:i sink:i out:p out_stride_b:i out_stride_h:i",
 )
 
 STRUCTS = (
@@ -117,6 +124,7 @@ STRUCTS = (
     VerifySampleArgs,
     ResidualSampleArgs,
     AttentionArgs,
+    ColsumArgs,
 )
 
 _stand_in: Library | None = None

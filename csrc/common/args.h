@@ -84,6 +84,26 @@ struct AttentionArgs {
   const int32_t *start, *end;  // [B, T] or null: the slots that each row sees instead, up to prefix_len; the tail is empty then
 };
 
+// c[b, h, s]: the attention that slot s received from all rows, through the query heads of group h.
+struct ColsumArgs {
+  int64_t B, T, Hq, Hkv, D, slots;
+  const void* q;
+  int64_t q_dtype, q_stride_b, q_stride_t, q_stride_h;
+  const void* k;
+  int64_t kv_dtype, k_stride_b, k_stride_s, k_stride_h;  // b: a sequence's, or with a page table a page's
+  const int32_t* page_table;                             // [B, table_stride] or null
+  int64_t table_stride, page;
+  const float* lse;  // natural logarithm
+  int64_t lse_stride_b, lse_stride_t;
+  const int32_t *prefix_len, *tail_rows;  // [B]; tail_rows null: T
+  const int32_t* depth;                   // [B, T], read under a window
+  double scale;
+  int64_t window, sink;  // window 0: unlimited
+  float* out;
+  int64_t out_stride_b, out_stride_h;
+  void* scratch;
+};
+
 // One attention over two disjoint sets of keys, row by row.
 struct MergeArgs {
   int64_t rows, D, dtype;
@@ -104,10 +124,12 @@ struct RopeAppendArgs {
   double eps;
   const float *cos, *sin;     // [positions, D / 2]
   const int32_t* position;    // [M]
-  const int32_t* draft_slot;  // [M] slot in the draft region
+  const int32_t* draft_slot;  // [M] slot in the draft region; below 0: nothing is appended
   int64_t kv_dtype;
   void *k, *v;  // this layer's draft pages
   int64_t page_stride;
+  int64_t plain;  // 1: k and v hold rows of D values at these strides, not tiles
+  int64_t k_stride_s, k_stride_h, v_stride_s, v_stride_h;
 };
 
 struct EmbedArgs {
@@ -257,6 +279,7 @@ enum Kernel : int64_t {
   kPlace,
   kVerify,
   kResidualSample,
+  kColsum,
   kKernels
 };
 

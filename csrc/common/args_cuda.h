@@ -150,6 +150,8 @@ struct ResidualSampleArgs {
   int32_t* ids;
 };
 
+enum AttentionVariant : int64_t { kAutomatic, kMma, kColumns, kRows };  // kColumns and kRows: sm_90a, attention_wgmma.cu
+
 // Attention of T tree rows a sequence over its committed slots and over those rows of the tree that their words name; or, where
 // `start` is given, over the slots from each row's start up to its end, and then there is no tail, no window and one chunk.
 struct AttentionArgs {
@@ -175,6 +177,27 @@ struct AttentionArgs {
   int64_t tail_k_stride_b, tail_k_stride_t, tail_k_stride_h, tail_v_stride_b, tail_v_stride_t, tail_v_stride_h;
   int64_t chunk;  // slots that are summed before they join the rest, a multiple of 64
   void* scratch;  // attention_scratch(...) bytes
+  int64_t variant;
+};
+
+// The attention that each slot of a cache received from all rows, through the query heads of a group.
+struct ColsumArgs {
+  int64_t B, T, Hq, Hkv, D, type;  // q and k are of one type, bf16 or f16
+  const void* q;
+  int64_t q_stride_b, q_stride_t, q_stride_h;
+  const void* k;
+  int64_t k_stride_b, k_stride_s, k_stride_h;
+  const int32_t* page_table;
+  int64_t table_stride, table_width, page, pages;  // as in AttentionArgs
+  const float* lse;                                // natural logarithm
+  int64_t lse_stride_b, lse_stride_t;
+  const int32_t *prefix_len, *tail_rows;  // [B]; tail_rows null: T
+  const int64_t* ancestors;               // [B, T, words] or null: row t stands t behind the prefix
+  int64_t words;
+  double scale;
+  int64_t window, sink;  // window 0: unlimited
+  float* out;            // [B, Hkv, slots]
+  int64_t out_stride_b, out_stride_h;
 };
 
 struct FillArgs {  // out[i] = value + i, to show that a launch works
@@ -196,6 +219,7 @@ enum Kernel : int64_t {
   kVerifySample,
   kResidualSample,
   kAttention,
+  kColsum,
   kKernels
 };
 

@@ -12,6 +12,7 @@ namespace ramify {
   extern const KernelRow linear_kernels[];    \
   extern const KernelRow low_bit_kernels[];   \
   extern const KernelRow attention_kernels[]; \
+  extern const KernelRow colsum_kernels[];    \
   extern const KernelRow glue_kernels[];      \
   extern const KernelRow kv_kernels[];        \
   extern const KernelRow merge_kernels[];     \
@@ -25,17 +26,17 @@ RAMIFY_LEVELS(X)
 
 namespace {
 
-constexpr int kFiles = 10;
+constexpr int kFiles = 11;
 
 struct Level {
   const char* name;
   const KernelRow* files[kFiles];
 };
 
-#define X(level)                                                                                                                           \
-  {#level,                                                                                                                                 \
-   {level::linear_kernels, level::low_bit_kernels, level::attention_kernels, level::glue_kernels, level::kv_kernels, level::merge_kernels, \
-    level::place_kernels, level::sample_kernels, level::verify_kernels, level::probe_kernels}},
+#define X(level)                                                                                                         \
+  {#level,                                                                                                               \
+   {level::linear_kernels, level::low_bit_kernels, level::attention_kernels, level::colsum_kernels, level::glue_kernels, \
+    level::kv_kernels, level::merge_kernels, level::place_kernels, level::sample_kernels, level::verify_kernels, level::probe_kernels}},
 const Level levels[] = {RAMIFY_LEVELS(X)};
 #undef X
 constexpr int kLevels = sizeof(levels) / sizeof(levels[0]);

@@ -58,6 +58,13 @@ void rope(const void* p, Team& team) {
 template <class T>
 void append(const RopeAppendArgs& a, const float* key, const float* value, int64_t slot, int64_t head) {
   constexpr bool kPairs = sizeof(T) == 2;
+  if (a.plain) {
+    T* const k = static_cast<T*>(a.k) + slot * a.k_stride_s + head * a.k_stride_h;
+    T* const v = static_cast<T*>(a.v) + slot * a.v_stride_s + head * a.v_stride_h;
+    for (int64_t d = 0; d < a.D; d += L)
+      store_part(k + d, load_part(key + d, a.D - d, 0.f), a.D - d), store_part(v + d, load_part(value + d, a.D - d, 0.f), a.D - d);
+    return;
+  }
   const int64_t at = slot / kTile * a.page_stride + head * kTile * a.D, in = slot % kTile;
   T *k = static_cast<T*>(a.k) + at, *v = static_cast<T*>(a.v) + at;
   for (int64_t d = 0; d < a.D; ++d) {
@@ -74,6 +81,7 @@ void rope_append(const void* p, Team& team) {
   const Range mine = share(team, *a.rows * rotated);
   for (int64_t i = mine.begin; i < mine.end; ++i) {
     const int64_t m = i / rotated, h = i % rotated, angle = a.position[m] * (a.D / 2);
+    if (h >= a.Hq && a.draft_slot[m] < 0) continue;
     float* row = a.qkv + m * a.stride;
     float* x = row + h * a.D;
     const float* norm = h < a.Hq ? a.q_norm : a.k_norm;

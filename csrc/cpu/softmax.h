@@ -33,7 +33,7 @@ struct Buffers {  // one thread's scratch
   }
 };
 
-void reset(const State& s, int64_t rows, int64_t D) {
+inline void reset(const State& s, int64_t rows, int64_t D) {
   for (int64_t r = 0; r < rows; ++r) s.m[r] = kNothing, s.l[r] = 0.f;
   for (int64_t i = 0; i < rows * D; ++i) s.o[i] = 0.f;
 }
@@ -45,7 +45,7 @@ RAMIFY_INLINE float power2_of(float i) {
 }
 
 // total += part, each scaled to the larger reference: exact but for the one addition.
-void join(const State& total, const State& part, int64_t rows, int64_t D) {
+inline void join(const State& total, const State& part, int64_t rows, int64_t D) {
   for (int64_t r = 0; r < rows; ++r) {
     if (part.l[r] == 0.f) continue;
     const float m = total.m[r] > part.m[r] ? total.m[r] : part.m[r];
@@ -57,7 +57,7 @@ void join(const State& total, const State& part, int64_t rows, int64_t D) {
 }
 
 // 64 rows of 32-bit units (f32 values or bf16 pairs) at any addresses -> two panels of 32 lanes. `units` is a multiple of 8.
-void transpose(const uint32_t* const* rows, int64_t units, uint32_t* out) {
+inline void transpose(const uint32_t* const* rows, int64_t units, uint32_t* out) {
   for (int64_t lane = 0; lane < kTile; lane += 8)
     for (int64_t u = 0; u < units; u += 8) {
       uint32_t* to = out + lane / kPanel * units * kPanel + u * kPanel + lane % kPanel;

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ramify import native
+from ramify.backends import native
 from ramify.cache.base import PageFormat
 
 if TYPE_CHECKING:
     from ramify.model.config import ModelConfig
 
-PAGE = native.TILE
+PAGE = 64
+"""Slots of a page: TILE of the kernels."""
+
 PREFILL_ROWS = 512
 """Prompt tokens fed in one forward, and the least number of rows that a draft region holds."""
 
@@ -38,14 +40,15 @@ class Arena:
         self.pending = torch.zeros(1, dtype=torch.int32)
         self._source, self._target, self._pending = self.source.numpy(), self.target.numpy(), self.pending.numpy()
         self.programs: dict = {}
-        self.commit_args = native.CommitArgs(
+        kernels = native()
+        self.commit_args = kernels.CommitArgs(
             count=self.pending.data_ptr(),
             source=self.source.data_ptr(),
             target=self.target.data_ptr(),
             L=L,
             Hkv=Hkv,
             D=D,
-            kv_dtype=native.DTYPES[dtype],
+            kv_dtype=kernels.DTYPES[dtype],
             k=self.k.data_ptr(),
             v=self.v.data_ptr(),
             layer_stride=pages * self.page_elements,
@@ -73,7 +76,7 @@ class Arena:
     def flush(self) -> None:
         """Carry out the noted moves now."""
         if self._pending[0]:
-            native.run(self.commit_args)
+            native().run(self.commit_args)
             self._pending[0] = 0
 
     def flushed(self) -> None:

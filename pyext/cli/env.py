@@ -131,6 +131,8 @@ def describe(found: dict[str, Any]) -> str:
         ("cuda", found["cuda"]["state"]),
         ("generate", generate["why_not"].removeprefix("generate: ") or f"the model layer runs on {generate['taken']}"),
     ]
+    if found["cuda"].get("devices"):
+        facts.append(("", 'a model of device="cuda" runs on ops, each on the kernel that ramify.explain names for tensors on a GPU'))
     variables = [f"{name}={value}" for name, value in found["variables"].items()] or ["none of RAMIFY_*, OMP_*, MKL_*, CUDA_* is set"]
     facts += [("" if i else "variables", variable) for i, variable in enumerate(variables)]
     lines = [f"ramify     {found['ramify']}   python {found['python']}   {packages}"]

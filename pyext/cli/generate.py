@@ -49,6 +49,7 @@ def add_parser(commands: Any) -> None:
         metavar="FORMAT",
         help="quantise the weights while they are read: int4-g64, int8, fp8, ... (default: as they are stored)",
     )
+    add("--device", default="cpu", metavar="D", help="where the model runs: cpu, cuda, cuda:1, ... (default cpu)")
     add("--plugin", action="append", default=[], metavar="FILE", help="a Python file whose decorated classes become methods")
     add("--json", action="store_true", help="print one JSON object and nothing else")
     parser.set_defaults(run=run)
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         load_plugin(file)
     methods = method_names(args.method)
     check_drafter(args.drafter, methods)
-    model = ramify.load(args.model, dtype=args.dtype, weights=args.weights)
+    model = ramify.load(args.model, dtype=args.dtype, weights=args.weights, device=args.device)
     common = {name: getattr(args, name) for name in ("max_new_tokens", *SAMPLING)}
 
     def decode(method: str, stream: Stream | None = None) -> Any:
@@ -130,7 +131,7 @@ def described(
     return {
         "model": model.config.name,
         "device": str(getattr(model, "device", "cpu")),
-        "backend": found["cpu"]["level"] or "reference",
+        "backend": getattr(model, "backend", found["cpu"]["level"] or "reference"),
         "prompt_tokens": len(model.tokenizer.encode(prompt)) if model.tokenizer else 0,
         "new_tokens": len(first.last.token_ids),
         "seed": args.seed,

@@ -93,7 +93,8 @@ def find_draft_model(model: Any, wanted: Any = None, method: str = "draft_chain"
     if name not in loaded:
         import ramify
 
-        loaded[name] = ramify.load(name, dtype=getattr(model, "dtype", "bf16"))
+        beside = getattr(model, "device", "cpu")  # where the target is
+        loaded[name] = ramify.load(name, dtype=getattr(model, "dtype", "bf16"), device=beside)
     return loaded[name]
 
 

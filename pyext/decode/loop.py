@@ -55,7 +55,8 @@ def decode(
                 roots = [out.ids[-1] for out in group.outs]
                 tree = drafter.propose(live, roots, rows) if max(rows) > 1 else TokenTree.roots(roots)
             with clock.forward:
-                out = model.forward(tree, group.view, taps=wants.taps, topk=wants.topk, logits=wants.logits or group.needs_logits)
+                wanted = {"taps": wants.taps, "topk": wants.topk, "logits": wants.logits or group.needs_logits}
+                out = model.forward(tree, group.view, **wanted, **group.draws())
             with clock.verify:
                 verdict = (verifier or group.verifier(tree))(tree, out, group.sampling)
                 counts = [o.take(tokens) for o, tokens in zip(group.outs, verdict.emitted, strict=True)]
@@ -103,9 +104,14 @@ class _Group:
         self.view: Any = cache.of(live) if live else None
         self.sampling = Sampling([o.request.params for o in self.outs], [o.ids for o in self.outs])
         self.needs_logits = self.sampling.needs_logits
+        self.model_draws = self.needs_logits and getattr(model, "draws", False)
         self.positions = model.config.max_positions
         self.longest = max((o.request.capacity for o in self.outs), default=0)
         self._verifiers: dict[tuple[str, bool], Judge] = {}
+
+    def draws(self) -> dict[str, Any]:
+        """For a model that draws tokens where their logits lie: what it needs to."""
+        return {"draws": self.sampling.draws()} if self.model_draws else {}
 
     def fit(self, rows: Sequence[int]) -> list[int]:
         """Rows that can be of use: one where a single token is left, none beyond the last position that the model has."""

@@ -5,19 +5,59 @@ step to step (row count, tokens, positions, lengths, trees, page tables) is read
 native call. Running the same list one call at a time is the eager mode, and gives the same bits.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
 from ramify import native
-from ramify.cache.arena import Arena
+from ramify.backends import check_model_backend
+from ramify.cache.arena import PREFILL_ROWS, Arena
+from ramify.cache.base import PageFormat
+from ramify.cache.cache import CacheView
 from ramify.model.config import ModelConfig
+from ramify.model.describe import Plan, describe
 from ramify.model.pace import Pace
 from ramify.model.rope import RopeTable
+from ramify.model.shape import DRAFT_PAGES, WORDS, Shape
+from ramify.model.step_out import StepOut
 from ramify.model.weights import Linears, Weights
+from ramify.tree import TokenTree
 
-WORDS = 8  # ancestor words of a row in the step's own buffers: a prefill chunk of 512 rows is the widest tree
+
+class Steps:
+    """The captured steps of a model on the CPU: one for each plan that was asked for, kept by the arena over which it runs."""
+
+    prefill_rows, draws = PREFILL_ROWS, False
+
+    def __init__(self, config: ModelConfig, weights: Weights):
+        self.config, self.weights = config, weights
+        self._rope = RopeTable(config.rope, config.head_dim, config.max_positions)
+
+    def backend(self) -> str:
+        """The ISA level in use."""
+        return native.isa()
+
+    def arena(self, page_format: PageFormat, pages: int, draft_pages: int) -> Arena:
+        """Memory for a cache."""
+        return Arena(self.config, page_format, pages, draft_pages)
+
+    def step(
+        self, view: CacheView, shape: Shape, tree: TokenTree, span: tuple[int, int], head: bool, topk: int, taps: tuple, _: bool
+    ) -> "Step":
+        """The step for rows of this shape, captured when it is first asked for."""
+        check_model_backend()
+        arena, pages, B = view.cache.arena, view.cache.page_table.shape[1], len(view.slots)
+        bucket = 1 << (max(shape.M, len(tree.tokens)) - 1).bit_length()
+        key = (bucket, B, span, head, topk, taps, pages)
+        step = arena.programs.get(key)
+        if step is None or step.threads != native.threads():
+            plan = Plan(bucket, B, span, head, topk, taps)
+            step = arena.programs[key] = Step(self.config, self.weights, self._rope, arena, plan, pages)
+        return step
+
+    def reach(self, position: int) -> None:
+        """Make the rotary tables ready for this position."""
+        if position >= self._rope.ready:
+            self._rope.reach(position + 1)
 
 
 class Inputs:
@@ -36,18 +76,6 @@ class Inputs:
         self.ancestors = ints(rows, WORDS, dtype=np.int64)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What of the model a captured step computes."""
-
-    rows: int
-    sequences: int
-    layers: tuple[int, int]
-    head: bool
-    topk: int
-    taps: tuple[int, ...]
-
-
 class Step:
     """A captured step: its inputs, its outputs and its program. Outputs hold until the next replay."""
 
@@ -56,12 +84,44 @@ class Step:
         self._pace = Pace(self.threads)
         self.inputs = Inputs(plan.rows, plan.sequences, pages)
         self.inputs.count[0] = plan.rows  # scratch is sized for the widest step
+        self.draft_page = self.inputs.draft_page
+        self.draft_page[:] = np.arange(plan.sequences) * DRAFT_PAGES
         capture = _Capture(config, weights, rope, arena, plan, self.inputs, pages)
-        capture.model()
+        describe(capture)
+        capture.share_scratch()
         self.x, self.outputs, self.taps = capture.x.numpy(), capture.outputs, capture.taps
         self.calls = capture.calls
         self.shape: object = None  # of the tree whose rows `inputs` describes
         self.program = native.Program(capture.calls, (capture, self.inputs))
+
+    def fill(self, shape: Shape, tree: TokenTree, tokens: np.ndarray, lengths: np.ndarray, page_table: np.ndarray) -> None:
+        """Write the inputs. A shape that the step has seen last is not written again."""
+        i, M = self.inputs, shape.M
+        i.tokens[:M] = tokens
+        i.prefix[:] = lengths
+        i.page_table[:] = page_table
+        np.add(shape.depth, lengths[0] if len(lengths) == 1 else lengths[shape.sequence], out=i.position[:M])
+        if self.shape is not shape:
+            i.count[0] = M
+            i.depth[:M], i.draft_slot[:M], i.row_start[:] = shape.depth, shape.draft_slot, shape.row_start
+            i.ancestors[:M, : shape.ancestors.shape[1]] = shape.ancestors
+            i.tail_depth[: len(tree.depth)], i.tail_offset[:], i.tail[:] = tree.depth, tree.row_start, shape.rows
+            self.shape = shape
+
+    def start_from(self, hidden: np.ndarray) -> None:
+        """Hidden states f32 [M, hidden] for a step whose layers start above 0."""
+        self.x[: len(hidden)] = hidden
+
+    def out(self, shape: Shape) -> StepOut:
+        """What the last `run` left, as views."""
+        M, topk = shape.M, self.plan.topk
+        out = StepOut(taps={i: rows[:M] for i, rows in self.taps.items()})
+        if self.plan.head:
+            named = self.outputs
+            out.argmax, out.top, out.lse, out.logits = named["argmax"][:M], named["top"][:M], named["lse"][:M], named["logits"][:M]
+            if topk:
+                out.topk_ids, out.topk_values = named["topk_ids"][:M], named["topk_values"][:M]
+        return out
 
     def run(self, eager: bool = False) -> None:
         """Compute the step: one native call, or one per kernel."""
@@ -91,25 +151,6 @@ class _Capture:
         self.attention_out = self._buffer(rows, self.q_size)
         self.gate_up = self._buffer(rows, 2 * c.inner_size)
 
-    def model(self) -> None:
-        """The model, line by line."""
-        first, last = self.plan.layers
-        if first == 0:
-            self.embed()
-        for i in range(first, last):
-            self.tap(i)
-            layer = self.weights.layers[i]
-            self.linear(self.x, layer.qkv, self.qkv, prologue=native.RMS_NORM, norm=layer.attn_norm)
-            self.rope_append(i)
-            self.attention(i)
-            self.linear(self.attention_out, layer.o, self.x, residual=self.x)
-            self.linear(self.x, layer.gate_up, self.gate_up, prologue=native.RMS_NORM, norm=layer.mlp_norm)
-            self.linear(self.gate_up, layer.down, self.x, prologue=native.SILU_MUL, residual=self.x)
-        self.tap(last)
-        if self.plan.head:
-            self.head()
-        self._share_scratch()
-
     def embed(self) -> None:
         table = self.weights.embed
         self._call(
@@ -124,10 +165,8 @@ class _Capture:
             )
         )
 
-    def linear(
-        self, x: torch.Tensor, parts: Linears, out: torch.Tensor, *, prologue=native.COPY, norm=None, residual=None, **stats
-    ) -> None:
-        column = 0
+    def linear(self, x: torch.Tensor, parts: Linears, out: torch.Tensor, *, norm=None, gated: bool = False, residual=None, **stats) -> None:
+        column, prologue = 0, native.SILU_MUL if gated else native.COPY if norm is None else native.RMS_NORM
         for part in parts:
             args = part.arguments()
             args.x, args.x_stride = x.data_ptr(), x.stride(0)
@@ -215,7 +254,6 @@ class _Capture:
             self.x,
             parts,
             logits,
-            prologue=native.RMS_NORM,
             norm=self.weights.final_norm,
             argmax=argmax.data_ptr(),
             top=top.data_ptr(),
@@ -248,7 +286,7 @@ class _Capture:
             args.rows = _address(self.inputs.count)
         self.calls.append(args)
 
-    def _share_scratch(self) -> None:
+    def share_scratch(self) -> None:
         """One scratch for all calls: they run one after another."""
         users = [args for args in self.calls if hasattr(args, "scratch")]
         size = max(native.scratch_bytes(args) for args in users) if users else 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ramify import native
+from ramify.backends import native
 from ramify.model.checkpoint import Checkpoint
 from ramify.model.config import ModelConfig
 from ramify.quant import Format, QuantizedWeight, quantize
@@ -31,14 +31,14 @@ class Linear:
     @classmethod
     def dense(cls, weight: Tensor, bias: Tensor | None = None) -> "Linear":
         """Pack a float32 or bfloat16 weight."""
-        return cls(native.pack_weight(weight.contiguous()), *weight.shape, bias)
+        return cls(native().pack_weight(weight.contiguous()), *weight.shape, bias)
 
     @classmethod
     def quantized(cls, weight: QuantizedWeight, bias: Tensor | None, activations: str) -> "Linear":
         """Pack a low-bit weight. activations: how its kernel takes the input; fp8 takes it as it is."""
-        how = native.ACTIVATIONS["exact" if weight.format.kind == "fp8" else activations]
-        numbers = {"dtype": native.LOW_BIT[weight.format.kind], "group": weight.format.group, "activations": how}
-        numbers |= {"scale_dtype": native.DTYPES[weight.scale.dtype], "zeros": int(weight.zero is not None)}
+        how = native().ACTIVATIONS["exact" if weight.format.kind == "fp8" else activations]
+        numbers = {"dtype": native().LOW_BIT[weight.format.kind], "group": weight.format.group, "activations": how}
+        numbers |= {"scale_dtype": native().DTYPES[weight.scale.dtype], "zeros": int(weight.zero is not None)}
         return cls(packed(weight), *weight.shape, bias, numbers, weight.perm)
 
     @property
@@ -48,15 +48,33 @@ class Linear:
 
     def arguments(self) -> Structure:
         """The kernel's arguments, as far as they are the weight's."""
-        kernel = native.LinearLowBitArgs if self.low_bit else native.LinearArgs
-        args = kernel(N=self.N, K=self.K, weight=self.panels.data_ptr(), bias=native.pointer(self.bias))
-        for name, value in (self.low_bit or {"dtype": native.DTYPES[self.panels.dtype]}).items():
+        kernel = native().LinearLowBitArgs if self.low_bit else native().LinearArgs
+        args = kernel(N=self.N, K=self.K, weight=self.panels.data_ptr(), bias=native().pointer(self.bias))
+        for name, value in (self.low_bit or {"dtype": native().DTYPES[self.panels.dtype]}).items():
             setattr(args, name, value)
-        args.perm = native.pointer(self.perm)
+        args.perm = native().pointer(self.perm)
         return args
 
 
-Linears = tuple[Linear, ...]
+@dataclass
+class DeviceLinear:
+    """A weight [N, K] on another device as it was read, a matrix or a QuantizedWeight, and its bias [N], if it has one."""
+
+    weight: Tensor | QuantizedWeight
+    bias: Tensor | None = None
+
+    @property
+    def N(self) -> int:
+        """Outputs."""
+        return self.weight.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one step reads."""
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+Linears = tuple[Linear | DeviceLinear, ...]
 """Matrices that share their input and whose outputs lie side by side: one, unless their formats or orders of inputs differ."""
 
 
@@ -65,12 +83,26 @@ class Settings:
     """How weights are held: dtype of dense ones (and of the cache), and for low-bit ones how their kernels take the input.
 
     layers, head: formats in which dense layers and a dense lm_head are rounded while they are read; None leaves them as they are.
+    device: where tensors go for a model whose steps are made of ops; None keeps them here, packed for the captured steps of the CPU.
     """
 
     dtype: torch.dtype
     layers: Format | None = None
     head: Format | None = None
     activations: str = "int8"
+    device: torch.device | None = field(default=None, repr=False)
+
+    def on_device(self, x: Tensor) -> Tensor:
+        """x where the model's tensors lie."""
+        return x if self.device is None else x.to(self.device)
+
+    def hold(self, part: Tensor | QuantizedWeight, bias: Tensor | None) -> Linear | DeviceLinear:
+        """One matrix as the kernels take it."""
+        dense = isinstance(part, Tensor)
+        if self.device is None:
+            return Linear.dense(part.to(self.dtype), bias) if dense else Linear.quantized(part, bias, self.activations)
+        bias = None if bias is None else bias.to(self.device, self.dtype)
+        return DeviceLinear(part.to(self.device, self.dtype) if dense else part.to(self.device), bias)
 
     def fuse(self, parts: list[Tensor | QuantizedWeight], biases: list[Tensor | None], format: Format | None) -> Linears:
         """Pack matrices that share their input (q, k, v; gate, up), as one where they can be."""
@@ -82,15 +114,12 @@ class Settings:
             bias = torch.cat([torch.zeros(n) if b is None else b.float() for n, b in zip(rows, biases, strict=True)])
         dense = [part for part in parts if isinstance(part, Tensor)]
         if len(dense) == len(parts):
-            return (Linear.dense(torch.cat([part.to(self.dtype) for part in dense]), bias),)
+            return (self.hold(torch.cat([part.to(self.dtype) for part in dense]), bias),)
         stacked = None if dense else QuantizedWeight.stack([part for part in parts if isinstance(part, QuantizedWeight)])
         if stacked is not None:
-            return (Linear.quantized(stacked, bias, self.activations),)
+            return (self.hold(stacked, bias),)
         each = [None] * len(parts) if bias is None else bias.split(rows)
-        return tuple(
-            Linear.dense(part.to(self.dtype), b) if isinstance(part, Tensor) else Linear.quantized(part, b, self.activations)
-            for part, b in zip(parts, each, strict=True)
-        )
+        return tuple(self.hold(part, b) for part, b in zip(parts, each, strict=True))
 
 
 @dataclass
@@ -137,7 +166,7 @@ class Weights:
         """Read, fuse and pack layer by layer, so that a large checkpoint is never in memory twice."""
         config: ModelConfig = checkpoint.config
         embed = checkpoint.stored("embed")
-        weights = cls(settings, embed.to(settings.dtype).contiguous())
+        weights = cls(settings, settings.on_device(embed.to(settings.dtype).contiguous()))
         for i in range(config.num_layers):
             t = checkpoint.layer(i)
 
@@ -149,7 +178,7 @@ class Weights:
                     raise ValueError(f"load: {which}: {problem}") from None
 
             def gain(name: str, t=t) -> Tensor | None:
-                return t[name].float().contiguous() if name in t else None
+                return settings.on_device(t[name].float().contiguous()) if name in t else None
 
             weights.layers.append(
                 Layer(
@@ -163,7 +192,7 @@ class Weights:
                     down=fuse("down"),
                 )
             )
-        weights.final_norm = checkpoint.stored("final_norm").float().contiguous()
+        weights.final_norm = settings.on_device(checkpoint.stored("final_norm").float().contiguous())
         head = checkpoint.tensor("lm_head") if "lm_head" in checkpoint.names else embed
         weights.lm_head = settings.fuse([head], [None], settings.head)
         return weights

@@ -5,7 +5,8 @@ kernel that `ramify.explain` names.
 """
 
 from ramify.ops.attention import interval_attention, merge_states, tree_attention
-from ramify.ops.glue import embed, rms_norm, rope, silu_mul
+from ramify.ops.colsum import attention_colsum
+from ramify.ops.glue import embed, rms_norm, rope, rope_append, silu_mul
 from ramify.ops.kv import kv_append, kv_commit
 from ramify.ops.linear import PackedWeight, linear
 from ramify.ops.quantize import quantize_weight
@@ -15,6 +16,7 @@ from ramify.ops.verify import RowStats, row_stats, topk_logits, verify_greedy
 __all__ = [
     "PackedWeight",
     "RowStats",
+    "attention_colsum",
     "embed",
     "interval_attention",
     "kv_append",
@@ -25,6 +27,7 @@ __all__ = [
     "residual_sample",
     "rms_norm",
     "rope",
+    "rope_append",
     "row_stats",
     "silu_mul",
     "topk_logits",

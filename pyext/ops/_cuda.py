@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from ramify import native_cuda as n
-from ramify.ops._memory import ids32
+from ramify.ops._memory import crosses, ids32
 
 Outputs = tuple[Tensor, ...]
 
 CHUNK, MOST_CHUNKS = 512, 64
+AUTOMATIC, MMA, COLUMNS, ROWS = range(4)
+VARIANT = AUTOMATIC  # tests and benchmarks pick an attention kernel with it
 SAMPLE_TILE = 2048  # kSampleTile
 
 
@@ -71,12 +73,15 @@ def embed(outs: Outputs, ids: Tensor, table: Tensor) -> None:
 
 
 def rope_append(
-    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6,
+    q: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, k: Tensor, v: Tensor,
+    q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
 ) -> None:  # fmt: skip
-    """reference.rope_append: q into `q` [M, Hq, D], keys and values into slots of k and v [S, Hkv, D]. D at most 256."""
+    """Rotated queries into q [M, Hq, D], keys and values into slots of k and v [S, Hkv, D]."""
     (M, Hq, D), (S, Hkv) = q.shape, k.shape[:2]
     norm = q_norm if q_norm is not None else k_norm
+    cos, sin, positions, slots = cos.contiguous(), sin.contiguous(), positions.int().contiguous(), slots.contiguous()
+    if crosses(qkv, k) or crosses(qkv, v):
+        qkv = qkv.clone()  # a slot that a row of qkv lies in may be written before the row is read
     args = n.RopeAppendArgs(rows=M, Hq=Hq, Hkv=Hkv, D=D, half=cos.shape[1], positions=cos.shape[0], type=n.TYPES[qkv.dtype], eps=eps)
     args.qkv, args.qkv_stride = qkv.data_ptr(), qkv.stride(0)
     args.q_norm, args.k_norm, args.norm_type = n.pointer(q_norm), n.pointer(k_norm), 0 if norm is None else n.TYPES[norm.dtype]
@@ -209,6 +214,25 @@ def interval_attention(outs: Outputs, q: Tensor, k: Tensor, v: Tensor, start: Te
     _attend(args, outs, q, k, v, start, end)
 
 
+def attention_colsum(
+    outs: Outputs, q: Tensor, k: Tensor, lse: Tensor, prefix_len: Tensor, ancestors: Tensor | None, page_table: Tensor | None, scale: float,
+    window: int, sink: int, tail_rows: Tensor | None,
+) -> None:  # fmt: skip
+    """Attention that each slot received."""
+    out, ancestors = outs[0], None if ancestors is None else ancestors.contiguous()
+    prefix_len, tail_rows = prefix_len.contiguous(), None if tail_rows is None else tail_rows.contiguous()
+    args = n.ColsumArgs(Hkv=k.shape[2], type=n.TYPES[q.dtype], page=k.shape[1], pages=k.shape[0], scale=scale, window=window, sink=sink)
+    args.B, args.T, args.Hq, args.D = q.shape
+    for name, x, axes in (("q", q, "bth"), ("k", k, "bsh"), ("lse", lse, "bt"), ("out", out, "bh")):
+        _place(args, name, x, axes)
+    if page_table is not None:
+        args.page_table, args.table_stride, args.table_width = page_table.data_ptr(), page_table.stride(0), page_table.shape[1]
+    args.prefix_len, args.tail_rows = prefix_len.data_ptr(), n.pointer(tail_rows)
+    if ancestors is not None:
+        args.ancestors, args.words = ancestors.data_ptr(), ancestors.shape[2]
+    n.run(args, q, k, lse, prefix_len, tail_rows, ancestors, page_table, out)
+
+
 def merge_states(outs: Outputs, o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> None:
     """o and lse of two sides."""
     o1, o2, lse1, lse2 = _rows(o1), _rows(o2), lse1.reshape(-1), lse2.reshape(-1)
@@ -230,7 +254,7 @@ def _attend(args: ctypes.Structure, outs: Outputs, q: Tensor, k: Tensor, v: Tens
     for name, x, axes in (("q", q, "bth"), ("out", result, "bth"), ("lse", lse, "bt"), ("k", k, "bsh"), ("v", v, "bsh")):
         _place(args, name, x, axes)
     scratch = torch.empty(max(1, n.library().attention_scratch(ctypes.addressof(args)) // 4), device=q.device)
-    args.scratch = scratch.data_ptr()
+    args.scratch, args.variant = scratch.data_ptr(), VARIANT
     n.run(args, q, result, lse, k, v, *rest, scratch)
     if result is not out:
         out.copy_(result)

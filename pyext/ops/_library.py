@@ -5,6 +5,8 @@ No gradient is registered: ops are for inference, and one that is asked for a gr
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -19,6 +21,15 @@ _library = torch.library.Library("ramify", "DEF")  # alive as long as this modul
 _tags = (torch.Tag.pt2_compliant_tag,)
 
 Outputs = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A call over fixed tensors: shapes checked and a backend chosen once, for `run()` to be called again and again."""
+
+    op: str
+    backend: str
+    run: Callable[[], Any]
 
 
 class Op:
@@ -72,6 +83,15 @@ class Op:
         self._call_into(*inputs, **dict(zip(self.outputs, outs)))
         return _one_or_all(outs)
 
+    def bind(self, outs: Outputs, *inputs: Any) -> Bound:
+        """This call over these very tensors, which share no memory between outputs and inputs. What is in them is never looked at."""
+        check = Shapes(self.name, inputs[0])
+        for out, (shape, dtype) in zip(outs, self._check(*inputs), strict=True):
+            check.out("out", out, shape, dtype)
+        backend = backends.choose(self.name, outs[0].device.type, **self._sizes(*inputs))
+        kernel = self._kernels.get(backend)
+        return Bound(self.name, backend, partial(self._refer, outs, inputs) if kernel is None else partial(kernel, outs, *inputs))
+
     def _functional(self, *inputs: Any) -> Any:
         outs = self._allocate(inputs)
         self._run(outs, inputs)
@@ -109,47 +129,71 @@ class Op:
         kernel = self._kernels.get(backend)
         if kernel is not None:
             kernel(outs, *inputs)
-            return
+        else:
+            self._refer(outs, inputs)
+
+    def _refer(self, outs: Outputs, inputs: tuple) -> None:
         for out, value in zip(outs, self._reference(*inputs)):
             out.copy_(value)
 
 
 class InPlaceOp:
-    """An op that changes some of its arguments, those with a `!` in the schema, and returns nothing. `check` and `values` as for Op."""
+    """An op that changes some of its arguments, those with a `!` in the schema. `check` and `values` as for Op.
+
+    Where `returns` says so it also makes a tensor, whose shape and dtype `check` returns; kernels and reference get it before the inputs.
+    """
 
     def __init__(
         self,
         name: str,
         arguments: str,
-        check: Callable[..., None],
+        check: Callable[..., Results | None],
         sizes: Callable[..., dict[str, Any]],
         reference: Callable[..., None],
         cpu: Callable[..., None] | None = None,
         cuda: Callable[..., None] | None = None,
         triton: str = "",
         values: Callable[..., None] | None = None,
+        returns: bool = False,
     ) -> None:
-        self.name, self.tensors = name, _tensors(arguments)
+        self.name, self.tensors, self._returns = name, _tensors(arguments), returns
         self._kernels = {"cpu": cpu, "cuda": cuda, "triton": launcher(triton, lambda args: args[0]) if triton else None}
         self._written = [(i, argument) for i, argument, _ in self.tensors if "!" in arguments.split(", ")[i]]
         self._check, self._values, self._sizes, self._reference = check, values, sizes, reference
-        _register(name, f"({arguments}) -> ()", self._run, check)
+        _register(name, f"({arguments}) -> {'Tensor' if returns else '()'}", self._run, self._allocate)
         self._call = getattr(torch.ops.ramify, name).default
 
-    def __call__(self, *inputs: Any) -> None:
+    def __call__(self, *inputs: Any) -> Any:
         """Run on what the user gave."""
         _check_kinds(self.name, self.tensors, inputs)
         for i, name in self._written:
             _check_leaf(self.name, name, inputs[i])
-        self._call(*inputs)
+        result = self._call(*inputs)
+        if result is not None:
+            _refuse_gradients(self.name, (result,))
+        return result
 
-    def _run(self, *inputs: Any) -> None:
+    def bind(self, *inputs: Any, out: Tensor | None = None) -> Bound:
+        """This call over these very tensors; `out`: what it makes beside. Nothing looks at values, nor at addresses written twice."""
         self._check(*inputs)
+        backend = backends.choose(self.name, inputs[0].device.type, **self._sizes(*inputs))
+        kernel = self._kernels.get(backend) or self._reference
+        return Bound(self.name, backend, partial(kernel, *inputs) if out is None else partial(kernel, out, *inputs))
+
+    def _allocate(self, *inputs: Any) -> Tensor | None:
+        results = self._check(*inputs)
+        return inputs[0].new_empty(results[0][0], dtype=results[0][1]) if self._returns and results else None
+
+    def _run(self, *inputs: Any) -> Tensor | None:
+        out = self._allocate(*inputs)
         _check_written(self.name, [name for _, name in self._written], [inputs[i] for i, _ in self._written])
+        if out is not None and out.numel() == 0:
+            return out
         if self._values is not None and inputs[0].device.type == "cpu":
             self._values(*inputs)
-        kernel = self._kernels.get(backends.choose(self.name, inputs[0].device.type, **self._sizes(*inputs)))
-        (kernel or self._reference)(*inputs)
+        kernel = self._kernels.get(backends.choose(self.name, inputs[0].device.type, **self._sizes(*inputs))) or self._reference
+        kernel(*inputs) if out is None else kernel(out, *inputs)
+        return out
 
 
 def launcher(name: str, on: Callable[[tuple], Tensor]) -> Callable[..., None]:

@@ -102,6 +102,26 @@ def rope(outs: Outputs, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) 
     _store(out, outs[0])
 
 
+def rope_append(
+    q: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, k: Tensor, v: Tensor,
+    q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
+) -> None:  # fmt: skip
+    """Rotated queries into q [M, Hq, D], keys and values into slots of k and v [S, Hkv, D]."""
+    n = native()
+    (M, Hq, D), Hkv = q.shape, k.shape[1]
+    qkv = qkv.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # the kernel rotates in place
+    cos, sin, positions, slots = cos.contiguous(), sin.contiguous(), positions.int().contiguous(), slots.contiguous()
+    q_norm, k_norm = (None if norm is None else norm.float().contiguous() for norm in (q_norm, k_norm))
+    rows = c_int32(M)
+    args = n.RopeAppendArgs(rows=addressof(rows), qkv=qkv.data_ptr(), stride=qkv.stride(0), Hq=Hq, Hkv=Hkv, D=D, eps=eps, plain=1)
+    args.q_norm, args.k_norm = n.pointer(q_norm), n.pointer(k_norm)
+    args.cos, args.sin, args.position, args.draft_slot = cos.data_ptr(), sin.data_ptr(), positions.data_ptr(), slots.data_ptr()
+    args.kv_dtype, args.k, args.v = n.DTYPES[k.dtype], k.data_ptr(), v.data_ptr()
+    args.k_stride_s, args.k_stride_h, args.v_stride_s, args.v_stride_h = *k.stride()[:2], *v.stride()[:2]
+    n.run(args)
+    q.copy_(qkv[:, : Hq * D].view(M, Hq, D))
+
+
 def silu_mul(outs: Outputs, x: Tensor) -> None:
     """silu(gate) * up of rows that hold both."""
     n = native()
@@ -194,6 +214,31 @@ def interval_attention(outs: Outputs, q: Tensor, k: Tensor, v: Tensor, start: Te
     args = n.AttentionArgs(B=B, T=T, Hq=Hq, Hkv=k.shape[2], D=D, scale=scale, plain=1, max_slots=int(last.max()))
     _place_heads(args, q, k, v, out, lse)
     args.prefix_len, args.start, args.end = last.data_ptr(), start.data_ptr(), end.data_ptr()
+    _run_with_scratch(args)
+
+
+def attention_colsum(
+    outs: Outputs, q: Tensor, k: Tensor, lse: Tensor, prefix_len: Tensor, ancestors: Tensor | None, page_table: Tensor | None, scale: float,
+    window: int, sink: int, tail_rows: Tensor | None,
+) -> None:  # fmt: skip
+    """Attention that each slot received."""
+    n = native()
+    (B, T, Hq, D), out = q.shape, outs[0]
+    prefix_len, tail_rows = prefix_len.contiguous(), None if tail_rows is None else tail_rows.contiguous()
+    args = n.ColsumArgs(B=B, T=T, Hq=Hq, Hkv=k.shape[2], D=D, slots=out.shape[2], scale=scale, window=window, sink=sink)
+    args.q, args.q_dtype = q.data_ptr(), n.DTYPES[q.dtype]
+    args.q_stride_b, args.q_stride_t, args.q_stride_h, _ = q.stride()
+    args.k, args.kv_dtype = k.data_ptr(), n.DTYPES[k.dtype]
+    args.k_stride_b, args.k_stride_s, args.k_stride_h, _ = k.stride()
+    if page_table is not None:
+        args.page_table, args.table_stride, args.page = page_table.data_ptr(), page_table.stride(0), k.shape[1]
+    args.lse, args.lse_stride_b, args.lse_stride_t = lse.data_ptr(), *lse.stride()[:2]
+    args.prefix_len, args.tail_rows = prefix_len.data_ptr(), n.pointer(tail_rows)
+    depth = torch.arange(T, dtype=torch.int32).expand(B, T).contiguous()
+    if ancestors is not None and window:
+        n.check_words(ancestors.contiguous(), tail_rows, depth)
+    args.depth = depth.data_ptr()
+    args.out, args.out_stride_b, args.out_stride_h = out.data_ptr(), *out.stride()[:2]
     _run_with_scratch(args)
 
 

@@ -9,8 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ramify.kernels import attention, glue, interval, kv, sample, verify
+from ramify.kernels import attention, colsum, glue, interval, kv, sample, verify
 from ramify.kernels import linear_low_bit as low_bit
+from ramify.ops._memory import crosses
 from ramify.quant.formats import Format
 
 Outputs = tuple[Tensor, ...]
@@ -39,6 +40,17 @@ def rope(outs: Outputs, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) 
     cos = cos if sin.stride() == cos.stride() else cos.contiguous()
     glue.rope(x.reshape(-1, heads, D), cos, sin, positions.reshape(-1), out)
     _store(out, outs[0])
+
+
+def rope_append(
+    q: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, k: Tensor, v: Tensor,
+    q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
+) -> None:  # fmt: skip
+    """Rotated queries into q, keys and values into slots of k and v."""
+    if crosses(qkv, k) or crosses(qkv, v):
+        qkv = qkv.clone()  # a slot that a row of qkv lies in may be written before the row is read
+    cos, sin, positions, slots = cos.contiguous(), sin.contiguous(), positions.contiguous(), slots.contiguous()
+    glue.rope_append(qkv, cos, sin, positions, slots, q, k, v, q_norm, k_norm, eps)
 
 
 def silu_mul(outs: Outputs, x: Tensor) -> None:
@@ -129,6 +141,15 @@ def tree_attention(
 def interval_attention(outs: Outputs, q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float) -> None:
     """o and lse, straight into the outputs."""
     interval.interval_attention(q, k, v, start, end, scale, *outs)
+
+
+def attention_colsum(
+    outs: Outputs, q: Tensor, k: Tensor, lse: Tensor, prefix_len: Tensor, ancestors: Tensor | None, page_table: Tensor | None, scale: float,
+    window: int, sink: int, tail_rows: Tensor | None,
+) -> None:  # fmt: skip
+    """Attention that each slot received, straight into the output."""
+    used = None if tail_rows is None else tail_rows.contiguous()
+    colsum.attention_colsum(q, k, lse, prefix_len.contiguous(), ancestors, page_table, scale, window, sink, used, outs[0])
 
 
 def merge_states(outs: Outputs, o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> None:

@@ -1,6 +1,7 @@
-"""rms_norm, rope, silu_mul and embed: what a layer does between its matrix products and attention."""
+"""rms_norm, rope, rope_append, silu_mul and embed: what a layer does between its matrix products and attention."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,8 +9,8 @@ from torch import Tensor
 from ramify import reference
 from ramify.checks import number, show
 from ramify.ops import _cuda, _native
-from ramify.ops._checks import FLOATS, INDICES, Results, Shapes, tensor
-from ramify.ops._library import Op
+from ramify.ops._checks import FLOATS, INDICES, INT32, Results, Shapes, tensor
+from ramify.ops._library import InPlaceOp, Op
 
 _F32 = (torch.float32,)
 
@@ -43,6 +44,34 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, out: Tensor 
     outside the tables, TypeError for dtypes. Source: arXiv 2104.09864, half-rotation form.
     """
     return _rope(x, cos, sin, positions, out=out)
+
+
+def rope_append(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Split rows of a fused q, k, v product: rotate queries and keys, and store row m's keys and values in slot slots[m] of the caches.
+
+    qkv [M, (Hq + 2 Hkv) * D] float: heads of q, of k, of v; k_cache, v_cache [S, Hkv, D] of one float dtype, which change in place.
+    q_norm, k_norm [D] of one float dtype: each head of q or k is scaled as by rms_norm, with `eps`, before it is rotated. cos, sin
+    [P, R/2] float32 and positions int32 or int64 [M] as for rope. slots int32 [M]: a slot of its own for every row, or -1 for a row of
+    padding, which stores nothing; its q is computed as any other.
+
+    Returns q [M, Hq, D] in qkv's dtype. Values are rounded once, to the dtype of where they go. Raises ValueError for shapes and, on the
+    CPU, for positions outside the tables, slots outside the caches and slots that two rows share; TypeError for dtypes.
+    """
+    if type(eps) is not float:
+        eps = float(number("eps", eps, "rope_append"))
+    return _rope_append(qkv, cos, sin, positions, slots, k_cache, v_cache, q_norm, k_norm, eps)
 
 
 def silu_mul(x: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -94,6 +123,35 @@ def _check_rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Resul
     return ((x.shape, x.dtype),)
 
 
+def _check_rope_append(
+    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor,
+    q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
+) -> Results:  # fmt: skip
+    check = Shapes("rope_append")
+    check("qkv", qkv, "M (Hq+2Hkv)*D", FLOATS)
+    check("cos", cos, "P R/2", _F32)
+    check("sin", sin, "P R/2", _F32)
+    check("positions", positions, "M", INDICES, dense=False)
+    check("slots", slots, "M", INT32, dense=False)
+    check("k_cache", k_cache, "S Hkv D", FLOATS)
+    check("v_cache", v_cache, "S Hkv D", (k_cache.dtype,))
+    norms = [(name, norm) for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)) if norm is not None]
+    for name, norm in norms:
+        check(name, norm, "D", FLOATS)
+        check.same_dtype(name, norm, *(norms[0][0], norms[0][1].dtype))
+    _, Hkv, D = k_cache.shape
+    Hq = qkv.shape[1] // D - 2 * Hkv
+    if Hq < 1 or qkv.shape[1] % D:
+        raise check.fail(f"qkv is {list(qkv.shape)} and k_cache {list(k_cache.shape)}", f"[M, (Hq + {2 * Hkv}) * {D}] with Hq of 1 or more")
+    if cos.shape[0] == 0:
+        raise check.fail(f"cos is {list(cos.shape)}", "one position or more")
+    if 2 * cos.shape[1] > D:
+        raise check.fail(f"cos has {cos.shape[1]} columns", f"at most D/2 = {D // 2}")
+    if not 0 <= eps < math.inf:
+        raise check.fail(f"eps is {eps}", "a finite number of 0 or more")
+    return (((qkv.shape[0], Hq, D), qkv.dtype),)
+
+
 def _check_silu_mul(x: Tensor) -> Results:
     check = Shapes("silu_mul")
     check("x", x, "... 2F", FLOATS)
@@ -114,6 +172,19 @@ def _check_rope_values(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -
     _in_range("rope", "positions", positions, cos.shape[0], "cos")
 
 
+def _check_rope_append_values(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, k_cache: Tensor, *_: Any) -> None:
+    _in_range("rope_append", "positions", positions, cos.shape[0], "cos")
+    low, high = (int(t) for t in slots.aminmax())
+    if low < -1 or high >= k_cache.shape[0]:
+        wrong = low if low < -1 else high
+        raise ValueError(f"rope_append: slots holds {wrong}; takes 0 to {k_cache.shape[0] - 1}, the slots of k_cache, or -1 for none.")
+    used, count = slots[slots >= 0].unique(return_counts=True)
+    if (count > 1).any():
+        raise ValueError(
+            f"rope_append: slots holds {int(used[count > 1][0])} twice; takes a slot of its own for every row, or -1 for none."
+        )
+
+
 def _check_embed_values(ids: Tensor, table: Tensor, dtype: torch.dtype) -> None:
     _in_range("embed", "ids", ids, table.shape[0], "table")
 
@@ -123,6 +194,23 @@ def _in_range(op: str, name: str, index: Tensor, stop: int, of: str) -> None:
     low, high = (int(t) for t in index.aminmax())
     if low < 0 or high >= stop:
         raise ValueError(f"{op}: {name} holds {low if low < 0 else high}; takes 0 to {stop - 1}, the rows of {of}.")
+
+
+def _rope_append_sizes(
+    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, k_cache: Tensor, *rest: Any
+) -> dict[str, Any]:
+    norm = next((norm for norm in rest[1:3] if norm is not None), None)
+    return {
+        "dtype": qkv.dtype,
+        "cache": k_cache.dtype,
+        "D": k_cache.shape[2],
+        "rotary": "whole head" if 2 * cos.shape[1] == k_cache.shape[2] else "part of it",
+        "weight": qkv.dtype if norm is None else norm.dtype,
+    }
+
+
+def _rope_append_reference(q: Tensor, *inputs: Any) -> None:
+    q.copy_(reference.rope_append(*inputs[:7], q_norm=inputs[7], k_norm=inputs[8], eps=inputs[9]))
 
 
 _rms_norm = Op(
@@ -158,6 +246,19 @@ _rope = Op(
     cuda=_cuda.rope,
     triton="rope",
     values=_check_rope_values,
+)
+_rope_append = InPlaceOp(
+    "rope_append",
+    "Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor slots, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? q_norm, "
+    "Tensor? k_norm, float eps",
+    check=_check_rope_append,
+    sizes=_rope_append_sizes,
+    reference=_rope_append_reference,
+    cpu=_native.rope_append,
+    cuda=_cuda.rope_append,
+    triton="rope_append",
+    values=_check_rope_append_values,
+    returns=True,
 )
 _silu_mul = Op(
     "silu_mul",

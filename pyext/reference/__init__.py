@@ -3,13 +3,14 @@
 Written to be read. Any float dtype, float64 included: a test compares a kernel with these functions in double.
 """
 
-from ramify.reference.attention import interval_attention, merge_states, tree_attention
+from ramify.reference.attention import attention_colsum, interval_attention, merge_states, tree_attention
 from ramify.reference.glue import embed, rms_norm, rope, rope_append, silu_mul
 from ramify.reference.kv import kv_append, kv_commit
 from ramify.reference.linear import linear, quantize_rows
 from ramify.reference.verify import residual_sample, row_stats, topk_logits, verify_greedy, verify_sample
 
 __all__ = [
+    "attention_colsum",
     "embed",
     "interval_attention",
     "kv_append",

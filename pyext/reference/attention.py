@@ -1,4 +1,4 @@
-"""tree_attention, interval_attention and merge_states in plain torch: what every attention kernel has to compute.
+"""tree_attention, interval_attention, attention_colsum and merge_states in plain torch: what every attention kernel has to compute.
 
 Source: tree attention of SpecInfer (arXiv 2305.09781) and Medusa (arXiv 2401.10774); merging of partial softmaxes as in
 online softmax (arXiv 1805.02867).
@@ -95,6 +95,46 @@ def interval_attention(
     weights = (scores - lse[..., None].clamp(min=torch.finfo(dtype).min)).exp()
     out = torch.einsum("bthgs,bshd->bthgd", weights, values).reshape(B, T, Hq, D).to(q.dtype)
     return (out, lse.reshape(B, T, Hq)) if return_lse else out
+
+
+def attention_colsum(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    prefix_len: Tensor,
+    *,
+    ancestors: Tensor | None = None,
+    page_table: Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    sink: int | None = None,
+    tail_rows: Tensor | None = None,
+) -> Tensor:
+    """How much attention each committed slot received: the sum of exp(scale * q k - lse) over rows and the query heads of a group.
+
+    q [B, T, Hq, D], k, prefix_len, page_table, window, sink, tail_rows as for `tree_attention`, whose lse [B, T, Hq] this takes: a slot
+    that a row does not see gets nothing from it, and neither does any from a row whose lse is -inf. ancestors [B, T, W] say where rows
+    lie under a window; without them row t is t behind the prefix. A score or lse that is NaN or beyond its dtype makes the slots that
+    its row sees NaN. Returns [B, Hkv, slots] in float32 or wider; slots that nobody sees give 0 and may hold anything.
+    """
+    (B, T, Hq, D), Hkv, dtype = q.shape, k.shape[2], wide(q)
+    scale = 1 / math.sqrt(D) if scale is None else scale
+    slots = k.shape[1] * (1 if page_table is None else page_table.shape[1])
+    out = torch.zeros(B, Hkv, slots, dtype=dtype, device=q.device)
+    for b in range(B):
+        n, rows = int(prefix_len[b]), T if tail_rows is None else int(tail_rows[b])
+        depth = torch.arange(T, device=q.device) if ancestors is None else ancestor_bits(ancestors[b : b + 1], T)[0].sum(1) - 1
+        at, row_at = torch.arange(n, device=q.device), n + depth[:rows, None]
+        seen = torch.ones(rows, n, dtype=torch.bool, device=q.device)
+        if window is not None:
+            seen = (at > row_at - window) | (at < (sink or 0))
+        keys = _slots(k, page_table, b, n).to(dtype).masked_fill(~seen.any(0)[:, None, None], 0)
+        scores = torch.einsum("rhgd,shd->hgrs", q[b, :rows].to(dtype).reshape(rows, Hkv, Hq // Hkv, D), keys) * scale
+        total = lse[b, :rows].to(dtype).reshape(rows, Hkv, Hq // Hkv).permute(1, 2, 0)[..., None]
+        over = scores - total
+        weights = torch.where(over.isfinite(), over.exp(), torch.nan)
+        out[b, :, :n] = weights.masked_fill(~seen | (total == -torch.inf), 0).sum((1, 2))
+    return out
 
 
 def merge_states(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:

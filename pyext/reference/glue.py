@@ -1,4 +1,4 @@
-"""rms_norm, rope, silu_mul and embed in plain torch.
+"""rms_norm, rope, rope_append, silu_mul and embed in plain torch.
 
 Sources: RMSNorm arXiv 1910.07467; rotary embedding arXiv 2104.09864, in the half-rotation form of Llama checkpoints; gated
 SiLU arXiv 2002.05202.
@@ -39,20 +39,22 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
 
 
 def rope_append(
-    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6,
-) -> None:  # fmt: skip
-    """Split rows qkv [M, (Hq + 2 Hkv) D], norm q and k per head where a weight [D] is given, rotate them, and store all three.
+    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor,
+    *, q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6,
+) -> Tensor:  # fmt: skip
+    """Split rows qkv [M, (Hq + 2 Hkv) D], norm q and k per head where a weight [D] is given, rotate both, store keys and values.
 
-    q [M, Hq, D] is overwritten; row m's key and value go to slot slots[m] of k and v [S, Hkv, D], rounded once, to their dtype. cos,
-    sin, positions [M] as for `rope`.
+    Row m's key and value go to slot slots[m] of k_cache and v_cache [S, Hkv, D], rounded once, to their dtype; a slot of -1 stores
+    nothing. cos, sin, positions [M] as for `rope`. The caches change in place. Returns q [M, Hq, D] in qkv's dtype.
     """
-    (M, Hq, D), Hkv, dtype = q.shape, k.shape[1], wide(qkv)
-    heads = qkv.to(dtype).view(M, Hq + 2 * Hkv, D)
-    queries, keys, values = heads.split([Hq, Hkv, Hkv], dim=1)
-    q.copy_(rope(_normed(queries, q_norm, eps), cos, sin, positions))
-    k[slots.long()] = rope(_normed(keys, k_norm, eps), cos, sin, positions).to(k.dtype)
-    v[slots.long()] = values.to(v.dtype)
+    (_, Hkv, D), dtype = k_cache.shape, wide(qkv)
+    heads = qkv.to(dtype).unflatten(-1, (-1, D))
+    queries, keys, values = heads.split([heads.shape[1] - 2 * Hkv, Hkv, Hkv], dim=1)
+    stored = slots >= 0
+    to = slots[stored].long()
+    k_cache[to] = rope(_normed(keys, k_norm, eps), cos, sin, positions)[stored].to(k_cache.dtype)
+    v_cache[to] = values[stored].to(v_cache.dtype)
+    return rope(_normed(queries, q_norm, eps), cos, sin, positions).to(qkv.dtype)
 
 
 def silu_mul(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ Only rows that a verifier visits are processed, and after top-k only what it kep
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from ramify.tree import MAX_ROWS
 
 _WHO = "generate"  # whose arguments these are
 _PENALTIES = 1e-30, 1e30  # beyond these a logit leaves float32
+_COLDEST = 1e-4
 _BLOCK = 256
 _HEAD = 512
 _NOTHING = np.zeros(0, np.int64)
@@ -55,6 +56,22 @@ class SamplingParams:
     def needs_logits(self) -> bool:
         """False when the arg-max that the model returns decides by itself."""
         return self.temperature > 0 or self.repetition_penalty != 1
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a draw from softmax(logits / temperature) is all that is asked, at a temperature by which any logit can be divided."""
+        return self.temperature >= _COLDEST and not self.top_k and self.top_p == 1 and not self.min_p and self.repetition_penalty == 1
+
+
+class Draws(NamedTuple):
+    """What a model needs to draw the tokens itself: of every sequence its temperature, its seed, and the position of the root's successor.
+
+    temperature float32 [B], 0 where the draw does not count; seed int64 [B], read as 64 bits without a sign; position int64 [B].
+    """
+
+    temperature: np.ndarray
+    seed: np.ndarray
+    position: np.ndarray
 
 
 def penalize(logits: np.ndarray, penalty: float, seen: np.ndarray) -> np.ndarray:
@@ -199,10 +216,24 @@ class Sampling:
         at = inverse_cdf(w, self.uniform(b, len(path), SAMPLE))
         return at if ids is None else int(ids[at])
 
+    def draws(self) -> Draws | None:
+        """What a model that draws needs; None where it would decide nothing.
+
+        Its tokens are those of `draw`, but for a random number within rounding of the border between two of them.
+        """
+        plain = [p.is_plain for p in self.params]
+        if not any(plain):
+            return None
+        heat = np.array([p.temperature if is_plain else 0 for p, is_plain in zip(self.params, plain, strict=True)], np.float32)
+        return Draws(heat, np.array([p.seed for p in self.params], np.uint64).view(np.int64), np.array([len(text) for text in self.text]))
+
     def choose(self, b: int, out: Any, row: int, path: Sequence[int] = ()) -> int:
-        """Return `draw` for packed row `row` of a StepOut; reads its logits only when its arg-max does not decide."""
-        if not self.params[b].needs_logits:
+        """Return `draw` for packed row `row` of a StepOut; reads its logits only when neither its arg-max nor the model's draw decides."""
+        params = self.params[b]
+        if not params.needs_logits:
             return int(out.argmax[row])
+        if getattr(out, "drawn", None) is not None and params.is_plain:
+            return int(out.drawn[row])
         return self.draw(b, logits_of(out, row), path)
 
     def seen(self, b: int, path: Sequence[int] = ()) -> np.ndarray:

@@ -137,6 +137,11 @@ def test_a_wrong_command_line_is_one_line_and_exit_2(model, capsys, argv, compla
     assert complaint in err and err.count("\n") == 1 and "Traceback" not in err
 
 
+def test_a_device_that_is_not_there_is_one_line_and_exit_2(capsys):
+    code, out, err = run(capsys, "--device", "cuda:99", "--method", "plain", "--max-new-tokens", "1", "--", PROMPT)
+    assert (code, out) == (2, "") and 'device is "cuda:99"; takes "cpu"' in err and err.count("\n") == 1
+
+
 def test_bytes_that_are_no_text(model, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff")))
     code, _, err = run(capsys, "-")

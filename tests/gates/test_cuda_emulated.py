@@ -117,26 +117,35 @@ def test_rope_append(place, dtype, norm, Hq, Hkv, D, half):
     at, slots = (t[:M].int().to(place.device) for t in (torch.randperm(30, generator=g), torch.randperm(S, generator=g)))
     norms = [torch.randn(D, generator=g).to(dtype).to(place.device) if norm else None for _ in "qk"]
 
-    def outputs(of):
-        return poisoned((M, Hq, D), of).to(place.device), *(
-            poisoned((S, Hkv, D), of if of == torch.float64 else cache).to(place.device) for _ in "kv"
-        )
+    slots[1] = -1
+    k, v = (padded(poisoned((S, Hkv, D), cache)) for _ in "kv")
 
     def call():
-        made = outputs(dtype)
-        _cuda.rope_append(qkv, cos, sin, at, slots, *made, *norms, 1e-5)
-        return made
+        stores = [t.clone().to(place.device) for t in (k, v)]
+        q = ops.rope_append(qkv, cos, sin, at, slots, *stores, q_norm=norms[0], k_norm=norms[1], eps=1e-5)
+        return q, *stores
 
-    q, k, v = place.everywhere(call)
-    want = [t.cpu() for t in outputs(torch.float64)]
-    wide = [None if t is None else t.double().cpu() for t in (qkv, cos, sin, *norms)]
-    reference.rope_append(*wide[:3], at.cpu(), slots.cpu(), *want, *wide[3:], 1e-5)
-    near(q, want[0], dtype)
-    used = slots.cpu().long()
-    near(k[used], want[1][used], cache)
-    assert torch.equal(v.cpu()[used], want[2][used].to(cache))
-    rest = torch.ones(S, dtype=torch.bool).index_fill(0, used, False)
-    assert k.cpu()[rest].isnan().all() and v.cpu()[rest].isnan().all()
+    q, *stores = (t.cpu() for t in place.everywhere(call))
+    want = [torch.full((S, Hkv, D), torch.nan, dtype=torch.float64) for _ in "kv"]
+    *wide, q_norm, k_norm = (None if t is None else t.double().cpu() for t in (qkv, cos, sin, *norms))
+    want_q = reference.rope_append(*wide, at.cpu(), slots.cpu(), *want, q_norm=q_norm, k_norm=k_norm, eps=1e-5)
+    near(q, want_q, dtype)
+    used = torch.zeros(S, dtype=torch.bool).index_fill(0, slots.cpu()[slots.cpu() >= 0].long(), True)
+    near(stores[0][used], want[0][used], cache)
+    assert torch.equal(stores[1][used], want[1][used].to(cache))
+    assert all(store[~used].isnan().all() for store in stores)
+
+
+def test_rope_append_outside_its_tables(place):
+    """What the checks of the CPU would refuse: a position outside the tables gives NaN, a slot outside the cache stores nothing."""
+    qkv, table, at = torch.randn(3, 4 * 32), torch.rand(5, 16), torch.tensor([4, 5, -1], dtype=I32)
+    q, k, v = torch.empty(3, 2, 32), torch.zeros(6, 1, 32), torch.zeros(6, 1, 32)
+    data = [t.to(place.device) for t in (q, qkv, table, table, at, torch.tensor([6, 2, -7], dtype=I32), k, v)]
+    with place.running():
+        _cuda.rope_append(*data, None, None, 1e-6)
+    q, k, v = (t.cpu() for t in (data[0], data[6], data[7]))
+    assert q[0].isfinite().all() and q[1:].isnan().all() and k[2].isnan().all() and torch.equal(v[2, 0], qkv[1, 96:])
+    assert not k[[0, 1, 3, 4, 5]].any() and not v[[0, 1, 3, 4, 5]].any()
 
 
 def caches(L, B, S, Hkv, D, dtype, page, g):
@@ -315,7 +324,7 @@ def calls():
         ops.embed(at, rand(8, 20, dtype=dtype), dtype=F16)
         ops.rope(rand(3, 2, 40, dtype=dtype), angle, angle, at)
         slots = (torch.zeros(8, 1, 32, dtype=dtype), torch.zeros(8, 1, 32, dtype=dtype))
-        _cuda.rope_append(rand(3, 128, dtype=dtype), angle, angle, at, at, torch.zeros(3, 2, 32, dtype=dtype), *slots, torch.ones(32), None)
+        ops.rope_append(rand(3, 128, dtype=dtype), angle, angle, at, at, *slots, q_norm=torch.ones(32))
         ops.row_stats(rand(1, 4200, dtype=dtype))
         ops.topk_logits(rand(1, 4200, dtype=dtype), 5)
     k, v, table = caches(1, 2, 32, 1, 24, BF16, 16, g)
@@ -332,7 +341,10 @@ def calls():
         case = attention_case(prefix, 3, 2, 1, 64, dtype=BF16, page=page, tree="random", seed=1)
         case.k, case.v = case.k.contiguous(), case.v.contiguous()
         case.tail_k = case.tail_k.contiguous() if page else case.tail_k
-        ops.tree_attention(*case.tensors, **case.options, window=None if page else 300, sink=2)
+        window = None if page else 300
+        _, lse = ops.tree_attention(*case.tensors, **case.options, window=window, sink=2, return_lse=True)
+        tree = {"ancestors": case.ancestors, "page_table": case.page_table}
+        ops.attention_colsum(case.q, case.k, lse, case.prefix_len, window=window, sink=2, **tree)
     q, k, v = (torch.randn(1, rows, 1, 64, generator=g).to(BF16) for rows in (5, 90, 90))
     start, end = intervals("random", 1, 5, 90, g)
     ops.interval_attention(q, k, v, start, end)

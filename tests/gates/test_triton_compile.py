@@ -62,6 +62,16 @@ def interval_attention(T, D, dtype=BF16):
     interval.interval_attention(q, k, k, at, at, 0.1, q, meta(2, T, 32, dtype=F32))
 
 
+def attention_colsum(T, D, dtype=BF16, page=0):
+    from ramify.kernels import colsum
+
+    B, Hkv, S = 2, 8, 8192
+    q, k = meta(B, T, 32, D, dtype=dtype), meta(B * S // page, page, Hkv, D, dtype=dtype) if page else meta(B, S, Hkv, D, dtype=dtype)
+    lengths, table, words = meta(B, dtype=I32), meta(B, S // page, dtype=I32) if page else None, meta(B, T, 1, dtype=I64) if page else None
+    lse, out = meta(B, T, 32, dtype=F32), meta(B, Hkv, S, dtype=F32)
+    colsum.attention_colsum(q, k, lse, lengths, words, table, 0.1, 1024 if page else 0, 4, lengths if page else None, out)
+
+
 def merge_states():
     from ramify.kernels import interval
 
@@ -90,6 +100,9 @@ def glue(name):
         "rms_norm": lambda: glue.rms_norm(x, meta(4096), None, x, None, 1e-6),
         "rms_norm residual": lambda: glue.rms_norm(x, meta(4096), x, x, x, 1e-6),
         "rope": lambda: glue.rope(meta(8, 32, 128), table, table, meta(8, dtype=I32), meta(8, 32, 128)),
+        "rope_append": lambda: glue.rope_append(
+            meta(8, 48 * 128), table, table, meta(8, dtype=I32), meta(8, dtype=I32), meta(8, 32, 128), *meta(2, 8192, 8, 128), None, x, 1e-6
+        ),
         "silu_mul": lambda: glue.silu_mul(meta(8, 28672), meta(8, 14336)),
         "embed": lambda: glue.embed(meta(8, dtype=I32), meta(128256, 4096), x),
     }[name]()
@@ -140,12 +153,17 @@ LOW_BIT = [("int4-g64", 1), ("int4-g128", 128), ("int4-g32", 16), ("int4-g32-zp"
 CASES = {
     **{name: (lambda name=name: glue(name), ("LDG.E.128",)) for name in ("rms_norm", "rms_norm residual", "silu_mul", "embed")},
     "rope": (lambda: glue("rope"), ()),
+    "rope_append": (lambda: glue("rope_append"), ()),
     **{name: (lambda name=name: verify(name), ("LDG.E.128",)) for name in ("row_stats", "topk_logits", "topk_logits 32")},
     "verify_greedy": (lambda: verify("verify_greedy"), ()),
     "kv_commit": (lambda: place(0), ()),
     "kv_commit paged": (lambda: place(64), ()),
     **{name: (lambda name=name: sample(name), ("LDG.E.128",)) for name in ("draw_rows", "judge", "residual_sample")},
     "merge_states": (merge_states, ()),
+    "attention_colsum T1 D128": (lambda: attention_colsum(1, 128), (MMA,)),
+    "attention_colsum T64 D256": (lambda: attention_colsum(64, 256), (MMA,)),
+    "attention_colsum T16 D96 f32": (lambda: attention_colsum(16, 96, F32), ()),
+    "attention_colsum T16 D64 f16 paged window": (lambda: attention_colsum(16, 64, F16, 64), (MMA,)),
     "interval_attention D128": (lambda: interval_attention(512, 128), (WIDE, "LDGSTS")),
     **{f"linear {form} M{M}": (lambda form=form, M=M: linear(form, M), ("HMMA", "LDGSTS")) for form, M in LOW_BIT},
     "linear int4-g64-zp M16 f16": (lambda: linear("int4-g64-zp", 16, F16), ("HMMA", "LDGSTS")),

@@ -355,7 +355,8 @@ def test_load_refuses_by_name(folders, tmp_path):
     for arguments, told in (
         ({"dtype": "fp8"}, 'dtype is "fp8"; takes bf16 or fp32.'),
         ({"dtype": None}, "dtype is None; takes bf16 or fp32."),
-        ({"device": "cuda"}, 'device is "cuda"; takes "cpu"'),
+        ({"device": "cuda:99"}, 'device is "cuda:99"; takes "cpu"'),
+        ({"device": "tpu"}, 'device is "tpu"; takes "cpu", "cuda" or'),
         ({"weights": "int5"}, 'weights is "int5"; takes int8, int4-g32'),
         ({"weights": 5}, "weights is 5; takes int8"),
         ({"head": True}, "head is True; takes int8"),

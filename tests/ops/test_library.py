@@ -19,11 +19,19 @@ rows, length = torch.randn(2, 3, 1, 4), torch.ones(2, dtype=I32)
 tokens, parents = torch.tensor([[1, 2, 3]], dtype=I32), torch.tensor([[-1, 0, 0]], dtype=I32)
 low_bit = QuantizedWeight(Format("int8"), torch.ones(5, 8, dtype=torch.int8), torch.ones(5, 1))
 stats = torch.zeros(3, dtype=I32), torch.zeros(3), torch.zeros(3)
+weights = torch.full((2, 5, 4), 3.0)
 start, end = torch.zeros(2, 5, dtype=I32), torch.full((2, 5), 4, dtype=I32)
 intervals = case.q, case.k[:, :4], case.v[:, :4], start, end
 verdict = torch.zeros(1, 3, dtype=I32), torch.zeros(1, dtype=I32), torch.zeros(1, dtype=I32)
 q = torch.rand(1, 3, 8)
 sampled = x[None], tokens, parents, length[:1] * 3, torch.ones(1), torch.ones(1, dtype=torch.int64), length[:1]
+
+
+qkv, slots = torch.randn(3, 16), torch.tensor([5, 0, 2], dtype=I32)
+
+
+def heads():
+    return torch.zeros(6, 1, 4), torch.zeros(6, 1, 4)
 
 
 def caches():
@@ -37,6 +45,10 @@ RAW = [
     ("tree_attention.out", (*case.tensors, None, 0.1, 0, 0, None), {"out": torch.zeros(2, 5, 4, 64), "lse_out": torch.zeros(2, 5, 4)}),
     ("interval_attention.default", (*intervals, 0.1), {}),
     ("interval_attention.out", (*intervals, 0.1), {"out": torch.zeros(2, 5, 4, 64), "lse_out": torch.zeros(2, 5, 4)}),
+    ("attention_colsum.default", (case.q, case.k, weights, case.prefix_len, case.ancestors, None, 0.1, 5, 2, None), {}),
+    ("attention_colsum.default", (paged.q, paged.k, weights[:, :3, :2], paged.prefix_len, None, paged.page_table, 0.1, 0, 0,
+                                  paged.tail_rows), {}),
+    ("attention_colsum.out", (case.q, case.k, weights, case.prefix_len, None, None, 0.1, 0, 0, None), {"out": torch.zeros(2, 2, 14)}),
     ("merge_states.default", (x, weight[:3], x, weight[3:6]), {}),
     ("merge_states.out", (x, weight[:3], x, weight[3:6]), {"out": torch.zeros(3, 8), "lse_out": torch.zeros(3)}),
     ("linear.default", (x, torch.randn(5, 8), torch.randn(5), "silu", torch.randn(3, 5)), {}),
@@ -52,6 +64,8 @@ RAW = [
     ("rms_norm.residual_out", (x, weight, x + 1, 1e-6), {"out": torch.zeros(3, 8), "residual_out": torch.zeros(3, 8)}),
     ("rope.default", (x.view(3, 1, 8), angles, angles, at), {}),
     ("rope.out", (x.view(3, 1, 8), angles, angles, at), {"out": torch.zeros(3, 1, 8)}),
+    ("rope_append.default", (qkv, angles[:, :2], angles[:, :2], at, slots, *heads(), weight[:4], weight[4:], 1e-6), {}),
+    ("rope_append.default", (qkv, angles[:, :1], angles[:, :1], at, slots - 1, *heads(), None, None, 1e-6), {}),
     ("silu_mul.default", (x,), {}),
     ("silu_mul.out", (x,), {"out": torch.zeros(3, 4)}),
     ("embed.default", (at, table, torch.bfloat16), {}),
@@ -286,15 +300,23 @@ def commit_both(path):
     return k + 1, v
 
 
+def turned(rows):
+    k, v = heads()
+    q = ops.rope_append(rows, angles[:, :2], angles[:, :2], at, slots - 1, k, v, k_norm=weight[:4])
+    return torch.cat([q[:, :1], k[slots.long()], v[slots.long() - 1]]) + 1
+
+
 # One public call each, as a user writes it, with a torch op on either side so that there is a graph to break.
 CALLS = {
     "tree_attention": lambda: ops.tree_attention(case.q * 2, *case.tensors[1:], window=5, sink=1, return_lse=True)[0] + 1,
     "interval_attention": lambda: ops.interval_attention(case.q * 2, *intervals[1:]) + 1,
+    "attention_colsum": lambda: ops.attention_colsum(case.q * 2, case.k, weights, case.prefix_len, window=5, sink=1) + 1,
     "merge_states": lambda: ops.merge_states(x * 2, weight[:3], x, weight[3:6])[0] + 1,
     "linear": lambda: ops.linear(x * 2, torch.ones(5, 8), activation="silu", out=torch.zeros(3, 5)) + 1,
     "linear.low_bit": lambda: ops.linear(x * 2, low_bit, activation="silu", activations="int8-group") + 1,
     "rms_norm": lambda: ops.rms_norm(x * 2, weight, x)[1] + 1,
     "rope": lambda: ops.rope(x.view(3, 1, 8) * 2, angles, angles, at) + 1,
+    "rope_append": lambda: turned(qkv * 2),
     "silu_mul": lambda: ops.silu_mul(x * 2) + 1,
     "embed": lambda: ops.embed(at + 1, table, dtype=torch.bfloat16) + 1,
     "row_stats": lambda: ops.row_stats(x * 2).lse + 1,
@@ -348,6 +370,20 @@ def test_fake_on_a_device_that_is_not_here():
         assert (lse.shape, lse.dtype, lse.device.type) == ((2, 5, 4), torch.float32, "cuda")
         assert ops.row_stats(cuda(3, 9)).argmax.dtype == I32
         assert ops.linear(q, cuda(7, 64)).shape == (2, 5, 4, 7)
+
+
+def test_rope_append_reads_its_rows_before_it_writes():
+    """Rows that lie in the cache they go to; and a result that is asked for a gradient says that there is none."""
+    store = torch.randn(6, 1, 4)
+    rows = store[1:5].view(1, 16)
+    apart, want_v = (store.clone(), torch.zeros(6, 1, 4)), torch.zeros(6, 1, 4)
+    want = ops.rope_append(rows.clone(), angles[:, :2], angles[:, :2], at[:1], slots[2:], apart[0], want_v)
+    got_v = torch.zeros(6, 1, 4)
+    assert torch.equal(ops.rope_append(rows, angles[:, :2], angles[:, :2], at[:1], slots[2:], store, got_v), want)
+    assert torch.equal(store, apart[0]) and torch.equal(got_v, want_v)
+    q = ops.rope_append(qkv.clone().requires_grad_(), angles[:, :2], angles[:, :2], at, slots, *heads())
+    with pytest.raises(NotImplementedError, match="^rope_append: backward is not built"):
+        q.sum().backward()
 
 
 def test_out_is_what_comes_back():

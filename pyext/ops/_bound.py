@@ -1,0 +1,130 @@
+"""Ops over fixed tensors, for a step that is recorded once and replayed: checked here, bound to their kernels, never checked again.
+
+Each function takes its outputs last, but for those that write in place, and returns a `Bound`. No call of a Bound reads what its tensors
+hold, so a list of them can become a CUDA graph; ASKING are the ops whose references do.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ramify.ops import attention, glue, kv, sample, verify
+from ramify.ops._library import Bound
+from ramify.ops.linear import _low_bit
+from ramify.quant.packing import packed
+from ramify.quant.weight import QuantizedWeight
+
+ASKING = ("rope_append", "tree_attention")
+
+
+def embed(ids: Tensor, table: Tensor, out: Tensor) -> Bound:
+    """ops.embed in out's dtype."""
+    return glue._embed.bind((out,), ids, table, out.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Bound:
+    """ops.rms_norm."""
+    return glue._rms_norm.bind((out,), x, weight, eps)
+
+
+def silu_mul(x: Tensor, out: Tensor) -> Bound:
+    """ops.silu_mul."""
+    return glue._silu_mul.bind((out,), x)
+
+
+def rope_append(
+    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
+) -> Bound:  # fmt: skip
+    """ops.rope_append, its queries into q. Rows of padding may share a slot that nobody reads."""
+    return glue._rope_append.bind(qkv, cos, sin, positions, slots, k, v, q_norm, k_norm, eps, out=q)
+
+
+def tree_attention(
+    q: Tensor, k: Tensor, v: Tensor, tail_k: Tensor, tail_v: Tensor, ancestors: Tensor, prefix_len: Tensor, page_table: Tensor,
+    window: int, tail_rows: Tensor, out: Tensor, lse: Tensor,
+) -> Bound:  # fmt: skip
+    """ops.tree_attention over pages, with the usual scale and no sink."""
+    scale = q.shape[3] ** -0.5
+    return attention._tree_attention.bind(
+        (out, lse), q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, 0, tail_rows
+    )
+
+
+def row_stats(logits: Tensor, argmax: Tensor, lse: Tensor, top: Tensor) -> Bound:
+    """ops.row_stats."""
+    return verify._row_stats.bind((argmax, lse, top), logits)
+
+
+def topk_logits(logits: Tensor, values: Tensor, ids: Tensor) -> Bound:
+    """ops.topk_logits, k as wide as its outputs."""
+    return verify._topk_logits.bind((values, ids), logits, ids.shape[1])
+
+
+def draw(logits: Tensor, ones: Tensor, minus: Tensor, temperature: Tensor, seed: Tensor, index: Tensor, drawn: Tensor) -> Bound:
+    """A token from softmax(logits / temperature) of every row: verify_sample over trees of one row, whose bonus it is.
+
+    logits [R, V]; ones and minus int32 [R, 1] hold 1 and -1; temperature float32, seed and index int64 and drawn int32 [R].
+    """
+    path, count = torch.empty_like(ones), torch.empty_like(drawn)
+    inputs = logits[:, None], ones, minus, ones[:, 0], temperature, seed, index, None, "det"
+    return sample._verify_sample.bind((path, count, drawn), *inputs)
+
+
+def linear_low_bit(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> Bound:
+    """ops.linear over a low-bit weight that takes x as it is."""
+    panels = packed(weight) if x.device.type == "cpu" else None
+    tensors = weight.codes, weight.scale, weight.zero, weight.perm, panels
+    return _low_bit.bind((out,), x, *tensors, weight.format.name, bias, None, residual, "exact")
+
+
+def kv_moves(draft_k: Tensor, draft_v: Tensor, k: Tensor, v: Tensor, source: Tensor, target: Tensor, count: Tensor) -> Bound:
+    """Copy slot source[i] of the drafts to slot target[i] of the caches, all layers at once, for every i with count[i] = 1, not 0.
+
+    draft_k, draft_v [L, drafts, Hkv, D]; k, v [L, slots, Hkv, D]; source, target, count int32 [n]. It is kv_commit of n sequences of one
+    row each over one tail and one cache. The reference makes every move, so entries whose count is 0 must name slots that hold nothing.
+    """
+    n = len(source)
+    stacked = [x[:, None].expand(-1, n, -1, -1, -1) for x in (draft_k, draft_v, k, v)]
+    bound = kv._kv_commit.bind(*stacked, source[:, None], count, target, None)
+    if bound.backend != "reference":
+        return bound
+    return Bound("kv_commit", "reference", partial(_move, draft_k, draft_v, k, v, source, target))
+
+
+def _move(draft_k: Tensor, draft_v: Tensor, k: Tensor, v: Tensor, source: Tensor, target: Tensor) -> None:
+    for draft, cache in ((draft_k, k), (draft_v, v)):
+        cache[:, target.long()] = draft[:, source.long()].to(cache.dtype)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, add: bool) -> Bound:
+    """x W^T + bias into out, or added to what it holds: a dense linear by torch, which on a GPU is cuBLAS. float32 sums, rounded once.
+
+    out may be float32 where x and weight are narrower: then nothing is rounded. x [M, K], weight [N, K], bias [N], out [M, N].
+    """
+    turned = weight.t()
+    call: Callable[[], Any]
+    if out.dtype != x.dtype:
+        call = partial(_wide_product, x, turned, out)
+    elif add:
+        call = partial(out.addmm_, x, turned)
+    elif bias is not None:
+        return Bound("linear", "torch", partial(torch.addmm, bias, x, turned, out=out))
+    else:
+        call = partial(torch.mm, x, turned, out=out)
+    return Bound("linear", "torch", call if bias is None else partial(_then_add, call, out, bias))
+
+
+def _wide_product(x: Tensor, turned: Tensor, out: Tensor) -> None:
+    if x.device.type == "cuda":
+        torch.ops.aten.mm.dtype_out(x, turned, out.dtype, out=out)
+    else:
+        torch.mm(x.to(out.dtype), turned.to(out.dtype), out=out)
+
+
+def _then_add(call: Callable[[], Any], out: Tensor, bias: Tensor) -> None:
+    call()
+    out.add_(bias)

@@ -1,0 +1,130 @@
+"""attention_colsum: how much attention each slot of a cache received, for policies that decide which slots to keep."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ramify import reference
+from ramify.backends import native
+from ramify.checks import INT64_MAX, number, whole
+from ramify.ops import _cuda, _native
+from ramify.ops._checks import FLOATS, INT32, INT64, Results, Shapes, tensor
+from ramify.ops._library import Op
+
+
+def attention_colsum(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    prefix_len: Tensor,
+    *,
+    ancestors: Tensor | None = None,
+    page_table: Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    sink: int | None = None,
+    tail_rows: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Attention that each committed slot received: exp(scale * q k - lse), summed over rows and the query heads of a group.
+
+    q [B, T, Hq, D], k [B, S, Hkv, D] (or pages with page_table int32 [B, P]), prefix_len int32 [B], scale, window, sink and tail_rows as
+    for tree_attention; lse float32 [B, T, Hq] as it returns it with return_lse. Values are not read. With a window, ancestors int64
+    [B, T, W] give the rows' positions; without them row t stands t behind the prefix, as in a chain. A slot that a row does not see
+    gets nothing from it; a row whose lse is -inf gives nothing; a score or lse that is NaN or beyond float32 makes the slots that the
+    row sees NaN.
+
+    Returns float32 [B, Hkv, S], or [B, Hkv, P * page]: 0 for slots that nobody sees, whatever they hold. With the shares of the rows' own
+    tails the slots of a head sum to the number of its rows. Rows are added in one fixed order. Raises ValueError for shapes and values,
+    TypeError for dtypes. Source: the accumulated scores of H2O (arXiv 2306.14048) and SnapKV (arXiv 2404.14469).
+    """
+    tensor("attention_colsum", "q", q)
+    D = math.prod(q.shape[-1:]) or 1  # no D, or one of 0, is for the check to refuse
+    scale = 1 / math.sqrt(D) if scale is None else float(number("scale", scale, "attention_colsum"))
+    window = 0 if window is None else whole("window", window, 1, "attention_colsum", INT64_MAX)
+    sink = 0 if sink is None else whole("sink", sink, 0, "attention_colsum", INT64_MAX)
+    return _attention_colsum(q, k, lse, prefix_len, ancestors, page_table, scale, window, sink, tail_rows, out=out)
+
+
+def _check(
+    q: Tensor, k: Tensor, lse: Tensor, prefix_len: Tensor, ancestors: Tensor | None, page_table: Tensor | None, scale: float, window: int,
+    sink: int, tail_rows: Tensor | None,
+) -> Results:  # fmt: skip
+    check = Shapes("attention_colsum")
+    check("q", q, "B T Hq D", FLOATS)
+    check("k", k, "B S Hkv D" if page_table is None else "pages page Hkv D", FLOATS)
+    check("lse", lse, "B T Hq", (torch.float32,))
+    check("prefix_len", prefix_len, "B", INT32)
+    if ancestors is not None:
+        check("ancestors", ancestors, "B T W", INT64)
+        if 64 * ancestors.shape[2] < q.shape[1]:
+            raise check.fail(f"ancestors has {ancestors.shape[2]} words a row", f"{-(-q.shape[1] // 64)} for {q.shape[1]} rows")
+    if page_table is not None:
+        check("page_table", page_table, "B P", INT32)
+    if tail_rows is not None:
+        check("tail_rows", tail_rows, "B", INT32)
+    (B, _, Hq, _), Hkv = q.shape, k.shape[2]
+    if Hq % Hkv:
+        raise ValueError(
+            f"attention_colsum: q has {Hq} heads and k has {Hkv}; q heads must be a multiple of k heads. "
+            "Axes are q [B, T, Hq, D], k [B, S, Hkv, D]."
+        )
+    if not math.isfinite(scale):
+        raise check.fail(f"scale is {scale}", "a finite number")
+    for name, value in (("window", window), ("sink", sink)):
+        if value < 0:
+            raise check.fail(f"{name} is {value}", "0 or more")
+    return (((B, Hkv, _slots(k, page_table)), torch.float32),)
+
+
+def _slots(k: Tensor, page_table: Tensor | None) -> int:
+    return k.shape[1] * (1 if page_table is None else page_table.shape[1])
+
+
+def _check_values(
+    q: Tensor, k: Tensor, lse: Tensor, prefix_len: Tensor, ancestors: Tensor | None, page_table: Tensor | None, scale: float, window: int,
+    sink: int, tail_rows: Tensor | None,
+) -> None:  # fmt: skip
+    """Lengths fit their tensors, pages exist, and ancestors are words of a tree."""
+    for name, lengths, most in (("prefix_len", prefix_len, _slots(k, page_table)), ("tail_rows", tail_rows, q.shape[1])):
+        for b, n in enumerate([] if lengths is None else lengths.tolist()):
+            if not 0 <= n <= most:
+                raise ValueError(f"attention_colsum: {name}[{b}] is {n}; takes 0 to {most}.")
+    for b, n in enumerate([] if page_table is None else prefix_len.tolist()):
+        pages = page_table[b, : -(-n // k.shape[1])]  # type: ignore[index]
+        if n and not (0 <= int(pages.min()) and int(pages.max()) < k.shape[0]):
+            raise ValueError(f"attention_colsum: page_table[{b}] names a page that k lacks; takes 0 to {k.shape[0] - 1}.")
+    if ancestors is not None and window:
+        row = native().check_words(ancestors.contiguous(), tail_rows)
+        if row >= 0:
+            b, i = divmod(row, q.shape[1])
+            raise ValueError(
+                f"attention_colsum: ancestors[{b}, {i}] lacks the row's own bit or has one of a later row; takes the words that "
+                "tree_attention takes."
+            )
+
+
+def _reference(q: Tensor, k: Tensor, lse: Tensor, prefix_len: Tensor, *rest: Any) -> tuple[Tensor]:
+    ancestors, page_table, scale, window, sink, tail_rows = rest
+    got = reference.attention_colsum(
+        q, k, lse, prefix_len, ancestors=ancestors, page_table=page_table, scale=scale, window=window or None, sink=sink,
+        tail_rows=tail_rows,
+    )  # fmt: skip
+    return (got,)
+
+
+_attention_colsum = Op(
+    "attention_colsum",
+    "Tensor q, Tensor k, Tensor lse, Tensor prefix_len, Tensor? ancestors, Tensor? page_table, float scale, int window, int sink, "
+    "Tensor? tail_rows",
+    ["out"],
+    check=_check,
+    sizes=lambda q, k, *_: {"dtype": q.dtype, "D": q.shape[3], "kv": k.dtype},
+    reference=_reference,
+    cpu=_native.attention_colsum,
+    cuda=_cuda.attention_colsum,
+    triton="attention_colsum",
+    values=_check_values,
+)
