@@ -133,6 +133,8 @@ RT_FN void produce(const AttentionArgs& a, Barriers& bars, unsigned char* ring) 
       turn.next();
     }
   }
+  rt::cp_commit();
+  rt::cp_wait<0>();  // no thread ends before what it copies has landed
 }
 
 // The queries of an item, as a tile: a packed row is a row of it. Called by 128 threads, of which this is the one of number `thread`.

@@ -117,6 +117,18 @@ def test_any_interval(place, kernel, kind, B, T, S, group, D, dtype):
     spans.check(place, [padded(q), aligned(k), aligned(v), start, end])
 
 
+def test_row_blocks_far_apart(place, kernel):
+    """The second 64 rows see slots before those of the first: tiles that a pair of row blocks shares begin where the later one does."""
+    g, T, S = torch.Generator().manual_seed(1), 100, 400
+    q, k, v = (torch.randn(1, n, 1, 64, generator=g).to(BF16) for n in (T, S, S))
+    start = (S - 20 - 3 * torch.arange(T)).clamp(0)[None].int()
+    end = start + 20
+    unseen = unseen_slots(start, end, S)
+    k[unseen], v[unseen] = torch.nan, torch.nan
+    spans.check(place, [q, aligned(k), aligned(v), start, end])
+    spans.check(place, [q, aligned(k.flip(1)), aligned(v.flip(1)), (S - end).int(), (S - start).int()])
+
+
 @pytest.mark.parametrize(("window", "sink"), [(1, None), (3, 2), (100, 4), (600, 70)])
 @pytest.mark.parametrize("page", [None, 16])
 def test_window(place, kernel, window, sink, page):
