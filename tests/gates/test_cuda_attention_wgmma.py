@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import ramify
 from ramify import native_cuda, ops, reference
 from ramify.ops import _cuda
 from ramify.testing.tensors import TREES, attention_case, intervals, padded, poisoned, unseen_slots
@@ -218,6 +219,11 @@ def test_which_kernel_a_device_takes(emulated):
     assert [taken(9, T, D=256) for T in (4, 5)] == [_cuda.COLUMNS, _cuda.ROWS]
     assert [taken(major, 4) for major in (8, 10, 12)] == [_cuda.MMA] * 3 and taken(9, 4, stride=63) == _cuda.MMA
     assert taken(9, 4, variant=_cuda.MMA) == _cuda.MMA and taken(8, 4, variant=_cuda.ROWS) == _cuda.ROWS
+
+
+def test_explain_names_the_choice(place):
+    with place.running():
+        assert "wgmma on sm_90" in ramify.explain("tree_attention", dtype=BF16, device=place.device, D=64).why
 
 
 def test_refused_where_it_does_not_fit(place, kernel):
