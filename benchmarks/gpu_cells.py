@@ -16,7 +16,6 @@ from benchmarks import tree_attention as tree
 from benchmarks.peers import gpu_attention as peers
 from benchmarks.registry import Case, Provider
 from ramify import backends, ops, reference
-from ramify.ops import _cuda
 from ramify.testing.tensors import random_tree
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -239,26 +238,13 @@ COMPILED = ("row_stats", "rms_norm", "silu_mul", "rope")
 """Ops for which torch.compile makes a kernel of its own."""
 
 
-def _by_mma(call: Callable[..., Any]) -> Callable[..., Any]:
-    """The same call on the attention kernel of chips without wgmma."""
-
-    def run(*args: Any) -> Any:
-        before, _cuda.VARIANT = _cuda.VARIANT, _cuda.MMA
-        try:
-            return call(*args)
-        finally:
-            _cuda.VARIANT = before
-
-    return run
-
-
 def ways(op: str, device: str) -> list[Provider]:
     """Who computes an op."""
     call, prepare = CALLS[op]
     kernels = {row.backend for row in backends.TABLE if row.op == op} | {"cpu"}  # without one, plain torch would run under its name
     found = [Provider(f"ramify {name}", call, backend=name, prepare=prepare) for name in OURS[device] if name in kernels]
     if op.endswith("_attention") and device == "cuda" and torch.cuda.get_device_capability() == (9, 0):
-        found.insert(1, Provider("ramify cuda, mma.sync", _by_mma(call), backend="cuda", prepare=prepare))  # else it is by wgmma
+        found.insert(1, Provider("ramify cuda, mma.sync", peers.by_mma(call), backend="cuda", prepare=prepare))  # else it is by wgmma
     if op in TORCH:
         plain, prepared = TORCH[op]
         found.append(Provider("torch", plain, baseline=True, prepare=prepared))
