@@ -125,8 +125,8 @@ RT_FN void produce(const AttentionArgs& a, Barriers& bars, unsigned char* ring) 
           const auto k = __shfl_sync(rt::kAll, from_k[share], row), v = __shfl_sync(rt::kAll, from_v[share], row);
           const bool has = k && piece * 8 < a.D;
           const unsigned to = piece / 8 * kPanel + rt::swizzled((first + 32 * share + row) * 128 + piece % 8 * 16);
-          rt::cp16(keys + to, has ? reinterpret_cast<const T*>(k) + piece * 8 : static_cast<const T*>(a.q), has ? 16 : 0);
-          rt::cp16(keys + S::Panels * kPanel + to, has ? reinterpret_cast<const T*>(v) + piece * 8 : static_cast<const T*>(a.q),
+          rt::cp16(keys + to, has ? reinterpret_cast<const T*>(k) + piece * 8 : static_cast<const T*>(a.k), has ? 16 : 0);
+          rt::cp16(keys + S::Panels * kPanel + to, has ? reinterpret_cast<const T*>(v) + piece * 8 : static_cast<const T*>(a.k),
                    has ? 16 : 0);
         }
       rt::mbar_arrive_copies(&bars.full[turn.stage]);
