@@ -243,6 +243,8 @@ def ways(op: str, device: str) -> list[Provider]:
     call, prepare = CALLS[op]
     kernels = {row.backend for row in backends.TABLE if row.op == op} | {"cpu"}  # without one, plain torch would run under its name
     found = [Provider(f"ramify {name}", call, backend=name, prepare=prepare) for name in OURS[device] if name in kernels]
+    if op.endswith("_attention") and device == "cuda" and torch.cuda.get_device_capability() == (9, 0):
+        found.insert(1, Provider("ramify cuda, mma.sync", peers.by_mma(call), backend="cuda", prepare=prepare))  # else it is by wgmma
     if op in TORCH:
         plain, prepared = TORCH[op]
         found.append(Provider("torch", plain, baseline=True, prepare=prepared))

@@ -4,11 +4,14 @@ FlashInfer takes a tree as a bit mask: over all keys in its prefill kernels, ove
 takes part with single rows, which are plain decoding.
 """
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ramify.ops import _cuda
 
 PAGE, XQA_PAGE, WORKSPACE = 16, 64, 128 << 20
 
@@ -98,3 +101,16 @@ def flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     out = flash_attn_func(q, k, v, causal=True)
     return out[0] if isinstance(out, tuple) else out
+
+
+def by_mma(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The same call on the attention kernel of chips without wgmma."""
+
+    def run(*args: Any) -> Any:
+        before, _cuda.VARIANT = _cuda.VARIANT, _cuda.MMA
+        try:
+            return call(*args)
+        finally:
+            _cuda.VARIANT = before
+
+    return run

@@ -2,14 +2,12 @@
 // parts and masks as attention.cu, and the same rule for weights.
 // Status: compiled and emulated, not yet run on hardware.
 //
-// Kernels  columns (attention_columns.cuh): up to 64 packed rows T * Hq/Hkv a block, 16 or 64 columns of wgmma; one warpgroup.
-//          rows (attention_rows.cuh): more rows; two warpgroups of 64 rows share every tile. One warp fills the ring of the former, two
-//          that of the latter.
-// Takes    bf16 and f16, head sizes 64, 96, 128 and 256, rows of keys and values at multiples of 16 bytes; everything else is
-// attention.cu's. Bits     as attention.cu: chunks end at multiples of `chunk` slots, weights are 2^(s - m) with an integral m that a row's
-// own scores
-//          move, so scaling is exact; the same bits for any grid. Products add in the order of the chip, which wgmma does not tell.
-// Traffic  as attention.cu for 64 rows a block; half of it for rows. Stages are 16 KiB at D 64, 32 at 96 and 128, 64 at 256.
+// Kernels  columns (attention_columns.cuh): up to 64 packed rows T * Hq/Hkv a block, as 16 or 64 columns of wgmma; one warpgroup, and a
+//          warp that fills its ring. rows (attention_rows.cuh): more rows; two warpgroups of 64 rows share every tile, two warps copy.
+// Takes    bf16 and f16, head sizes 64, 96, 128 and 256, keys and values at multiples of 16 bytes; attention.cu takes the rest.
+// Bits     as attention.cu: chunks end at multiples of `chunk` slots, weights are 2^(s - m) with an integral m that only a row's own
+//          scores move, so scaling is exact; the same bits for any grid. The order in which wgmma adds is the chip's own.
+// Traffic  as attention.cu for 64 rows a block, half of it for rows. A stage is 16 KiB at D 64, 32 at 96 and 128, 64 at 256.
 #include "cuda/attention_columns.cuh"
 #include "cuda/attention_rows.cuh"
 
@@ -46,10 +44,10 @@ __global__ void __launch_bounds__(384, 1) rows_kernel(const AttentionArgs a) {
   unsigned char *const ring = rt::tile_memory(memory), *const queries = ring + S::Stages * S::kStage;
   init_barriers<S>(bars[0]);
   if (threadIdx.x >= 128 * S::Groups) {
-    rt::registers_down<56>();
+    rt::registers_down<72>();
     if (threadIdx.x < 128 * S::Groups + 32 * S::Producers) produce<S>(a, bars[0], ring);
   } else {
-    rt::registers_up<224>();
+    rt::registers_up<216>();
     consume_rows<S>(a, bars[0], ring, queries + threadIdx.x / 128 * S::kQueries);
   }
 #else
