@@ -100,7 +100,8 @@ AttentionArgs = _struct(
     "lse:p lse_stride_b:i lse_stride_t:i scale:d window:i sink:i prefix_len:p tail_rows:p ancestors:p words:i start:p end:p "
     "k:p v:p k_stride_b:i k_stride_s:i k_stride_h:i v_stride_b:i v_stride_s:i v_stride_h:i "
     "page_table:p table_stride:i table_width:i page:i pages:i tail_k:p tail_v:p "
-    "tail_k_stride_b:i tail_k_stride_t:i tail_k_stride_h:i tail_v_stride_b:i tail_v_stride_t:i tail_v_stride_h:i chunk:i scratch:p variant:i",
+    "tail_k_stride_b:i tail_k_stride_t:i tail_k_stride_h:i tail_v_stride_b:i tail_v_stride_t:i tail_v_stride_h:i chunk:i scratch:p "
+    "variant:i",
 )
 ColsumArgs = _struct(
     "ColsumArgs",
@@ -109,6 +110,7 @@ ColsumArgs = _struct(
     "table_stride:i table_width:i page:i pages:i lse:p lse_stride_b:i lse_stride_t:i prefix_len:p tail_rows:p ancestors:p words:i "
     "scale:d window:i sink:i out:p out_stride_b:i out_stride_h:i",
 )
+MmaArgs = _struct("MmaArgs", 14, "type:i a:p b:p c:p d:p")
 
 STRUCTS = (
     FillArgs,
@@ -125,6 +127,7 @@ STRUCTS = (
     ResidualSampleArgs,
     AttentionArgs,
     ColsumArgs,
+    MmaArgs,
 )
 
 _stand_in: Library | None = None

@@ -11,6 +11,7 @@
 namespace emulate {
 
 Schedule schedule;
+int sums = kInOrder;
 
 namespace {
 cudaError_t last_error = cudaSuccess;
@@ -51,6 +52,9 @@ __attribute__((visibility("default"))) void ramify_emulate(int order, uint64_t s
 // The thread sanitizer forgets what more than some 250 threads did. Coarse, it takes a block for one thread: races between the
 // blocks of a launch show however large they are, those inside a block do not.
 __attribute__((visibility("default"))) void ramify_emulate_coarse(int coarse) { emulate::schedule.coarse = coarse != 0; }
+
+// How mma adds: one of emulate::Sums.
+__attribute__((visibility("default"))) void ramify_emulate_sums(int rule) { emulate::sums = rule; }
 
 cudaError_t CUDARTAPI cudaGetLastError() {
   const cudaError_t error = emulate::last_error;

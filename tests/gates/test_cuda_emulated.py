@@ -8,6 +8,7 @@ import ctypes
 import pytest
 import torch
 
+import ramify
 from ramify import native_cuda, ops, reference
 from ramify.ops import _cuda
 from ramify.testing.tensors import TREES, attention_case, intervals, padded, poisoned, random_tree, sample_case
@@ -343,6 +344,8 @@ def calls():
         case.tail_k = case.tail_k.contiguous() if page else case.tail_k
         window = None if page else 300
         _, lse = ops.tree_attention(*case.tensors, **case.options, window=window, sink=2, return_lse=True)
+        with ramify.row_invariant(True):
+            ops.tree_attention(*case.tensors, **case.options, window=window, sink=2)
         tree = {"ancestors": case.ancestors, "page_table": case.page_table}
         ops.attention_colsum(case.q, case.k, lse, case.prefix_len, window=window, sink=2, **tree)
     q, k, v = (torch.randn(1, rows, 1, 64, generator=g).to(BF16) for rows in (5, 90, 90))
