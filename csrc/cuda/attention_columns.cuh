@@ -21,6 +21,8 @@ struct Columns {
 struct ColumnsShared {
   float m[64];        // the rows' references
   uint64_t seen[64];  // which keys of the tile a row sees
+  float sum[64];      // of a row's weights; and where its result goes, or 0
+  uint64_t place[64];
   float part[4][64];  // of each warp
 };
 
@@ -107,15 +109,6 @@ RT_FN void take_tile(const AttentionArgs& a, const Item& it, const Tiling& tiles
                      const unsigned char* queries, const unsigned char* keys, unsigned char* weights, int barrier) {
   using T = typename S::Type;
   const int thread = threadIdx.x % 128, key = thread / 32 * 16 + thread % 32 / 4;
-  float s[S::Rows / 2];
-  rt::wgmma_fence(s);
-#pragma unroll
-  for (int step = 0; step < 4 * S::Panels; ++step) {
-    const int panel = step / 4, k = step % 4 * 32;
-    rt::wgmma<T, 0, 0>(s, rt::descriptor(keys + panel * kPanel + k, 0, 1024), rt::descriptor(queries + panel * S::Rows * 128 + k, 0, 1024),
-                       step > 0);
-  }
-  rt::wgmma_commit();
   uint32_t seen = ~0u;
   if (partly_seen(a, tiles, tile)) {
     if (thread < S::Rows) shared.seen[thread] = visible(a, it, tiles, tile, thread);
@@ -127,6 +120,15 @@ RT_FN void take_tile(const AttentionArgs& a, const Item& it, const Tiling& tiles
       seen |= uint32_t(word & 1) << (2 * c) | uint32_t(word >> 8 & 1) << (2 * c + 1);
     }
   }
+  float s[S::Rows / 2];
+  rt::wgmma_fence(s);
+#pragma unroll
+  for (int step = 0; step < 4 * S::Panels; ++step) {
+    const int panel = step / 4, k = step % 4 * 32;
+    rt::wgmma<T, 0, 0>(s, rt::descriptor(keys + panel * kPanel + k, 0, 1024), rt::descriptor(queries + panel * S::Rows * 128 + k, 0, 1024),
+                       step > 0);
+  }
+  rt::wgmma_commit();
   rt::wgmma_wait<0>(s);
   const float scale = float(a.scale) * kLog2e;
 #pragma unroll
@@ -159,45 +161,51 @@ RT_FN void finish_columns(const AttentionArgs& a, const Item& it, Columns<S>& ow
     if (lane < 4) shared.part[warp][column(c)] = l;
   }
   rt::bar_sync(barrier, 128);
+  const bool whole = it.chunks == 1;
+  if (thread < S::Rows) {
+    const int r = thread;
+    const float l = it.live(r) ? shared.part[0][r] + shared.part[1][r] + shared.part[2][r] + shared.part[3][r] : 0.f;
+    const float m = l != 0 ? shared.m[r] : kNothing;
+    shared.sum[r] = l, shared.place[r] = 0;
+    if (r < it.rows && whole) {
+      shared.place[r] = reinterpret_cast<uintptr_t>(output<T>(a, it, r));
+      *lse_at(a, it, r) = l != 0 ? (m + log2f(l)) * kLn2 : -INFINITY;
+    } else if (r < it.rows) {
+      float* const part = part_at(a, it, it.chunk) + r * (a.D + 2);
+      shared.place[r] = reinterpret_cast<uintptr_t>(part);
+      part[a.D] = m, part[a.D + 1] = l;
+    }
+  }
+  rt::bar_sync(barrier, 128);
 #pragma unroll
   for (int c = 0; c < S::Rows / 4; ++c) {
     const int r = column(c);
-    if (r >= it.rows) continue;
-    const float l = it.live(r) ? shared.part[0][r] + shared.part[1][r] + shared.part[2][r] + shared.part[3][r] : 0.f;
-    const bool seen = l != 0, whole = it.chunks == 1;
-    const float share = seen ? 1.f / l : 0.f;
-    T* const out = output<T>(a, it, r);
-    float* const part = part_at(a, it, it.chunk) + r * (a.D + 2);
+    const float l = shared.sum[r], share = l != 0 ? 1.f / l : 0.f;
+    const uint64_t place = shared.place[r];
 #pragma unroll
     for (int p = 0; p < S::Panels; ++p)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int d = p * 64 + first + 8 * i;
-        const float o = seen ? own.o[p][c / 2 * 4 + 2 * i + c % 2] : 0.f;
-        if (d >= a.D) continue;
+        const float o = l != 0 ? own.o[p][c / 2 * 4 + 2 * i + c % 2] : 0.f;
+        if (!place || d >= a.D) continue;
         if (whole)
-          out[d] = from_float<T>(o * share);
+          reinterpret_cast<T*>(place)[d] = from_float<T>(o * share);
         else
-          part[d] = o;
+          reinterpret_cast<float*>(place)[d] = o;
       }
-    if (first) continue;
-    if (whole)
-      *lse_at(a, it, r) = seen ? (shared.m[r] + log2f(l)) * kLn2 : -INFINITY;
-    else
-      part[a.D] = seen ? shared.m[r] : kNothing, part[a.D + 1] = l;
   }
 }
 
-// One group of a block: all of its places.
+// One group of a block: all of its items.
 template <class S>
 RT_FN void consume_columns(const AttentionArgs& a, Barriers& bars, const unsigned char* ring, unsigned char* queries,
                            unsigned char* weights, ColumnsShared& shared) {
   constexpr int barrier = 1;  // of the consumers
   Turn<S::Stages> turn;
-  Place p;
-  for (int64_t index = blockIdx.x; place_at<S::Groups>(a, index, p); index += gridDim.x) {
-    const Item it = member<S::Groups>(a, p, 0);
-    const Tiling tiles = tiles_of<S::Groups>(a, p);
+  Item it;
+  for (int64_t index = blockIdx.x; group_at<S::Groups>(a, index, it); index += gridDim.x) {
+    const Tiling tiles = tiles_of<S::Groups>(a, it);
     Columns<S> own;
 #pragma unroll
     for (int c = 0; c < S::Rows / 4; ++c) own.l[c] = 0;
@@ -205,7 +213,7 @@ RT_FN void consume_columns(const AttentionArgs& a, Barriers& bars, const unsigne
     for (int q = 0; q < S::Panels; ++q)
 #pragma unroll
       for (int n = 0; n < S::Rows / 2; ++n) own.o[q][n] = 0;
-    rt::bar_sync(barrier, 128);  // the place before is done with shared memory
+    rt::bar_sync(barrier, 128);  // the item before is done with shared memory
     load_queries<S>(a, it, queries, threadIdx.x % 128);
     if (threadIdx.x < 64) shared.m[threadIdx.x] = kNothing;
     rt::fence_async();

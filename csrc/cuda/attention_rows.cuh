@@ -60,6 +60,11 @@ RT_FN void take_tile_rows(const AttentionArgs& a, const Item& it, const Tiling& 
                           const unsigned char* queries, const unsigned char* keys) {
   using T = typename S::Type;
   const int first = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+  uint64_t seen[2] = {~uint64_t(0), ~uint64_t(0)};
+  if (partly_seen(a, tiles, tile)) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) seen[i] = visible(a, it, tiles, tile, first + 8 * i);
+  }
   float s[32];
   rt::wgmma_fence(s);
 #pragma unroll
@@ -68,11 +73,6 @@ RT_FN void take_tile_rows(const AttentionArgs& a, const Item& it, const Tiling& 
     rt::wgmma<T, 0, 0>(s, rt::descriptor(queries + at, 0, 1024), rt::descriptor(keys + at, 0, 1024), step > 0);
   }
   rt::wgmma_commit();
-  uint64_t seen[2] = {~uint64_t(0), ~uint64_t(0)};
-  if (partly_seen(a, tiles, tile)) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) seen[i] = visible(a, it, tiles, tile, first + 8 * i);
-  }
   rt::wgmma_wait<0>(s);
   const float scale = float(a.scale) * kLog2e;
 #pragma unroll
@@ -123,20 +123,20 @@ RT_FN void finish_rows(const AttentionArgs& a, const Item& it, RowShare<S>& own)
   }
 }
 
-// One group of a block: all of its places. Tiles that none of its rows see cost it nothing but the hand-over.
+// One group of a block: all of its items. Tiles that none of its rows see cost it nothing but the hand-over.
 template <class S>
 RT_FN void consume_rows(const AttentionArgs& a, Barriers& bars, const unsigned char* ring, unsigned char* queries) {
   const int group = threadIdx.x / 128, barrier = 1 + group;
   Turn<S::Stages> turn;
-  Place p;
-  for (int64_t index = blockIdx.x; place_at<S::Groups>(a, index, p); index += gridDim.x) {
-    const Item it = member<S::Groups>(a, p, group);
-    const Tiling tiles = tiles_of<S::Groups>(a, p);
+  Item it;
+  for (int64_t index = blockIdx.x; group_at<S::Groups>(a, index, it); index += gridDim.x) {
+    const Tiling tiles = tiles_of<S::Groups>(a, it);
+    it = beside(a, it, group);
     RowShare<S> own;
     own.m[0] = own.m[1] = kNothing, own.l[0] = own.l[1] = 0;
 #pragma unroll
     for (int n = 0; n < 32 * S::Panels; ++n) own.o[n] = 0;
-    rt::bar_sync(barrier, 128);  // the place before is done with shared memory
+    rt::bar_sync(barrier, 128);  // the item before is done with shared memory
     load_queries<S>(a, it, queries, threadIdx.x % 128);
     rt::fence_async();
     rt::bar_sync(barrier, 128);

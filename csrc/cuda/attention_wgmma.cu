@@ -46,10 +46,10 @@ __global__ void __launch_bounds__(384, 1) rows_kernel(const AttentionArgs a) {
   unsigned char *const ring = rt::tile_memory(memory), *const queries = ring + S::Stages * S::kStage;
   init_barriers<S>(bars[0]);
   if (threadIdx.x >= 128 * S::Groups) {
-    rt::registers_down<56>();
+    rt::registers_down<72>();
     if (threadIdx.x < 128 * S::Groups + 32 * S::Producers) produce<S>(a, bars[0], ring);
   } else {
-    rt::registers_up<224>();
+    rt::registers_up<216>();
     consume_rows<S>(a, bars[0], ring, queries + threadIdx.x / 128 * S::kQueries);
   }
 #else

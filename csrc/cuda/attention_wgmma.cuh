@@ -43,21 +43,24 @@ struct Turn {
   }
 };
 
-// Row blocks `group * Groups` and up of a sequence and head, and a chunk of their slots.
-struct Place {
-  int b, h, group, chunk;
-};
+// Packed rows `i` row blocks further on; without rows behind the last one.
+RT_FN Item beside(const AttentionArgs& a, Item it, int i) {
+  it.block += i, it.first += i * kRowBlock;
+  it.rows = min(int(a.T) * it.group - it.first, kRowBlock);
+  return it;
+}
 
-// The place of this number; false behind the last one. Like item_at, for groups of row blocks.
+// The item of this number, if Groups row blocks count as one, or false: like item_at. The item is that of the first of them.
 template <int Groups>
-RT_FN bool place_at(const AttentionArgs& a, int64_t index, Place& p) {
-  const int64_t groups = (a.T * (a.Hq / a.Hkv) + Groups * kRowBlock - 1) / (Groups * kRowBlock);
+RT_FN bool group_at(const AttentionArgs& a, int64_t index, Item& it) {
+  const int groups = (int(a.T) * int(a.Hq / a.Hkv) + Groups * kRowBlock - 1) / (Groups * kRowBlock);
   for (int b = 0; b < a.B; ++b) {
-    Item it;
     row_item(a, b, 0, 0, it);
-    const int64_t here = a.Hkv * groups * it.chunks;
+    const int here = int(a.Hkv) * groups * it.chunks;
     if (index < here) {
-      p.b = b, p.h = int(index / groups / it.chunks), p.group = int(index % groups), p.chunk = int(index / groups % it.chunks);
+      const int i = int(index), chunk = i / groups % it.chunks;
+      row_item(a, b, i / groups / it.chunks, i % groups * Groups, it);
+      it.chunk = chunk;
       return true;
     }
     index -= here;
@@ -65,22 +68,13 @@ RT_FN bool place_at(const AttentionArgs& a, int64_t index, Place& p) {
   return false;
 }
 
-// The item of one row block of a place; without rows behind the last one.
+// Tiles that any of Groups row blocks wants. Every lane of a warp asks for the same.
 template <int Groups>
-RT_FN Item member(const AttentionArgs& a, const Place& p, int i) {
-  Item it;
-  row_item(a, p.b, p.h, p.group * Groups + i, it);
-  it.chunk = p.chunk;
-  return it;
-}
-
-// Tiles that any row block of a place wants. Every lane of a warp asks for the same.
-template <int Groups>
-RT_FN Tiling tiles_of(const AttentionArgs& a, const Place& p) {
-  Tiling t = tiling(a, member<Groups>(a, p, 0), kTileKeys);
+RT_FN Tiling tiles_of(const AttentionArgs& a, const Item& it) {
+  Tiling t = tiling(a, it, kTileKeys);
 #pragma unroll
   for (int i = 1; i < Groups; ++i) {
-    const Tiling u = tiling(a, member<Groups>(a, p, i), kTileKeys);
+    const Tiling u = tiling(a, beside(a, it, i), kTileKeys);
     if (u.count == 0) continue;
     const int tail = t.count ? t.count - t.slots : u.count - u.slots;
     t.begin = t.count ? min(t.begin, u.begin) : u.begin, t.end = t.count ? max(t.end, u.end) : u.end;
@@ -99,26 +93,26 @@ RT_FN void init_barriers(Barriers& bars) {
   __syncthreads();
 }
 
-// The producers: all tiles of all places of this block, stage by stage. A lane works out where one key lies, or two, before it waits.
+// The producers: all tiles of all items of this block, stage by stage. A lane works out where one key lies, or two, before it waits.
 template <class S>
 RT_FN void produce(const AttentionArgs& a, Barriers& bars, unsigned char* ring) {
   using T = typename S::Type;
   constexpr int kPieces = 8 * S::Panels, kShares = kTileKeys / 32 / S::Producers;
   const int lane = threadIdx.x % 32, first = int(threadIdx.x - 128 * S::Groups) / 32 * 32;
   Turn<S::Stages> turn;
-  Place p;
-  for (int64_t index = blockIdx.x; place_at<S::Groups>(a, index, p); index += gridDim.x) {
-    const Tiling tiles = tiles_of<S::Groups>(a, p);
+  Item it;
+  for (int64_t index = blockIdx.x; group_at<S::Groups>(a, index, it); index += gridDim.x) {
+    const Tiling tiles = tiles_of<S::Groups>(a, it);
     for (int tile = tiles.after(-1); tile < tiles.count; tile = tiles.after(tile)) {
       uint64_t wanted = 0;
 #pragma unroll
-      for (int i = 0; i < S::Groups; ++i) wanted |= wanted_keys(a, member<S::Groups>(a, p, i), tiles, tile);
+      for (int i = 0; i < S::Groups; ++i) wanted |= wanted_keys(a, beside(a, it, i), tiles, tile);
       unsigned long long from_k[kShares], from_v[kShares];  // 0: zeros come instead
 #pragma unroll
       for (int share = 0; share < kShares; ++share) {
         const int key = first + 32 * share + lane;
         Source<T> from = {nullptr, nullptr};
-        if (wanted >> key & 1) from = source<T>(a, member<S::Groups>(a, p, 0), tiles, tile, key);
+        if (wanted >> key & 1) from = source<T>(a, it, tiles, tile, key);
         from_k[share] = reinterpret_cast<uintptr_t>(from.k), from_v[share] = reinterpret_cast<uintptr_t>(from.v);
       }
       rt::mbar_wait(&bars.empty[turn.stage], turn.parity ^ 1);
@@ -139,6 +133,8 @@ RT_FN void produce(const AttentionArgs& a, Barriers& bars, unsigned char* ring) 
       turn.next();
     }
   }
+  rt::cp_commit();
+  rt::cp_wait<0>();  // no thread ends before what it copies has landed
 }
 
 // The queries of an item, as a tile: a packed row is a row of it. Called by 128 threads, of which this is the one of number `thread`.

@@ -348,6 +348,11 @@ def calls():
             ops.tree_attention(*case.tensors, **case.options, window=window, sink=2)
         tree = {"ancestors": case.ancestors, "page_table": case.page_table}
         ops.attention_colsum(case.q, case.k, lse, case.prefix_len, window=window, sink=2, **tree)
+    for variant, T in ((_cuda.COLUMNS, 3), (_cuda.COLUMNS, 20), (_cuda.ROWS, 66)):  # of sm_90a
+        case = attention_case([130], T, 1, 1, 64, dtype=BF16, page=16, tree="random", seed=1)
+        _cuda.VARIANT = variant
+        ops.tree_attention(*(t.contiguous() for t in case.tensors), **case.options)
+        _cuda.VARIANT = _cuda.AUTOMATIC
     q, k, v = (torch.randn(1, rows, 1, 64, generator=g).to(BF16) for rows in (5, 90, 90))
     start, end = intervals("random", 1, 5, 90, g)
     ops.interval_attention(q, k, v, start, end)
