@@ -235,7 +235,8 @@ def reasons(op: str, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) 
     rows: dict[str, str] = {}
     for row in TABLE:
         if row.op == op and rows.get(row.backend, "none yet"):  # one row that takes the call is enough
-            rows[row.backend] = row.why_not(device, dtype, sizes)
+            why = row.why_not(device, dtype, sizes)
+            rows[row.backend] = why if not why or rows.get(row.backend) != NOT_INVARIANT else NOT_INVARIANT  # it would take the call
     plain = NOT_INVARIANT if _invariant and device != "cpu" else ""
     return {name: rows.get(name, "no such kernel") for name in BACKENDS[:-1]} | {"reference": plain}
 
