@@ -3,7 +3,9 @@
 Under the emulator everywhere; on a GPU where there is one, which alone can answer for the instruction.
 """
 
+import importlib.util
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -147,58 +149,22 @@ def test_rows_that_are_not_numbers(place):
     assert torch.equal(got[0][~bad], o[0][~bad]) and torch.equal(got_lse[0][~bad], lse[0][~bad])
 
 
-# ---- what else the mode lets run: row r of a call with many rows has the bits of the call with that row alone
+# ---- what else the mode lets run
 
 
-def rows_of(g, *shape, dtype=BF16):
-    return torch.randn(*shape, generator=g).to(dtype)
+def rowwise():
+    """tests/ops/test_row_invariant.py, whose calls run here on the emulated kernels."""
+    spec = importlib.util.spec_from_file_location("rowwise", Path(__file__).parents[1] / "ops/test_row_invariant.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def alone_and_together(op, g, M=7):
-    """A call on M rows, and the call on row r of it: each returns tensors of rows."""
-    x, weight, at = rows_of(g, M, 200), rows_of(g, 200), torch.arange(M)
-    heads, angle, logits = rows_of(g, M, 3, 64), torch.rand(20, 32, generator=g), 4 * rows_of(g, M, 9000)
-    qkv, slots, lse = rows_of(g, M, 4 * 64), torch.arange(M).int(), torch.randn(2, M, generator=g)
-    p, u = torch.rand(2, M, 5000, generator=g), torch.rand(M, generator=g).double()
-
-    def appended(r):
-        caches = torch.zeros(2, M, 1, 64).bfloat16()
-        q = ops.rope_append(qkv[r], angle, angle, at[r], slots[r], *caches, q_norm=weight[:64], k_norm=weight[:64])
-        return q, *(cache[slots[r].long()] for cache in caches)
-
-    def interval(r):
-        g = torch.Generator().manual_seed(5)
-        q, (k, v) = rows_of(g, 1, M, 2, 64), rows_of(g, 2, 1, 700, 1, 64)
-        start, end = torch.arange(M).int()[None] * 60, torch.arange(M).int()[None] * 90 + 100
-        return (ops.interval_attention(q[:, r], k, v, start[:, r], end[:, r])[0],)
-
-    return {
-        "rms_norm": lambda r: ops.rms_norm(x[r], weight, x[r]),
-        "rope": lambda r: (ops.rope(heads[r], angle, angle, at[r]),),
-        "rope_append": appended,
-        "silu_mul": lambda r: (ops.silu_mul(x[r]),),
-        "embed": lambda r: (ops.embed(at[r], x),),
-        "row_stats": lambda r: tuple(ops.row_stats(logits[r])),
-        "topk_logits": lambda r: ops.topk_logits(logits[r], 5),
-        "merge_states": lambda r: ops.merge_states(heads[r, 0], lse[0, r], heads[r, 1], lse[1, r]),
-        "residual_sample": lambda r: (ops.residual_sample(p[0, r], p[1, r], u[r]),),
-        "interval_attention": interval,
-    }[op]
-
-
-WHOLE = {"tree_attention", "kv_append", "kv_commit", "verify_greedy", "verify_sample"}  # above; copies; walks over rows of row_stats' kind
-ROWWISE = sorted({row.op for row in backends.TABLE if row.backend == "cuda" and row.row_invariant} - WHOLE)
-
-
-@pytest.mark.parametrize("op", ROWWISE)
-def test_a_row_is_its_own(place, op):
-    if place.library is None:
-        pytest.skip("runs on tensors of the CPU")
-    call = alone_and_together(op, torch.Generator().manual_seed(1))
-    with place.running(), ramify.row_invariant(True):
-        together = call(slice(None))
-        for r in range(7):
-            assert all(torch.equal(a, b[r : r + 1]) for a, b in zip(call(slice(r, r + 1)), together)), r
+@pytest.mark.parametrize("op", rowwise().ops_of("cuda"))
+def test_a_row_is_its_own(emulated, op):
+    for rule in emulator.SUMS:
+        with emulator.emulating(emulated), emulated.sums(rule), ramify.row_invariant(True):
+            rowwise().check(op)
 
 
 def test_intervals_are_split_in_one_way_under_the_mode(emulated, monkeypatch):
@@ -206,7 +172,7 @@ def test_intervals_are_split_in_one_way_under_the_mode(emulated, monkeypatch):
     monkeypatch.setattr(_cuda, "CHUNK", 64)
     monkeypatch.setattr(_cuda, "FEW", 2)
     g = torch.Generator().manual_seed(2)
-    q, (k, v) = rows_of(g, 1, 200, 1, 64), rows_of(g, 2, 1, 300, 1, 64)
+    q, (k, v) = torch.randn(1, 200, 1, 64, generator=g).bfloat16(), torch.randn(2, 1, 300, 1, 64, generator=g).bfloat16()
     v[:, :149] *= 2000
     k[:, 150:299], v[:, 150:299] = k[:, :149], -v[:, :149]  # what remains is all rounding
     start, end = torch.zeros(1, 200, dtype=I32), torch.full((1, 200), 300, dtype=I32)
