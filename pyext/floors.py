@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ramify.backends import LOW_BIT, OPS, TABLE, UNPROVEN, forced, native, pick, reasons, refusal, short
+from ramify.backends import LOW_BIT, OPS, TABLE, UNPROVEN, forced, invariant, native, pick, reasons, refusal, short
 from ramify.checks import listed, one_of, show
 
 
@@ -55,7 +55,9 @@ def explain(op: str, *shapes: Sequence[int], dtype: torch.dtype = torch.float32,
         because = "no kernel takes the call"
     else:
         because = f"first that takes {short(dtype)} on {device}" + (f", at {native().isa()}" if name == "cpu" else "")
-    if name == "cuda" and op in WITHIN:
+    if name == "cuda" and invariant():
+        because += ", row-invariant"
+    elif name == "cuda" and op in WITHIN:
         because += f", {WITHIN[op]}"
     if name in UNPROVEN:
         because += f" ({UNPROVEN[name]})"

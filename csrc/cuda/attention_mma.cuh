@@ -96,7 +96,7 @@ RT_FN void scores(const Rows<S>& rows, const typename S::Type* staged, const typ
 #pragma unroll
   for (int n = 0; n < Keys / 8; ++n)
 #pragma unroll
-    for (int e = 0; e < 4; ++e) s[n][e] *= scale;
+    for (int e = 0; e < 4; ++e) s[n][e] = __fmul_rn(s[n][e], scale);  // rounded before anything is taken off it, wherever this is inlined
 }
 
 // Scores become weights, rounded as the product with the values needs them; moves the rows' references where it has to. The largest

@@ -328,6 +328,8 @@ def calls():
         ops.rope_append(rand(3, 128, dtype=dtype), angle, angle, at, at, *slots, q_norm=torch.ones(32))
         ops.row_stats(rand(1, 4200, dtype=dtype))
         ops.topk_logits(rand(1, 4200, dtype=dtype), 5)
+    a, b, c, d = torch.ones(16, 16).bfloat16(), torch.ones(16, 8).bfloat16(), torch.ones(16, 8), torch.ones(16, 8)
+    native_cuda.run(native_cuda.MmaArgs(type=1, a=a.data_ptr(), b=b.data_ptr(), c=c.data_ptr(), d=d.data_ptr()), a, b, c, d)
     k, v, table = caches(1, 2, 32, 1, 24, BF16, 16, g)
     count = torch.tensor([2, 0], dtype=I32)
     _cuda.commit_layers(rand(1, 2, 2, 1, 24), rand(1, 2, 2, 1, 24), k, v, None, count, torch.tensor([15, 3], dtype=I32), table)
