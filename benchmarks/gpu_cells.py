@@ -243,12 +243,19 @@ def ways(op: str, device: str) -> list[Provider]:
     call, prepare = CALLS[op]
     kernels = {row.backend for row in backends.TABLE if row.op == op} | {"cpu"}  # without one, plain torch would run under its name
     found = [Provider(f"ramify {name}", call, backend=name, prepare=prepare) for name in OURS[device] if name in kernels]
+    if op == "tree_attention" and device == "cuda":
+        found.append(Provider("ramify cuda, row-invariant", _row_invariant, backend="cuda", prepare=prepare))
     if op in TORCH:
         plain, prepared = TORCH[op]
         found.append(Provider("torch", plain, baseline=True, prepare=prepared))
         if op in COMPILED and device == "cuda":
             found.append(Provider("torch.compile", torch.compile(plain), baseline=True, prepare=prepared, facts={"slow": True}))
     return found + (_attention_ways(device) if op == "tree_attention" else [])
+
+
+def _row_invariant(*args: Tensor) -> Tensor:
+    with backends.row_invariant(True):
+        return ops.tree_attention(*args)
 
 
 def _attention_ways(device: str) -> list[Provider]:

@@ -204,7 +204,6 @@ def invariant() -> bool:
 def _set_invariant(on: bool) -> None:
     global _invariant
     _invariant = on
-    _chosen.clear()
 
 
 def forced() -> str | None:
@@ -223,7 +222,7 @@ def choose(op: str, device: str, dtype: torch.dtype, **sizes: Any) -> str:
 
     Raises ValueError when a forced backend cannot. The first fallback of an op and dtype to the reference is logged.
     """
-    key = (op, device, dtype, *sizes.items())
+    key = (op, device, dtype, _invariant, *sizes.items())
     name = _chosen.get(key)
     if name is None:
         name = _chosen[key] = _decide(op, device, dtype, sizes)
