@@ -6,9 +6,10 @@
 //          the prefix or in the tree. Blocks wholly inside the prefix are shared by all rows of a warp. From the block that holds the end
 //          of the prefix on, every tree row gathers its own 16 keys, prefix slots first and then its ancestors by depth, and only its own
 //          Hq/Hkv rows of the matrix have weights. So row r of a tree and plain decoding behind the same path run the same instructions
-//          on the same values in the same order; the rest of each instruction is other rows and exact zeros. Chunks end at fixed multiples
-//          of position. That an instruction's row depends on nothing else is the chip's to keep: tests/gates/test_row_invariant.py asks.
-//          A row's softmax reference moves once a block, by its own keys alone, so even weights that underflow are the same.
+//          on the same values in the same order; the rest of each instruction is other rows and exact zeros. Chunks end at multiples of
+//          `chunk` positions, which the size of the cache decides alone. That an instruction's row depends on nothing else is the chip's to
+//          keep: tests/gates/test_row_invariant.py asks. A row's softmax reference moves once a block, by its own keys alone, so even
+//          weights that underflow are the same.
 // Tiling   as attention.cu: a warp has 16 packed rows; shared blocks pass in tiles of kKeys through a ring of two stages, which the warps
 //          then divide among themselves for 16 keys and values of one tree row at a time.
 // Traffic  as attention.cu, and 4 D bytes for each key of a row's own blocks: depth / 16 + 2 of them.
