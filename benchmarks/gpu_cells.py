@@ -245,12 +245,19 @@ def ways(op: str, device: str) -> list[Provider]:
     found = [Provider(f"ramify {name}", call, backend=name, prepare=prepare) for name in OURS[device] if name in kernels]
     if op.endswith("_attention") and device == "cuda" and torch.cuda.get_device_capability() == (9, 0):
         found.insert(1, Provider("ramify cuda, mma.sync", peers.by_mma(call), backend="cuda", prepare=prepare))  # else it is by wgmma
+    if op == "tree_attention" and device == "cuda":
+        found.append(Provider("ramify cuda, row-invariant", _row_invariant, backend="cuda", prepare=prepare))
     if op in TORCH:
         plain, prepared = TORCH[op]
         found.append(Provider("torch", plain, baseline=True, prepare=prepared))
         if op in COMPILED and device == "cuda":
             found.append(Provider("torch.compile", torch.compile(plain), baseline=True, prepare=prepared, facts={"slow": True}))
     return found + (_attention_ways(device) if op == "tree_attention" else [])
+
+
+def _row_invariant(*args: Tensor) -> Tensor:
+    with backends.row_invariant(True):
+        return ops.tree_attention(*args)
 
 
 def _attention_ways(device: str) -> list[Provider]:

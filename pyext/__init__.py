@@ -26,6 +26,7 @@ _HOME = {
     "load": "model",
     "methods": "registry",
     "page_format": "registry",
+    "row_invariant": "backends",
     "size_policy": "registry",
     "verifier": "registry",
 }

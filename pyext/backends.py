@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ramify.checks import listed, one_of
+from ramify.checks import flag, listed, one_of
 
 BACKENDS = ("cpu", "triton", "cuda", "reference")
 """In order of preference."""
@@ -54,6 +54,10 @@ UNPROVEN = {
 """Backend -> what its kernels have not been through yet; said wherever they are listed (law 7)."""
 
 
+NOT_INVARIANT = "it is not row-invariant"
+"""Why a kernel does not run under `ramify.row_invariant(True)`."""
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A row of the table: what one kernel takes."""
@@ -62,6 +66,8 @@ class Kernel:
     backend: str
     dtypes: tuple[torch.dtype, ...]
     limits: Mapping[str, Collection] = field(default_factory=dict)
+    row_invariant: bool = False
+    """On a GPU: the bits of a row of the result depend on that row alone. Every CPU kernel has this; nothing reads it there."""
 
     def why_not(self, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) -> str:
         """Why this kernel does not take the call; empty when it does."""
@@ -73,6 +79,8 @@ class Kernel:
             if name in sizes and sizes[name] not in taken:
                 values = f"{taken[0]} to {taken[-1]}" if isinstance(taken, range) else listed(map(short, taken))
                 return f"{name} is {short(sizes[name])}, takes {values}"
+        if _invariant and self.backend != "cpu" and not self.row_invariant:
+            return NOT_INVARIANT
         return missing(self.backend)
 
 
@@ -94,39 +102,39 @@ TABLE = (
     Kernel("verify_greedy", "cpu", (torch.int32, torch.int64)),
     Kernel("verify_sample", "cpu", _F32_BF16),
     Kernel("residual_sample", "cpu", (torch.float32, torch.bfloat16, torch.float64)),
-    Kernel("tree_attention", "cuda", (torch.bfloat16,), {"D": HEAD_SIZES, "kv": (torch.bfloat16,)}),
-    Kernel("tree_attention", "cuda", (torch.float16,), {"D": HEAD_SIZES, "kv": (torch.float16,)}),
-    Kernel("interval_attention", "cuda", (torch.bfloat16,), {"D": HEAD_SIZES, "kv": (torch.bfloat16,)}),
-    Kernel("interval_attention", "cuda", (torch.float16,), {"D": HEAD_SIZES, "kv": (torch.float16,)}),
+    Kernel("tree_attention", "cuda", (torch.bfloat16,), {"D": HEAD_SIZES, "kv": (torch.bfloat16,)}, row_invariant=True),
+    Kernel("tree_attention", "cuda", (torch.float16,), {"D": HEAD_SIZES, "kv": (torch.float16,)}, row_invariant=True),
+    Kernel("interval_attention", "cuda", (torch.bfloat16,), {"D": HEAD_SIZES, "kv": (torch.bfloat16,)}, row_invariant=True),
+    Kernel("interval_attention", "cuda", (torch.float16,), {"D": HEAD_SIZES, "kv": (torch.float16,)}, row_invariant=True),
     Kernel("attention_colsum", "cuda", (torch.bfloat16,), {"D": HEAD_SIZES, "kv": (torch.bfloat16,)}),
     Kernel("attention_colsum", "cuda", (torch.float16,), {"D": HEAD_SIZES, "kv": (torch.float16,)}),
-    Kernel("merge_states", "cuda", _GPU),
-    Kernel("rms_norm", "cuda", _GPU, {"weight": _GPU}),
-    Kernel("rope", "cuda", _GPU),
-    Kernel("rope_append", "cuda", _GPU, {"cache": _GPU, "weight": _GPU, "D": range(1, 257)}),
-    Kernel("silu_mul", "cuda", _GPU),
-    Kernel("embed", "cuda", _GPU, {"out": _GPU}),
-    Kernel("row_stats", "cuda", _GPU, {"V": range(1, MAX_COLUMNS + 1)}),
-    Kernel("topk_logits", "cuda", _GPU, {"V": range(1, MAX_COLUMNS + 1), "k": range(1, MAX_TOPK + 1)}),
-    Kernel("verify_greedy", "cuda", (torch.int32, torch.int64)),
-    Kernel("verify_sample", "cuda", _GPU, {"T": range(1, 257), "V": range(1, MAX_COLUMNS + 1)}),
-    Kernel("residual_sample", "cuda", (*_GPU, torch.float64), {"V": range(1, MAX_COLUMNS + 1)}),
-    Kernel("kv_append", "cuda", _GPU, {"cache": _GPU}),
-    Kernel("kv_commit", "cuda", _GPU, {"cache": _GPU}),
+    Kernel("merge_states", "cuda", _GPU, row_invariant=True),
+    Kernel("rms_norm", "cuda", _GPU, {"weight": _GPU}, row_invariant=True),
+    Kernel("rope", "cuda", _GPU, row_invariant=True),
+    Kernel("rope_append", "cuda", _GPU, {"cache": _GPU, "weight": _GPU, "D": range(1, 257)}, row_invariant=True),
+    Kernel("silu_mul", "cuda", _GPU, row_invariant=True),
+    Kernel("embed", "cuda", _GPU, {"out": _GPU}, row_invariant=True),
+    Kernel("row_stats", "cuda", _GPU, {"V": range(1, MAX_COLUMNS + 1)}, row_invariant=True),
+    Kernel("topk_logits", "cuda", _GPU, {"V": range(1, MAX_COLUMNS + 1), "k": range(1, MAX_TOPK + 1)}, row_invariant=True),
+    Kernel("verify_greedy", "cuda", (torch.int32, torch.int64), row_invariant=True),
+    Kernel("verify_sample", "cuda", _GPU, {"T": range(1, 257), "V": range(1, MAX_COLUMNS + 1)}, row_invariant=True),
+    Kernel("residual_sample", "cuda", (*_GPU, torch.float64), {"V": range(1, MAX_COLUMNS + 1)}, row_invariant=True),
+    Kernel("kv_append", "cuda", _GPU, {"cache": _GPU}, row_invariant=True),
+    Kernel("kv_commit", "cuda", _GPU, {"cache": _GPU}, row_invariant=True),
     Kernel("tree_attention", "triton", _GPU, {"D": HEAD_SIZES, "kv": _GPU}),
     Kernel("interval_attention", "triton", _GPU, {"D": HEAD_SIZES, "kv": _GPU}),
     Kernel("attention_colsum", "triton", _GPU, {"D": HEAD_SIZES, "kv": _GPU}),
-    Kernel("merge_states", "triton", _GPU),
+    Kernel("merge_states", "triton", _GPU, row_invariant=True),
     Kernel("linear", "triton", _GPU, {"weight": tuple(LOW_BIT), "activations": ("exact",)}),
-    Kernel("rms_norm", "triton", _GPU, {"H": range(1, 16385)}),
-    Kernel("rope", "triton", _GPU),
-    Kernel("rope_append", "triton", _GPU, {"cache": _GPU}),
-    Kernel("silu_mul", "triton", _GPU),
-    Kernel("embed", "triton", _GPU, {"out": _GPU}),
-    Kernel("row_stats", "triton", _GPU),
-    Kernel("topk_logits", "triton", _GPU, {"k": range(1, MAX_TOPK + 1)}),
-    Kernel("kv_append", "triton", _GPU, {"cache": _GPU}),
-    Kernel("kv_commit", "triton", _GPU, {"cache": _GPU}),
+    Kernel("rms_norm", "triton", _GPU, {"H": range(1, 16385)}, row_invariant=True),
+    Kernel("rope", "triton", _GPU, row_invariant=True),
+    Kernel("rope_append", "triton", _GPU, {"cache": _GPU}, row_invariant=True),
+    Kernel("silu_mul", "triton", _GPU, row_invariant=True),
+    Kernel("embed", "triton", _GPU, {"out": _GPU}, row_invariant=True),
+    Kernel("row_stats", "triton", _GPU, row_invariant=True),
+    Kernel("topk_logits", "triton", _GPU, {"k": range(1, MAX_TOPK + 1)}, row_invariant=True),
+    Kernel("kv_append", "triton", _GPU, {"cache": _GPU}, row_invariant=True),
+    Kernel("kv_commit", "triton", _GPU, {"cache": _GPU}, row_invariant=True),
     Kernel("verify_greedy", "triton", (torch.int32, torch.int64), {"T": range(1, 1025)}),
     Kernel("verify_sample", "triton", _GPU, {"T": range(1, 1025)}),
     Kernel("residual_sample", "triton", (torch.float32, torch.float64)),
@@ -141,6 +149,7 @@ OPS = tuple(dict.fromkeys(row.op for row in TABLE))
 
 _native: ModuleType | None = None
 _forced: str | None = None
+_invariant = False
 _environment_read = False
 _chosen: dict[tuple, str] = {}
 _said: set[tuple] = set()
@@ -167,6 +176,37 @@ class backend:
         _force(self._before)
 
 
+class row_invariant:
+    """On a GPU run only kernels in which a row's bits are its own: `ramify.row_invariant(True)`, or until a `with` block ends.
+
+    A token then has the same bits alone as in a tree, a batch or a longer step: the order of every sum is fixed by the row and by the shape
+    of weight or cache, and tree attention adds keys by their positions, whether they lie in the cache or in the tree. What it needs of the
+    chip, that a row or column of a matrix instruction does not depend on the others, tests/gates/test_row_invariant.py asks of the chip.
+    An op that has no such kernel, the reference included, raises ValueError. Off by default. The CPU's kernels are row-invariant always,
+    on one ISA level: nothing changes there.
+    """
+
+    def __init__(self, on: bool) -> None:
+        self._before = _invariant
+        _set_invariant(flag("on", on, "row_invariant"))
+
+    def __enter__(self) -> "row_invariant":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        _set_invariant(self._before)
+
+
+def invariant() -> bool:
+    """Whether `ramify.row_invariant` is on."""
+    return _invariant
+
+
+def _set_invariant(on: bool) -> None:
+    global _invariant
+    _invariant = on
+
+
 def forced() -> str | None:
     """The backend that `ramify.backend` or RAMIFY_BACKEND forces, or None."""
     global _environment_read, _forced
@@ -183,7 +223,7 @@ def choose(op: str, device: str, dtype: torch.dtype, **sizes: Any) -> str:
 
     Raises ValueError when a forced backend cannot. The first fallback of an op and dtype to the reference is logged.
     """
-    key = (op, device, dtype, *sizes.items())
+    key = (op, device, dtype, _invariant, *sizes.items())
     name = _chosen.get(key)
     if name is None:
         name = _chosen[key] = _decide(op, device, dtype, sizes)
@@ -195,8 +235,10 @@ def reasons(op: str, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) 
     rows: dict[str, str] = {}
     for row in TABLE:
         if row.op == op and rows.get(row.backend, "none yet"):  # one row that takes the call is enough
-            rows[row.backend] = row.why_not(device, dtype, sizes)
-    return {name: rows.get(name, "no such kernel") for name in BACKENDS[:-1]} | {"reference": ""}
+            why = row.why_not(device, dtype, sizes)
+            rows[row.backend] = why if not why or rows.get(row.backend) != NOT_INVARIANT else NOT_INVARIANT  # it would take the call
+    plain = NOT_INVARIANT if _invariant and device != "cpu" else ""
+    return {name: rows.get(name, "no such kernel") for name in BACKENDS[:-1]} | {"reference": plain}
 
 
 def taken(op: str, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) -> str | None:
@@ -252,18 +294,28 @@ class TestBackend:
 
 
 def pick(why: Mapping[str, str]) -> str:
-    """The forced backend, even where it cannot run; else the first that can."""
-    return forced() or next(name for name, reason in why.items() if not reason)
+    """The forced backend, even where it cannot run; else the first that can, or the reference where it may not either."""
+    return forced() or next((name for name, reason in why.items() if not reason), "reference")
+
+
+def refusal(why: Mapping[str, str]) -> str:
+    """What is said where the backend that `pick` names cannot run a call."""
+    if forced() is None:
+        told = "; ".join(f"{name}: {reason}" for name, reason in why.items() if name != "reference" and reason != "no such kernel")
+        told = f"row_invariant is on and no such kernel takes this call ({told or 'there is none'}); takes what one does."
+        return f"{told} Use ramify.row_invariant(False)."
+    told = f'backend "{pick(why)}" was forced and cannot run this call ({why[pick(why)]})'
+    can = [name for name, reason in why.items() if not reason]
+    if not can:
+        return f"{told}; takes what a row-invariant kernel does. Use ramify.row_invariant(False)."
+    return f"{told}; takes {listed(can)}. Use ramify.backend(None)."
 
 
 def _decide(op: str, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) -> str:
     why = reasons(op, device, dtype, sizes)
     name = pick(why)
     if why[name]:
-        can = listed(other for other, reason in why.items() if not reason)
-        raise ValueError(
-            f'{op}: backend "{name}" was forced and cannot run this call ({why[name]}); takes {can}. Use ramify.backend(None).'
-        )
+        raise ValueError(f"{op}: {refusal(why)}")
     if name == "reference" and name != forced() and (op, dtype) not in _said:
         _said.add((op, dtype))
         here = {other: reason for other, reason in why.items() if DEVICE_OF.get(other) == device and reason != "no such kernel"}

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ramify.backends import LOW_BIT, OPS, TABLE, UNPROVEN, forced, native, pick, reasons, short
+from ramify.backends import LOW_BIT, OPS, TABLE, UNPROVEN, forced, invariant, native, pick, reasons, refusal, short
 from ramify.checks import listed, one_of, show
 
 
@@ -44,6 +44,8 @@ def explain(op: str, *shapes: Sequence[int], dtype: torch.dtype = torch.float32,
     device, sizes = _checked(op, shapes, dtype, device, sizes)
     why = reasons(op, device, dtype, sizes)
     name = pick(why)
+    if why[name] and forced() is None:
+        raise ValueError(f"explain: {refusal(why)}")
     if why[name]:
         takes = listed(other for other, reason in why.items() if not reason)
         raise ValueError(f'explain: backend "{name}" is forced and cannot run {op} ({why[name]}); takes {takes}.')
@@ -53,7 +55,9 @@ def explain(op: str, *shapes: Sequence[int], dtype: torch.dtype = torch.float32,
         because = "no kernel takes the call"
     else:
         because = f"first that takes {short(dtype)} on {device}" + (f", at {native().isa()}" if name == "cpu" else "")
-    if name == "cuda" and op in WITHIN:
+    if name == "cuda" and invariant():
+        because += ", row-invariant"
+    elif name == "cuda" and op in WITHIN:
         because += f", {WITHIN[op]}"
     if name in UNPROVEN:
         because += f" ({UNPROVEN[name]})"

@@ -113,6 +113,7 @@ ColsumArgs = _struct(
     "table_stride:i table_width:i page:i pages:i lse:p lse_stride_b:i lse_stride_t:i prefix_len:p tail_rows:p ancestors:p words:i "
     "scale:d window:i sink:i out:p out_stride_b:i out_stride_h:i",
 )
+MmaArgs = _struct("MmaArgs", 14, "type:i a:p b:p c:p d:p")
 
 STRUCTS = (
     FillArgs,
@@ -129,6 +130,7 @@ STRUCTS = (
     ResidualSampleArgs,
     AttentionArgs,
     ColsumArgs,
+    MmaArgs,
 )
 
 _stand_in: Library | None = None

@@ -150,10 +150,11 @@ struct ResidualSampleArgs {
   int32_t* ids;
 };
 
-enum AttentionVariant : int64_t { kAutomatic, kMma, kColumns, kRows };  // kColumns and kRows: sm_90a, attention_wgmma.cu
+// kColumns and kRows: sm_90a, attention_wgmma.cu. kInvariant: a row's bits are those of plain decoding, attention_invariant.cu.
+enum AttentionVariant : int64_t { kAutomatic, kMma, kColumns, kRows, kInvariant };
 
 // Attention of T tree rows a sequence over its committed slots and over those rows of the tree that their words name; or, where
-// `start` is given, over the slots from each row's start up to its end, and then there is no tail, no window and one chunk.
+// `start` is given, over the slots from each row's start up to its end, and then there is no tail and no window.
 struct AttentionArgs {
   int64_t B, T, Hq, Hkv, D, type;  // q, k and v are of one type, bf16 or f16
   const void* q;
@@ -200,6 +201,14 @@ struct ColsumArgs {
   int64_t out_stride_b, out_stride_h;
 };
 
+// d = a b + c of one instruction mma.m16n8k16, to ask a chip what it promises.
+struct MmaArgs {
+  int64_t type;       // of a and b: bf16 or f16
+  const void *a, *b;  // [16, 16], [16, 8]
+  const float* c;     // [16, 8]
+  float* d;
+};
+
 struct FillArgs {  // out[i] = value + i, to show that a launch works
   uint32_t* out;
   int64_t count, value;
@@ -220,6 +229,7 @@ enum Kernel : int64_t {
   kResidualSample,
   kAttention,
   kColsum,
+  kMmaProbe,
   kKernels
 };
 
@@ -234,7 +244,7 @@ constexpr int kRowBlock = 64;  // packed query rows, T * Hq / Hkv, of one attent
 
 inline int64_t slots_of(const AttentionArgs& a) { return a.page_table ? a.table_width * a.page : a.page; }
 inline int64_t chunks_of(const AttentionArgs& a) {  // at most, of a sequence
-  const int64_t n = (slots_of(a) + a.chunk - 1) / a.chunk;
+  const int64_t n = (slots_of(a) + (a.variant == kInvariant ? a.T : 0) + a.chunk - 1) / a.chunk;
   return n > 1 ? n : 1;
 }
 inline int64_t row_blocks_of(const AttentionArgs& a) { return (a.T * (a.Hq / a.Hkv) + kRowBlock - 1) / kRowBlock; }

@@ -40,7 +40,8 @@ RT_FN bool row_item(const AttentionArgs& a, int b, int h, int block, Item& it) {
   it.slots = a.start ? slots : min(max(a.prefix_len[b], 0), slots);
   it.used = a.tail_rows ? min(max(a.tail_rows[b], 0), T) : T;
   it.tail = a.start ? 0 : it.used;
-  it.chunks = max(1, int((it.slots + a.chunk - 1) / a.chunk));
+  const int last = it.slots + (a.variant == kInvariant ? it.used : 0);  // then the tail lies in the chunks of its positions
+  it.chunks = max(1, int((last + a.chunk - 1) / a.chunk));
   it.first = block * kRowBlock;
   it.rows = min(T * it.group - it.first, kRowBlock);
   return it.rows > 0;
@@ -111,7 +112,7 @@ RT_FN Tiling tiling(const AttentionArgs& a, const Item& it, int keys) {
   t.keys = keys, t.lowest = lowest;
   t.sink = a.window > 0 ? int(min(a.sink, int64_t(it.slots))) : 0;
   t.begin = int(it.chunk * a.chunk), t.end = min(highest, t.begin + int(a.chunk));
-  if (a.start) t.begin = lowest / keys * keys;
+  if (a.start) t.begin = max(t.begin, lowest / keys * keys);
   t.slots = max(0, (t.end - t.begin + keys - 1) / keys);
   t.count = t.slots + (it.chunk == it.chunks - 1 ? (it.tail + keys - 1) / keys : 0);
   if (!it.live(0)) t.count = 0;
@@ -192,7 +193,8 @@ RT_FN float* lse_at(const AttentionArgs& a, const Item& it, int r) {
 
 // A chunk's part: for each of kRowBlock rows D outputs, the reference and the sum.
 RT_FN float* part_at(const AttentionArgs& a, const Item& it, int chunk) {
-  const int64_t slots = a.page_table ? a.table_width * a.page : a.page, chunks = (slots + a.chunk - 1) / a.chunk;
+  const int64_t slots = (a.page_table ? a.table_width * a.page : a.page) + (a.variant == kInvariant ? a.T : 0);
+  const int64_t chunks = (slots + a.chunk - 1) / a.chunk;
   const int64_t blocks = (a.T * (a.Hq / a.Hkv) + kRowBlock - 1) / kRowBlock;
   const int64_t part = ((it.b * a.Hkv + it.h) * blocks + it.block) * (chunks > 1 ? chunks : 1) + chunk;
   return static_cast<float*>(a.scratch) + part * kRowBlock * (a.D + 2);

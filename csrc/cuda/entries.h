@@ -5,6 +5,7 @@
 namespace ramify::gpu {
 
 int fill(const FillArgs& a, void* stream);
+int mma_probe(const MmaArgs& a, void* stream);
 int rms_norm(const RmsNormArgs& a, void* stream);
 int silu_mul(const SiluMulArgs& a, void* stream);
 int embed(const EmbedArgs& a, void* stream);
@@ -19,7 +20,8 @@ int attention(const AttentionArgs& a, void* stream);
 int colsum(const ColsumArgs& a, void* stream);
 int attention_wgmma(const AttentionArgs& a, void* stream);   // kColumns and kRows
 AttentionVariant attention_variant(const AttentionArgs& a);  // what `attention` takes
-int join_attention(const AttentionArgs& a, void* stream);    // the parts of all chunks, after either
+int attention_invariant(const AttentionArgs& a, void* stream);
+int join_attention(const AttentionArgs& a, void* stream);  // the parts of all chunks, after either
 int residual_sample(const ResidualSampleArgs& a, void* stream);
 
 }  // namespace ramify::gpu

@@ -11,6 +11,24 @@ __global__ void fill_kernel(uint32_t* out, int64_t count, uint32_t value) {
   if (i < count) out[i] = value + uint32_t(i);
 }
 
+template <class T>
+__global__ void mma_probe_kernel(const MmaArgs args) {
+  const int g = threadIdx.x / 4, t = threadIdx.x % 4;
+  const uint16_t *const a = static_cast<const uint16_t*>(args.a), *const b = static_cast<const uint16_t*>(args.b);
+  uint32_t x[4], y[2];
+  float d[4];
+  for (int r = 0; r < 4; ++r) {
+    const uint16_t* const p = a + (g + 8 * (r & 1)) * 16 + 2 * t + 8 * (r >> 1);
+    x[r] = uint32_t(p[1]) << 16 | p[0], d[r] = args.c[(g + 8 * (r >> 1)) * 8 + 2 * t + (r & 1)];
+  }
+  for (int r = 0; r < 2; ++r) {
+    const uint16_t* const p = b + (2 * t + 8 * r) * 8 + g;
+    y[r] = uint32_t(p[8]) << 16 | p[0];
+  }
+  rt::mma<T>(d, x, y);
+  for (int r = 0; r < 4; ++r) args.d[(g + 8 * (r >> 1)) * 8 + 2 * t + (r & 1)] = d[r];
+}
+
 template <class Args>
 int call(int (*kernel)(const Args&, void*), const void* args, void* stream) {
   return kernel(*static_cast<const Args*>(args), stream);
@@ -21,6 +39,13 @@ int call(int (*kernel)(const Args&, void*), const void* args, void* stream) {
 int fill(const FillArgs& a, void* stream) {
   if (a.count < 1) return cudaErrorInvalidValue;
   RT_LAUNCH(fill_kernel, dim3(unsigned((a.count + 255) / 256)), dim3(256), 0, cudaStream_t(stream), a.out, a.count, uint32_t(a.value));
+  return cudaGetLastError();
+}
+
+int mma_probe(const MmaArgs& a, void* stream) {
+  if (a.type != kBf16 && a.type != kF16) return cudaErrorInvalidValue;
+  auto* const kernel = a.type == kBf16 ? mma_probe_kernel<bf16> : mma_probe_kernel<f16>;
+  RT_LAUNCH(kernel, dim3(1), dim3(32), 0, cudaStream_t(stream), a);
   return cudaGetLastError();
 }
 
@@ -46,6 +71,8 @@ int ramify_cuda_run(int64_t kernel, const void* args, void* stream) {
   switch (kernel) {
     case kFill:
       return call(fill, args, stream);
+    case kMmaProbe:
+      return call(mma_probe, args, stream);
     case kRmsNorm:
       return call(rms_norm, args, stream);
     case kSiluMul:
@@ -83,6 +110,8 @@ int64_t ramify_cuda_size(int64_t kernel) {
   switch (kernel) {
     case kFill:
       return sizeof(FillArgs);
+    case kMmaProbe:
+      return sizeof(MmaArgs);
     case kRmsNorm:
       return sizeof(RmsNormArgs);
     case kSiluMul:

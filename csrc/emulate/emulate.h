@@ -192,6 +192,7 @@ inline int __ffsll(unsigned long long x) { return __builtin_ffsll((long long)(x)
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
+inline float __fmul_rn(float x, float y) { return x * y; }
 inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
 template <class T>
 T __ldg(const T* p) {

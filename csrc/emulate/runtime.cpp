@@ -11,6 +11,7 @@
 namespace emulate {
 
 Schedule schedule;
+int sums = kInOrder;
 
 namespace {
 int processors = 4, major = 8;  // of the device that kernels' hosts see
@@ -52,6 +53,9 @@ __attribute__((visibility("default"))) void ramify_emulate(int order, uint64_t s
 // The thread sanitizer forgets what more than some 250 threads did. Coarse, it takes a block for one thread: races between the
 // blocks of a launch show however large they are, those inside a block do not.
 __attribute__((visibility("default"))) void ramify_emulate_coarse(int coarse) { emulate::schedule.coarse = coarse != 0; }
+
+// How mma adds: one of emulate::Sums.
+__attribute__((visibility("default"))) void ramify_emulate_sums(int rule) { emulate::sums = rule; }
 
 // How many multiprocessors the device has, and its compute capability: kernels' hosts choose grids and kernels by them.
 __attribute__((visibility("default"))) void ramify_emulate_device(int processors, int major) {

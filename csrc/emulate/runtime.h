@@ -20,6 +20,15 @@ struct Schedule {
 };
 extern Schedule schedule;
 
+// How mma adds its sixteen products to c. No chip tells; a kernel that counts on more than the instruction promises fails under one of
+// these.
+enum Sums : int {
+  kInOrder,  // one by one, from k = 0
+  kPairs,    // as a tree, c last
+  kAligned   // eight at a time, cut off at 2^-24 of the largest, c among them
+};
+extern int sums;
+
 void set_failure(const char* format, ...) __attribute__((format(printf, 1, 2)));
 size_t allowed_shared(const void* kernel);  // what cudaFuncSetAttribute granted it
 

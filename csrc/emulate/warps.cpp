@@ -1,4 +1,6 @@
 // csrc/emulate/warps.cpp: what the 32 lanes of a warp do together, asynchronous copies, fences and atomics.
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 
 #include "emulate/core.h"
@@ -21,8 +23,41 @@ struct MmaIo {
   float c[4];
 };
 
+// c + the products of one row and one column, in f32, by the rule that is set.
+float add_up(float c, const float (&x)[16]) {
+  if (sums == kPairs) {
+    float t[16];
+    std::copy(x, x + 16, t);
+    for (int width = 8; width > 0; width /= 2)
+      for (int k = 0; k < width; ++k) t[k] += t[k + width];
+    return c + t[0];
+  }
+  if (sums == kAligned) {
+    for (int first = 0; first < 16; first += 8) {
+      int top = -1000;
+      bool whole = std::isfinite(c);
+      for (int k = first; k < first + 8; ++k) {
+        whole = whole && std::isfinite(x[k]);
+        if (x[k] != 0) top = std::max(top, std::ilogb(x[k]));
+      }
+      if (c != 0) top = std::max(top, std::ilogb(c));
+      if (!whole || top == -1000) {
+        for (int k = first; k < first + 8; ++k) c += x[k];
+        continue;
+      }
+      double sum = std::trunc(std::ldexp(double(c), 24 - top));
+      for (int k = first; k < first + 8; ++k) sum += std::trunc(std::ldexp(double(x[k]), 24 - top));
+      const int digits = sum == 0 ? 0 : std::max(0, std::ilogb(sum) - 23);
+      c = float(std::ldexp(std::trunc(std::ldexp(sum, -digits)), digits + top - 24));
+    }
+    return c;
+  }
+  for (int k = 0; k < 16; ++k) c += x[k];
+  return c;
+}
+
 // D[16, 8] = A[16, 16] B[16, 8] + C. Lane g * 4 + t holds of A rows g and g + 8, columns 2t, 2t + 1 and both + 8; of B column g, the
-// same four rows; of C rows g and g + 8, columns 2t and 2t + 1 (PTX ISA, mma.m16n8k16). The sum runs over k from 0, in f32.
+// same four rows; of C rows g and g + 8, columns 2t and 2t + 1 (PTX ISA, mma.m16n8k16).
 void multiply(Slot* slots, const float* widen) {
   float A[16][16], B[16][8];
   for (int lane = 0; lane < 32; ++lane) {
@@ -38,9 +73,9 @@ void multiply(Slot* slots, const float* widen) {
     const int g = lane / 4, t = lane % 4;
     for (int r = 0; r < 4; ++r) {
       const int row = g + 8 * (r >> 1), column = 2 * t + (r & 1);
-      float sum = io.c[r];
-      for (int k = 0; k < 16; ++k) sum += A[row][k] * B[k][column];
-      io.c[r] = sum;
+      float product[16];
+      for (int k = 0; k < 16; ++k) product[k] = A[row][k] * B[k][column];
+      io.c[r] = add_up(io.c[r], product);
     }
   }
 }

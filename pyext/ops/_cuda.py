@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from ramify import native_cuda as n
+from ramify.backends import invariant
 from ramify.ops._memory import crosses, ids32
 
 Outputs = tuple[Tensor, ...]
 
 CHUNK, MOST_CHUNKS = 512, 64
-AUTOMATIC, MMA, COLUMNS, ROWS = range(4)
+FEW = 128  # blocks of rows, about the processors of a chip: fewer are split over keys
+AUTOMATIC, MMA, COLUMNS, ROWS, INVARIANT = range(5)
 VARIANT = AUTOMATIC  # tests and benchmarks pick an attention kernel with it
+ROW_BLOCK = 64  # kRowBlock
 SAMPLE_TILE = 2048  # kSampleTile
 
 
@@ -194,7 +197,7 @@ def tree_attention(
     page_table: Tensor | None, scale: float, window: int, sink: int, tail_rows: Tensor | None,
 ) -> None:  # fmt: skip
     """o and lse; rows that are not in use give 0 and -inf."""
-    args = n.AttentionArgs(Hkv=tail_k.shape[2], scale=scale, window=window, sink=sink)
+    args = n.AttentionArgs(Hkv=tail_k.shape[2], scale=scale, window=window, sink=sink, variant=INVARIANT if invariant() else VARIANT)
     ancestors = ancestors.contiguous()
     args.ancestors, args.words = ancestors.data_ptr(), ancestors.shape[2]
     args.prefix_len, args.tail_rows = prefix_len.data_ptr(), n.pointer(tail_rows)
@@ -209,8 +212,10 @@ def tree_attention(
 def interval_attention(outs: Outputs, q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float) -> None:
     """o and lse; rows that see nothing give 0 and -inf."""
     start, end = start.contiguous(), end.contiguous()
-    args = n.AttentionArgs(Hkv=k.shape[2], scale=scale, start=start.data_ptr(), end=end.data_ptr())
-    args.chunk = max(64, -(-k.shape[1] // 64) * 64)  # one chunk: where rows are many, their parts would outweigh the keys
+    (B, T, Hq, _), (S, Hkv) = q.shape, k.shape[1:3]
+    args = n.AttentionArgs(Hkv=Hkv, scale=scale, start=start.data_ptr(), end=end.data_ptr(), variant=MMA if invariant() else VARIANT)
+    few = B * Hkv * -(-T * (Hq // Hkv) // ROW_BLOCK) < FEW  # where rows are many, their parts would outweigh the keys
+    args.chunk = chunk_of(S) if few or invariant() else max(64, -(-S // 64) * 64)
     _attend(args, outs, q, k, v, start, end)
 
 
@@ -254,7 +259,7 @@ def _attend(args: ctypes.Structure, outs: Outputs, q: Tensor, k: Tensor, v: Tens
     for name, x, axes in (("q", q, "bth"), ("out", result, "bth"), ("lse", lse, "bt"), ("k", k, "bsh"), ("v", v, "bsh")):
         _place(args, name, x, axes)
     scratch = torch.empty(max(1, n.library().attention_scratch(ctypes.addressof(args)) // 4), device=q.device)
-    args.scratch, args.variant = scratch.data_ptr(), VARIANT
+    args.scratch = scratch.data_ptr()
     n.run(args, q, result, lse, k, v, *rest, scratch)
     if result is not out:
         out.copy_(result)

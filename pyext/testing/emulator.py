@@ -33,6 +33,9 @@ SANITIZERS = {
 SCHEDULES = tuple((order, seed, late) for late in (1, 0) for order, seed in ((0, 0), (1, 0), (2, 11), (2, 12)))
 """Order (0 forward, 1 reverse, 2 random), seed, and whether cp.async lands late: four schedules, each both ways."""
 
+SUMS = ("in order", "pairs", "aligned")
+"""How mma adds sixteen products to a sum: one by one; as a tree; eight at a time, aligned to the largest and cut off."""
+
 FLAGS = "-std=c++17 -O1 -g1 -fPIC -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas"
 
 
@@ -149,6 +152,15 @@ class Emulator:
         """Take blocks and threads forward (0), in reverse (1) or at random (2, by `seed`); let copies land late or at once."""
         self._schedule = (order, seed, late)
         self._library.ramify_emulate(order, ctypes.c_uint64(seed), late)
+
+    @contextmanager
+    def sums(self, rule: str) -> Iterator[None]:
+        """Inside the block mma adds by this rule, one of SUMS: bits that change show what a kernel leaves to the instruction."""
+        self._library.ramify_emulate_sums(SUMS.index(rule))
+        try:
+            yield
+        finally:
+            self._library.ramify_emulate_sums(0)
 
     def run(self, kernel: int, args: int, stream: int) -> int:
         """Run a kernel on the struct at an address; returns a cudaError_t."""

@@ -8,6 +8,7 @@ import ctypes
 import pytest
 import torch
 
+import ramify
 from ramify import native_cuda, ops, reference
 from ramify.ops import _cuda
 from ramify.testing.tensors import TREES, attention_case, intervals, padded, poisoned, random_tree, sample_case
@@ -327,6 +328,8 @@ def calls():
         ops.rope_append(rand(3, 128, dtype=dtype), angle, angle, at, at, *slots, q_norm=torch.ones(32))
         ops.row_stats(rand(1, 4200, dtype=dtype))
         ops.topk_logits(rand(1, 4200, dtype=dtype), 5)
+    a, b, c, d = torch.ones(16, 16).bfloat16(), torch.ones(16, 8).bfloat16(), torch.ones(16, 8), torch.ones(16, 8)
+    native_cuda.run(native_cuda.MmaArgs(type=1, a=a.data_ptr(), b=b.data_ptr(), c=c.data_ptr(), d=d.data_ptr()), a, b, c, d)
     k, v, table = caches(1, 2, 32, 1, 24, BF16, 16, g)
     count = torch.tensor([2, 0], dtype=I32)
     _cuda.commit_layers(rand(1, 2, 2, 1, 24), rand(1, 2, 2, 1, 24), k, v, None, count, torch.tensor([15, 3], dtype=I32), table)
@@ -343,6 +346,8 @@ def calls():
         case.tail_k = case.tail_k.contiguous() if page else case.tail_k
         window = None if page else 300
         _, lse = ops.tree_attention(*case.tensors, **case.options, window=window, sink=2, return_lse=True)
+        with ramify.row_invariant(True):
+            ops.tree_attention(*case.tensors, **case.options, window=window, sink=2)
         tree = {"ancestors": case.ancestors, "page_table": case.page_table}
         ops.attention_colsum(case.q, case.k, lse, case.prefix_len, window=window, sink=2, **tree)
     for variant, T in ((_cuda.COLUMNS, 3), (_cuda.COLUMNS, 20), (_cuda.ROWS, 66)):  # of sm_90a

@@ -125,6 +125,45 @@ def test_a_row_does_not_see_its_neighbours(place):
         assert torch.equal(alone.cpu()[0, 0], o[0, t]) and torch.equal(alone_lse.cpu()[0, 0], lse[0, t])
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("kind", ["causal", "window", "blocks", "full", "random"])
+def test_few_rows_are_split_over_keys(place, kind, dtype, monkeypatch):
+    """Chunks of 64 slots, most of which some row does not see: the same values as in one piece, but for rounding."""
+    case = make(kind, 2, 30, 330, 4, 2, 96, dtype)
+    check(place, case)
+    monkeypatch.setattr(_cuda, "CHUNK", 64)
+    check(place, case)
+    for variant in (_cuda.COLUMNS, _cuda.ROWS) if place.library else ():  # the same items, on sm_90a
+        monkeypatch.setattr(_cuda, "VARIANT", variant)
+        check(place, case)
+    monkeypatch.setattr(_cuda, "VARIANT", _cuda.AUTOMATIC)
+    q, k, v, start, end = case
+    end[0, 3] = start[0, 3] = 0
+    o, lse = check(place, [padded(t) for t in case])
+    assert (o[0, 3] == 0).all() and (lse[0, 3] == -torch.inf).all()
+
+
+def test_the_split_is_that_of_the_shape(place, monkeypatch):
+    """Many rows are not split; few are, and have the same bits on any number of processors, whatever the intervals hold."""
+    q, k, v, start, end = make("full", 1, 6, 330, 2, 1, 64, F16)
+    start[:], end[:] = 0, 330
+    k[:], v[:, :149] = k[:, :1], 2000 * v[:, :149]
+    v[:, 150:299] = -v[:, :149]  # equal weights: what remains of the sum is all rounding
+    case = q, k, v, start, end
+    whole = run(place, case)[0]
+    monkeypatch.setattr(_cuda, "CHUNK", 64)
+    split = run(place, case)[0]
+    assert not torch.equal(whole, split)
+    for processors in (1, 3, 200) if place.library else ():
+        with place.library.device(processors):
+            assert torch.equal(run(place, case)[0], split)
+    end[0, 1:] = 9
+    assert torch.equal(run(place, case)[0][0, 0], split[0, 0])
+    monkeypatch.setattr(_cuda, "FEW", 1)
+    end[:] = 330
+    assert torch.equal(run(place, case)[0], whole)
+
+
 def test_bounds_outside_the_slots_are_cut(place):
     """No check on a device could have refused them: no slot outside the cache is read."""
     q, k, v, start, end = (t.to(place.device) for t in make("full", 1, 3, 70, 1, 1, 64, BF16))

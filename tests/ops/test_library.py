@@ -372,20 +372,6 @@ def test_fake_on_a_device_that_is_not_here():
         assert ops.linear(q, cuda(7, 64)).shape == (2, 5, 4, 7)
 
 
-def test_rope_append_reads_its_rows_before_it_writes():
-    """Rows that lie in the cache they go to; and a result that is asked for a gradient says that there is none."""
-    store = torch.randn(6, 1, 4)
-    rows = store[1:5].view(1, 16)
-    apart, want_v = (store.clone(), torch.zeros(6, 1, 4)), torch.zeros(6, 1, 4)
-    want = ops.rope_append(rows.clone(), angles[:, :2], angles[:, :2], at[:1], slots[2:], apart[0], want_v)
-    got_v = torch.zeros(6, 1, 4)
-    assert torch.equal(ops.rope_append(rows, angles[:, :2], angles[:, :2], at[:1], slots[2:], store, got_v), want)
-    assert torch.equal(store, apart[0]) and torch.equal(got_v, want_v)
-    q = ops.rope_append(qkv.clone().requires_grad_(), angles[:, :2], angles[:, :2], at, slots, *heads())
-    with pytest.raises(NotImplementedError, match="^rope_append: backward is not built"):
-        q.sum().backward()
-
-
 def test_out_is_what_comes_back():
     out = torch.empty(3, 8), torch.empty(3, 8)
     got = ops.rms_norm(x, weight, x, out=out)

@@ -79,6 +79,21 @@ def test_a_row_is_its_own(level):
     assert torch.equal(alone[0], q[3])
 
 
+def test_rows_that_lie_in_the_cache_are_read_before_they_are_written():
+    store, angle, one = torch.randn(6, 1, 4), torch.rand(3, 2), torch.ones(1, dtype=I32)
+    rows, apart, other = store[1:5].view(1, 16), store.clone(), torch.zeros(6, 1, 4)
+    want = ops.rope_append(rows.clone(), angle, angle, one, one * 2, apart, torch.zeros(6, 1, 4))
+    assert torch.equal(ops.rope_append(rows, angle, angle, one, one * 2, store, other), want)
+    assert torch.equal(store, apart) and torch.equal(other[2], apart[4])
+
+
+def test_a_gradient_is_refused():
+    angle, at = torch.rand(3, 2), torch.zeros(1, dtype=I32)
+    q = ops.rope_append(torch.randn(1, 16, requires_grad=True), angle, angle, at, at, *torch.zeros(2, 6, 1, 4))
+    with pytest.raises(NotImplementedError, match="^rope_append: backward is not built"):
+        q.sum().backward()
+
+
 def test_says_what_it_does_not_take():
     good, _ = make(3, 2, 1, 8, 4, 6, F32, F32, False)
     norm = torch.ones(8)

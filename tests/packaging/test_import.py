@@ -90,7 +90,19 @@ PUBLIC = [
         "explain",
         "generate",
     ),
-    *("load", "methods", "page_format", "size_policy", "verifier", "ops", "reference", "testing", "kernels", "__version__"),
+    *(
+        "load",
+        "methods",
+        "page_format",
+        "row_invariant",
+        "size_policy",
+        "verifier",
+        "ops",
+        "reference",
+        "testing",
+        "kernels",
+        "__version__",
+    ),
 ]
 
 
