@@ -97,6 +97,8 @@ TABLE = (
     Kernel("interval_attention", "cuda", (torch.bfloat16,), {"D": HEAD_SIZES, "kv": (torch.bfloat16,)}),
     Kernel("interval_attention", "cuda", (torch.float16,), {"D": HEAD_SIZES, "kv": (torch.float16,)}),
     Kernel("merge_states", "cuda", _GPU),
+    Kernel("linear", "cuda", (torch.bfloat16,), {"weight": (torch.bfloat16, *LOW_BIT), "activations": ("exact",)}),
+    Kernel("linear", "cuda", (torch.float16,), {"weight": (torch.float16, *LOW_BIT), "activations": ("exact",)}),
     Kernel("rms_norm", "cuda", _GPU, {"weight": _GPU}),
     Kernel("rope", "cuda", _GPU),
     Kernel("silu_mul", "cuda", _GPU),

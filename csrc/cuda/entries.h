@@ -16,6 +16,7 @@ int verify_greedy(const VerifyGreedyArgs& a, void* stream);
 int merge_states(const MergeStatesArgs& a, void* stream);
 int verify_sample(const VerifySampleArgs& a, void* stream);
 int attention(const AttentionArgs& a, void* stream);
+int linear(const LinearArgs& a, void* stream);
 int residual_sample(const ResidualSampleArgs& a, void* stream);
 
 }  // namespace ramify::gpu

@@ -68,6 +68,8 @@ int ramify_cuda_run(int64_t kernel, const void* args, void* stream) {
       return call(verify_sample, args, stream);
     case kAttention:
       return call(attention, args, stream);
+    case kLinear:
+      return call(linear, args, stream);
     case kResidualSample:
       return call(residual_sample, args, stream);
     default:
@@ -103,6 +105,8 @@ int64_t ramify_cuda_size(int64_t kernel) {
       return sizeof(VerifySampleArgs);
     case kAttention:
       return sizeof(AttentionArgs);
+    case kLinear:
+      return sizeof(LinearArgs);
     case kResidualSample:
       return sizeof(ResidualSampleArgs);
     default:
