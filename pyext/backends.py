@@ -188,7 +188,8 @@ def reasons(op: str, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) 
     """Backend -> why it cannot run this call, empty if it can; in order of preference, the reference last."""
     rows: dict[str, str] = {}
     for row in TABLE:
-        if row.op == op and rows.get(row.backend, "none yet"):  # one row that takes the call is enough
+        nearer = row.backend not in rows or (rows[row.backend] and dtype in row.dtypes)  # one row that takes the call is enough
+        if row.op == op and nearer:
             rows[row.backend] = row.why_not(device, dtype, sizes)
     return {name: rows.get(name, "no such kernel") for name in BACKENDS[:-1]} | {"reference": ""}
 

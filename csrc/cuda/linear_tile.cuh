@@ -320,7 +320,7 @@ RT_FN void store(const LinearArgs& a, const Work& work, int place, Sums<kTiles>&
 
 // Rows of x from `row` on; blocks of the same weights are neighbours, so that the L2 cache serves all but the first of them.
 template <class W, int kTiles>
-__global__ void __launch_bounds__(kLinearThreads, 2) linear_kernel(const LinearArgs a, int row, int blocks) {
+__global__ void __launch_bounds__(kLinearThreads, kTiles == 1 ? 3 : 2) linear_kernel(const LinearArgs a, int row, int blocks) {
   using S = Tile<W, kTiles>;
   RT_DYN(unsigned char, space);
   const int block = int(blockIdx.x) % blocks, place = int(blockIdx.x) / blocks, slice = int(a.slice);

@@ -74,9 +74,7 @@ def embed(outs: Outputs, ids: Tensor, table: Tensor) -> None:
     _store(result, outs[0])
 
 
-def linear(
-    outs: Outputs, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None
-) -> None:  # fmt: skip
+def linear(outs: Outputs, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> None:
     """activation(x W^T + bias) + residual over a dense weight of x's dtype, as it lies."""
     args = n.LinearArgs(N=weight.shape[0], kind=n.WEIGHTS["dense"], weight=weight.data_ptr(), lines=1)
     args.weight_stride = weight.stride(0) * weight.itemsize
@@ -108,7 +106,8 @@ def slice_of(N: int, K: int) -> int:
 
 
 def _run_linear(
-    out: Tensor, args: ctypes.Structure, x: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None, *weight: Tensor | None
+    out: Tensor, args: ctypes.Structure, x: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None,
+    *weight: Tensor | None,
 ) -> None:  # fmt: skip
     """Launch a linear layer; `weight`: what the pointers of args name already."""
     rows, result = _rows(x), _target(out)
