@@ -147,7 +147,9 @@ void run_fiber() {
   {
     Quiet quiet;
     check_copies_landed(f);
+    check_products_waited(f);
     f.state = kDone, ++block->exited;
+    if (block->exited == int(block->fibers.size())) check_block_ended();
     if (block->arrived) fail("thread %d ended while others wait at the barrier at %s", f.index, place(block->barrier).c_str());
   }
   to_main(f, true);
@@ -192,7 +194,10 @@ std::string stuck() {
   for (const Fiber& f : block->fibers) {
     if (f.state == kDone || ++waiting > 4) continue;
     text += std::string(told++ ? "; thread " : "thread ") + std::to_string(f.index) +
-            (f.state == kAtBlock ? " at a barrier " : " at a warp step ") + place(f.site);
+            (f.state == kAtWarp    ? " at a warp step "
+             : f.state == kAtPhase ? " at an mbarrier "
+                                   : " at a barrier ") +
+            place(f.site);
   }
   return text + (waiting > 4 ? " and " + std::to_string(waiting - 4) + " more" : "");
 }

@@ -56,7 +56,7 @@ struct Quiet {
 };
 #endif
 
-enum State { kReady, kAtWarp, kAtBlock, kDone };
+enum State { kReady, kAtWarp, kAtBlock, kAtNamed, kAtPhase, kDone };
 
 struct Copy {  // one cp.async that has not landed
   void* to;
@@ -87,6 +87,9 @@ struct Op {  // a warp-wide step that is under way
   bool complete() const { return got == mask; }
 };
 
+struct Hopper;  // what hopper.cpp and wgmma.cpp keep of a block
+void forget(Hopper* state);
+
 struct Block {  // the block that runs now
   std::vector<Fiber> fibers;
   std::deque<int> ready;
@@ -100,6 +103,7 @@ struct Block {  // the block that runs now
   // Two in turn: a thread is at most one barrier behind. On the heap, because the thread sanitizer forgets what it knows of an address
   // only when it is freed: on a stack the next block would inherit this one's orderings.
   std::unique_ptr<char[]> sync = std::make_unique<char[]>(2);
+  std::unique_ptr<Hopper, void (*)(Hopper*)> hopper{nullptr, forget};
 };
 
 extern Block* block;
@@ -109,6 +113,9 @@ void wake(Fiber& f);
 void park(State state);                                                                 // to the scheduler, until woken
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));  // ends the launch with a message
 std::string place(Site site);
+void land(const Copy& copy);
 void check_copies_landed(const Fiber& f);
+void check_products_waited(const Fiber& f);
+void check_block_ended();
 
 }  // namespace emulate

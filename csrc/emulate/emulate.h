@@ -33,7 +33,7 @@ struct Site {
 
 // Warp-wide steps. Every lane of `mask` leaves `bytes` in its slot; the last one to arrive runs `finish` over all of them; then
 // every lane reads the slot of lane `from` (its own when negative). Only a step that fences orders memory.
-enum Step : int { kSyncWarp, kShuffle, kBallot, kReduce, kMma, kLoadMatrix };
+enum Step : int { kSyncWarp, kShuffle, kBallot, kReduce, kMma, kLoadMatrix, kWgmma, kSetRegisters };
 constexpr int kSlotBytes = 64;
 struct alignas(16) Slot {
   unsigned char bytes[kSlotBytes];

@@ -7,7 +7,7 @@
 namespace emulate {
 namespace {
 
-const char* const kNames[] = {"__syncwarp", "shuffle", "ballot", "reduce", "mma", "ldmatrix"};
+const char* const kNames[] = {"__syncwarp", "shuffle", "ballot", "reduce", "mma", "ldmatrix", "wgmma", "setmaxnreg"};
 
 struct Words {  // 16 bits to float
   float half[1 << 16], bf16[1 << 16];
@@ -84,14 +84,14 @@ void combine(unsigned mask, Slot* slots) {
   for (int lane = 0; lane < 32; ++lane) memcpy(slots[lane].bytes, &all, 4);
 }
 
+}  // namespace
+
+int lane() { return fiber->lane; }
+
 void land(const Copy& c) {
   memcpy(c.to, c.from, size_t(c.bytes));
   memset(static_cast<char*>(c.to) + c.bytes, 0, size_t(c.filled - c.bytes));
 }
-
-}  // namespace
-
-int lane() { return fiber->lane; }
 
 void warp_step(unsigned mask, Step step, void* io, size_t bytes, Finish finish, int from, bool fences, Site site) {
   Fiber& f = *fiber;

@@ -64,7 +64,7 @@ def build(csrc: Path, cache: Path, mode: str = "plain", program: Path | None = N
     the result is a shared library. Raises BuildError with the compiler's message.
     """
     kernel_flags, core_flags = (f"{FLAGS} {flags}" for flags in SANITIZERS[mode])
-    core = [csrc / "emulate" / f"{name}.cpp" for name in ("blocks", "warps", "runtime")]
+    core = [csrc / "emulate" / f"{name}.cpp" for name in ("blocks", "warps", "hopper", "wgmma", "runtime")]
     alone = program is not None and program.suffix == ".cu"
     kernels = [program] if program is not None and alone else sorted((csrc / "cuda").glob("*.cu"))
     sources = [(path, kernel_flags) for path in kernels] + [(path, core_flags.replace("-O1", "-O2")) for path in core]

@@ -1,14 +1,15 @@
-// tests/gates/faults.cu: two small kernels with one fault each on demand: the test of the emulator that tests our kernels.
+// tests/gates/faults.cu: three small kernels with one fault each on demand: the test of the emulator that tests our kernels.
 //
 //     faults FAULT ORDER SEED LATE      exit 0: right values; 1: wrong values; 2: the launch failed, message on stderr
 //
 // block_sum  sums 4 numbers a thread over a block and adds the block's sum to one cell.
 // decode     one warp and one query tile: softmax-free attention over 64 keys in four stages, cp.async double buffer, mma.
+// product    sm_90a: one warp copies tiles in bulk, a warpgroup multiplies them by wgmma; mbarriers between them, one stage.
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
 
-#include "cuda/rt.cuh"
+#include "cuda/rt_hopper.cuh"
 
 extern "C" void ramify_emulate(int order, uint64_t seed, int late);
 
@@ -33,6 +34,22 @@ enum Fault {
   kCopiesUnderWay,      // ends before its copies have landed
   kMisaligned,          // cp.async from an odd address
   kTooMuchShared,       // more dynamic shared memory than a block has without asking
+  kWrongParity,         // waits for the phase before the one that brings the tile
+  kNoExpect,            // arrives without saying how many bytes the phase waits for
+  kNoInitFence,         // no fence between mbar_init and the first bulk copy
+  kMisalignedBulk,      // a bulk copy from an address that is no multiple of 16
+  kOneArrivalLess,      // fewer arrivals than the mbarrier was made for
+  kEarlyRelease,        // gives the stage back before the products that read it were waited for
+  kNoProxyFence,        // no fence_async between a thread's stores and the wgmma that reads them
+  kShortBarrier,        // a named barrier of half of the threads that it should hold
+  kNoWgmmaFence,        // no wgmma_fence before the first product
+  kReadBeforeWait,      // reads accumulators that it has not waited for
+  kNotWaited,           // ends before its products have
+  kOneWarpLess,         // a product that one warp of the warpgroup leaves out
+  kNoSwizzle,           // stores an operand in plain order that the descriptor calls swizzled
+  kWrongStride,         // a descriptor whose groups of 8 rows lie too near
+  kTileAnywhere,        // a swizzled tile that does not begin at a multiple of 1024
+  kOneWarpsRegisters,   // setmaxnreg in one warp of the warpgroup
 };
 
 __global__ void block_sum(const float* x, float* out, float* parts, unsigned* ticket, int fault) {
@@ -124,6 +141,58 @@ __global__ void decode(const bf16* q, const bf16* k, float* out, int fault) {
   for (int r = 0; r < 4; ++r) out[(g + 8 * (r >> 1)) * kDim + 8 * warp + 2 * t + (r & 1)] = o[r];
 }
 
+constexpr int kM = 64, kN = 8, kDepth = 64, kSteps = 3;  // of a tile; tiles
+constexpr int kTileA = kM * 128, kTileB = kN * 128;      // bytes
+
+// out[64, 8] = a[64, 192] b[8, 192]^T; `a` comes in tiles as they lie in shared memory.
+__global__ void product(const unsigned char* a, const bf16* b, float* out, int fault) {
+  RT_DYN(unsigned char, memory);
+  RT_SHARED(rt::Mbarrier, bars, [2]);
+  unsigned char *const tile_a = fault == kTileAnywhere ? memory : rt::tile_memory(memory), *const tile_b = tile_a + kTileA;
+  rt::Mbarrier *const full = &bars[0], *const empty = &bars[1];
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+  if (thread == 0) {
+    rt::mbar_init(full, 1);
+    rt::mbar_init(empty, fault == kOneArrivalLess ? 5 : 4);
+    if (fault != kNoInitFence) rt::fence_async();
+  }
+  __syncthreads();
+  if (warp == 4) {
+    for (int tile = 0; lane == 0 && tile < kSteps; ++tile) {
+      rt::mbar_wait(empty, (tile & 1) ^ 1);
+      if (fault == kNoExpect)
+        rt::mbar_arrive(full);
+      else
+        rt::mbar_expect(full, kTileA);
+      rt::copy_bulk(tile_a, a + tile * kTileA + 2 * (fault == kMisalignedBulk), kTileA, full);
+    }
+    return;
+  }
+  if (fault == kOneWarpsRegisters && warp == 1) rt::registers_up<232>();
+  float d[kN / 2] = {0, 0, 0, 0};
+  for (int tile = 0; tile < kSteps; ++tile) {
+    const unsigned at = thread / 16 * 128 + thread % 16 * 8;  // four numbers a thread
+    memcpy(tile_b + (fault == kNoSwizzle ? at : rt::swizzled(at)), b + thread / 16 * kDepth * kSteps + tile * kDepth + thread % 16 * 4, 8);
+    if (fault != kNoProxyFence) rt::fence_async();
+    rt::mbar_wait(full, (tile & 1) ^ (fault == kWrongParity));
+    rt::bar_sync(1, fault == kShortBarrier ? 64 : 128);
+    if (fault != kNoWgmmaFence) rt::wgmma_fence(d);
+    for (int k = 0; k < 4; ++k) {
+      const int stride = fault == kWrongStride ? 512 : 1024;
+      if (!(fault == kOneWarpLess && warp == 3 && k == 3))
+        rt::wgmma<bf16, 0, 0>(d, rt::descriptor(tile_a + 32 * k, 0, stride), rt::descriptor(tile_b + 32 * k, 0, stride), 1);
+    }
+    rt::wgmma_commit();
+    if (fault == kEarlyRelease && lane == 0) rt::mbar_arrive(empty);
+    if (fault == kReadBeforeWait)
+      for (float& x : d) x += 1;
+    if (fault != kNotWaited || tile < kSteps - 1) rt::wgmma_wait<0>(d);
+    if (fault != kEarlyRelease && lane == 0) rt::mbar_arrive(empty);
+    rt::bar_sync(2, 128);  // or the next tile_b would overwrite what another warp reads
+  }
+  for (int r = 0; r < 4; ++r) out[(warp * 16 + g + 8 * (r >> 1)) * kN + 2 * t + (r & 1)] = d[r] - (fault == kReadBeforeWait ? kSteps : 0);
+}
+
 int finished() {
   const cudaError_t error = cudaGetLastError();
   if (error == cudaSuccess) return 0;
@@ -163,6 +232,27 @@ int run_decode(int fault) {
   return 0;
 }
 
+int run_product(int fault) {
+  const int depth = kDepth * kSteps;
+  std::vector<bf16> a(kM * depth), b(kN * depth);
+  std::vector<unsigned char> tiles(kSteps * kTileA + 16);
+  std::vector<float> out(kM * kN, NAN);
+  for (size_t i = 0; i < a.size(); ++i) a[i] = __float2bfloat16(float(int(i * 7 % 11) - 5));
+  for (size_t i = 0; i < b.size(); ++i) b[i] = __float2bfloat16(float(int(i * 5 % 9) - 4));
+  for (int m = 0; m < kM; ++m)
+    for (int k = 0; k < depth; ++k) memcpy(&tiles[k / kDepth * kTileA + rt::swizzled(m * 128 + k % kDepth * 2)], &a[m * depth + k], 2);
+  const int bytes = kTileA + kTileB + 1024;
+  RT_LAUNCH(product, dim3(1), dim3(160), bytes, nullptr, tiles.data(), b.data(), out.data(), fault);
+  if (const int failed = finished()) return failed;
+  for (int m = 0; m < kM; ++m)
+    for (int n = 0; n < kN; ++n) {
+      float want = 0;
+      for (int k = 0; k < depth; ++k) want += __bfloat162float(a[m * depth + k]) * __bfloat162float(b[n * depth + k]);
+      if (out[m * kN + n] != want) return 1;
+    }
+  return 0;
+}
+
 }  // namespace
 
 int main(int count, char** words) {
@@ -170,5 +260,7 @@ int main(int count, char** words) {
   if (count > 4) ramify_emulate(atoi(words[2]), strtoull(words[3], nullptr, 10), atoi(words[4]));
   if (fault < kWaitTooShort)
     if (const int wrong = run_block_sum(fault)) return wrong;
-  return fault == kNone || fault >= kWaitTooShort ? run_decode(fault) : 0;
+  if (fault == kNone || (fault >= kWaitTooShort && fault < kWrongParity))
+    if (const int wrong = run_decode(fault)) return wrong;
+  return fault == kNone || fault >= kWrongParity ? run_product(fault) : 0;
 }

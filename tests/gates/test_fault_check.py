@@ -33,6 +33,22 @@ CAUGHT = {
     "CopiesUnderWay": {"plain": (2, r"ends with 1 asynchronous copies under way")},
     "Misaligned": {"plain": (2, r"cp\.async at faults\.cu:\d+: .*takes addresses aligned")},
     "TooMuchShared": {"plain": (2, r"61440 bytes of dynamic shared memory; takes 49152")},
+    "WrongParity": {"plain": (2, r"copies under way|nothing can go on: .* at an mbarrier|more arrivals than the 1")},
+    "NoExpect": {"plain": (2, r"copies under way|nothing can go on: .* at an mbarrier faults\.cu:\d+")},
+    "NoInitFence": {"plain": (2, r"bulk copy at faults\.cu:\d+: no fence_async between the initialisation")},
+    "MisalignedBulk": {"plain": (2, r"bulk copy at faults\.cu:\d+: 8192 bytes .*takes multiples of 16")},
+    "OneArrivalLess": {"plain": (2, r"nothing can go on: .* at an mbarrier faults\.cu:\d+")},
+    "EarlyRelease": {"tsan": RACE},
+    "NoProxyFence": {"plain": WRONG, "asan": WRONG},
+    "ShortBarrier": {"tsan": RACE},
+    "NoWgmmaFence": {"plain": (2, r"wgmma at faults\.cu:\d+: no wgmma_fence")},
+    "ReadBeforeWait": {"plain": WRONG, "asan": WRONG},
+    "NotWaited": {"plain": (2, r"ends with 4 wgmma that were not waited for")},
+    "OneWarpLess": {"plain": (2, r"wgmma at faults\.cu:\d+: warp \d and the other warps of its warpgroup .* differ")},
+    "NoSwizzle": {"plain": WRONG},
+    "WrongStride": {"plain": WRONG},
+    "TileAnywhere": {"plain": (2, r"wgmma at faults\.cu:\d+: a tile at 0x480 begins inside a group of 8 rows")},
+    "OneWarpsRegisters": {"plain": (2, r"setmaxnreg: warp 1 and warp 0 of one warpgroup differ")},
 }
 LATE_ONLY = {"WaitTooShort", "CopiesUnderWay"}  # with copies that land at once, these faults have no effect to see
 
