@@ -179,6 +179,8 @@ struct AttentionArgs {
 
 enum Weights : int64_t { kDense = 0, kInt4 = 1, kInt8 = 2, kFp8 = 3 };
 
+enum LinearVariant : int64_t { kByRows = 0, kFewRows = 1, kManyRows = 2 };  // kFewRows: a row's bits are its own for any number of rows
+
 // out = act(x W^T + bias) + residual. W as it is stored: rows of 16-bit numbers of x's type, or of codes with their scales.
 struct LinearArgs {
   const int32_t* live;
@@ -199,8 +201,9 @@ struct LinearArgs {
   void* out;
   int64_t out_stride;
   int64_t slice;      // inputs that are summed before they join the rest, a multiple of kLinearWindow
-  float* scratch;     // where there are several slices: kLinearRows x whole panels x slices
-  uint32_t* tickets;  // a panel and 8 rows each, zero before and after
+  float* scratch;     // where there are several slices: sums of whole blocks, as Python counts them
+  uint32_t* tickets;  // a panel and 32 rows each, zero before and after
+  int64_t variant;
 };
 
 struct FillArgs {  // out[i] = value + i, to show that a launch works
@@ -234,7 +237,7 @@ inline int64_t stats_scratch(int64_t rows, int64_t V, int64_t topk) {
 }
 
 constexpr int kLinearPanel = 128, kLinearWindow = 512;  // outputs of one block, inputs that it holds at a time
-constexpr int kLinearRows = 256;                        // rows of one launch
+constexpr int kLinearRows = 256, kMostFewRows = 32;     // rows of one launch, of a block that mma.sync serves
 
 constexpr int kRowBlock = 64;  // packed query rows, T * Hq / Hkv, of one attention block
 

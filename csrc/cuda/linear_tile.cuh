@@ -1,27 +1,22 @@
 // csrc/cuda/linear_tile.cuh: one tile of a linear layer over weights as they are stored, for sm_80 and newer (mma.sync).
 //
 // Operands  weights are the 16 rows of m16n8k16 and rows of x its 8 columns: nothing is padded to 16 rows of x, and what a row comes out
-//           as depends on no other. Eight neighbouring inputs of an output go to one lane, in every format, so that any group of 32
-//           inputs is two products and a scale multiplies their f32 sum: no weight is rounded.
+//           as depends on no other. Any group of 32 inputs is two products, and a scale multiplies their f32 sum.
 // Block     128 outputs, up to 32 rows of x, a slice of the inputs. A warp takes 32 outputs and every other piece of 64 bytes of their
 //           weights, which it copies for itself through a ring of 3 or 4 stages: inside a window of 512 inputs there is no barrier.
 //           A window of x, gathered and reordered on the way, its scales and zeros are shared by the block.
-// Zeros     sum((code - zero) x) is sum(code x) - zero sum(x): a fractional zero is not rounded either. The sums of x are made once a
-// block. Slices    end by N and K alone (Python says where); the last block of a panel to arrive adds them in order. No float atomics: the
-//           same bits for 1 and for 256 rows, in any order of blocks.
+// Zeros     sum((code - zero) x) is sum(code x) - zero sum(x): a fractional zero is not rounded either.
+// Slices    end by N and K alone (Python says where): the same bits for 1 and for 256 rows, in any order of blocks.
 // Shared    swizzled by 16 bytes: copies, weight loads of 4, 8 or 16 bytes and loads of x all meet 32 different banks.
 #pragma once
-#include "cuda/codes.cuh"
+#include "cuda/linear_parts.cuh"
 
 namespace ramify::gpu {
-
-int linear_low_bit(const LinearArgs& a, void* stream);  // kInt4, kInt8 and kFp8, of which linear() takes care
-
 namespace {
 
 constexpr int kLinearThreads = 256, kWarps = kLinearThreads / 32;
 constexpr int kStripes = kLinearPanel / 32, kWays = kWarps / kStripes;  // warps over the outputs, warps over the inputs
-constexpr int kPiece = 64, kStageBytes = 32 * kPiece;                   // bytes of one output in a stage, a warp's stage
+constexpr int kStageBytes = 32 * kPiece;                                // of a warp
 constexpr int kChunks = kLinearWindow / kChunk;                         // of one row of x
 constexpr int kWindowBits = 9;
 static_assert(1 << kWindowBits == kLinearWindow, "its logarithm");
@@ -47,10 +42,6 @@ int shared_bytes(const LinearArgs& a) {
   return S::kRing + S::kX + (W::kGroups ? each : 0) + (a.zero ? each + groups_of(a) * S::kTokens * 4 : 0);
 }
 
-struct alignas(16) Quad {
-  uint32_t word[4];
-};
-
 // What a block works on.
 struct Work {
   int panel, slice, slices, K, first, rows;  // first row of x, how many there are
@@ -61,73 +52,6 @@ struct Work {
 };
 
 RT_FN int chunk_place(int token, int chunk) { return token * kChunks + (chunk ^ (token & 1) << 2); }
-// Where 16 bytes of an output's piece lie: outputs two apart are moved by other amounts, so that no two lanes meet in a bank.
-RT_FN int piece_place(int output, int quarter) {
-  const int pair = output >> 1 & 3;
-  return output * kPiece + (quarter ^ (pair >> 1 | (pair & 1) << 1)) * 16;
-}
-
-// A lane's share of its warp's copies: 16 bytes of every eighth of 32 outputs.
-struct Source {
-  const unsigned char* from;  // of the first of them
-  int64_t pitch;              // to the next
-  int outputs, bytes;         // that are left from there
-  bool words;                 // all lie at multiples of 16 bytes
-};
-
-template <class W>
-RT_FN Source source_of(const LinearArgs& a, const Work& work) {
-  const int lane = threadIdx.x % 32, n = work.panel * kLinearPanel + int(threadIdx.x / 32 % kStripes) * 32 + lane / 4;
-  const bool words = (reinterpret_cast<uintptr_t>(a.weight) | uint64_t(a.weight_stride)) % 16 == 0;
-  return {static_cast<const unsigned char*>(a.weight) + n * a.weight_stride + lane % 4 * 16, 8 * a.weight_stride, int(a.N) - n,
-          (work.K * W::kBits + 7) / 8 - lane % 4 * 16, words};
-}
-
-// Copies 64 bytes of each output, zeros where there are none.
-RT_FN void fetch(const Source& source, int step, unsigned char* stage) {
-  const int lane = threadIdx.x % 32, at = step * kPiece, valid = max(0, min(source.bytes - at, 16));
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    unsigned char* const to = stage + piece_place(8 * j + lane / 4, lane % 4);
-    const int count = 8 * j < source.outputs ? valid : 0;
-    const unsigned char* const from = count ? source.from + j * source.pitch + at : source.from;
-    if (source.words) {
-      rt::cp16(to, from, count);
-    } else {
-      for (int i = 0; i < 16; ++i) to[i] = i < count ? from[i] : 0;
-    }
-  }
-}
-
-// Eight inputs of one row of x, from k on, in the order of the codes; zeros where there are none. An input that does not exist is NaN.
-template <class W>
-RT_FN Quad inputs_at(const LinearArgs& a, const uint16_t* row, int k, bool words) {
-  uint16_t x[8];
-  if (words && k + 8 <= a.K) {
-    const Quad all = *reinterpret_cast<const Quad*>(row + k);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = uint16_t(all.word[i / 2] >> (16 * (i % 2)));
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int from = k + i >= a.K ? -1 : a.perm ? a.perm[k + i] : k + i;
-      x[i] = k + i >= a.K ? 0 : from >= 0 && from < a.K ? row[from] : 0x7FFF;
-    }
-  }
-  Quad quad;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) quad.word[i] = uint32_t(x[W::order(2 * i + 1)]) << 16 | x[W::order(2 * i)];
-  return quad;
-}
-
-template <class T>
-RT_FN float number(uint32_t bits) {
-  const uint16_t low = uint16_t(bits);
-  T x;
-  memcpy(static_cast<void*>(&x), &low, 2);
-  return to_float(x);
-}
-
 // A window of x, from input k on, and where there are zeros the sums of its groups: of eight, then of neighbours by two and two.
 template <class W, int kTiles>
 RT_FN void stage_inputs(const LinearArgs& a, const Work& work, int k) {
@@ -253,18 +177,7 @@ RT_FN void add_stage(const LinearArgs& a, const Work& work, const unsigned char*
   }
 }
 
-// Epilogue of one output; the one rounding.
-template <class W>
-RT_FN void finish(const LinearArgs& a, int64_t row, int64_t n, float y) {
-  using T = typename W::Type;
-  if (W::kRowScale) y *= value_at(a.scale, a.scale_type, n * a.scale_stride);
-  if (a.bias) y += value_at(a.bias, a.bias_type, n);
-  if (a.silu) y = y / (1.f + expf(-y));
-  if (a.residual) y += value_at(a.residual, a.residual_type, row * a.residual_stride + n);
-  static_cast<T*>(a.out)[row * a.out_stride + n] = from_float<T>(y);
-}
-
-// Both ways' sums of the block, one after the other; then the slices', by the last block of the panel.
+// Both ways' sums of the block, one after the other; then the slices'.
 template <class W, int kTiles>
 RT_FN void store(const LinearArgs& a, const Work& work, int place, Sums<kTiles>& sums) {
   using S = Tile<W, kTiles>;
@@ -275,8 +188,7 @@ RT_FN void store(const LinearArgs& a, const Work& work, int place, Sums<kTiles>&
   for (int i = 0; i < 2; ++i)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      bool nan = false;
-      if (W::kNan) nan = __ballot_sync(rt::kAll, (sums.nan[i][half] & 0x80808080u) != 0) >> (4 * g) & 15;
+      const bool nan = W::kNan && any_nan(sums.nan[i][half]);
 #pragma unroll
       for (int n = 0; n < kTiles; ++n)
 #pragma unroll
@@ -286,36 +198,14 @@ RT_FN void store(const LinearArgs& a, const Work& work, int place, Sums<kTiles>&
         }
     }
   __syncthreads();
-  float* const parts = a.scratch + int64_t(place) * work.slices * S::kTokens * kLinearPanel;
-  const int panel = work.panel * kLinearPanel;
-  for (int n = threadIdx.x; n < work.rows * kLinearPanel; n += kLinearThreads) {
-    const int token = n / kLinearPanel, output = n % kLinearPanel;
+  const Part part = {work.panel * kLinearPanel, place, work.slice, work.slices, work.first, work.rows, last};
+  const auto sum = [&](int token, int output) {
     float y = all[token * kSumPitch + output];
 #pragma unroll
     for (int way = 1; way < kWays; ++way) y += all[(way * S::kTokens + token) * kSumPitch + output];
-    if (work.slices > 1) {
-      parts[work.slice * S::kTokens * kLinearPanel + n] = y;
-    } else if (panel + output < a.N) {
-      finish<W>(a, work.first + token, panel + output, y);
-    }
-  }
-  if (work.slices == 1) return;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last[0] = atomicAdd(a.tickets + place, 1u) == unsigned(work.slices - 1);
-    __threadfence();
-    if (last[0]) atomicExch(a.tickets + place, 0u);
-  }
-  __syncthreads();
-  if (!last[0]) return;
-  for (int n = threadIdx.x; n < work.rows * kLinearPanel; n += kLinearThreads) {
-    const int output = panel + n % kLinearPanel;
-    if (output >= a.N) continue;
-    float y = parts[n];
-    for (int s = 1; s < work.slices; ++s) y += parts[s * S::kTokens * kLinearPanel + n];
-    finish<W>(a, work.first + n / kLinearPanel, output, y);
-  }
+    return y;
+  };
+  join<W, S::kTokens, kLinearPanel, kLinearThreads>(a, part, sum, [] { __syncthreads(); });
 }
 
 // Rows of x from `row` on; blocks of the same weights are neighbours, so that the L2 cache serves all but the first of them.
@@ -337,12 +227,12 @@ __global__ void __launch_bounds__(kLinearThreads, kTiles == 1 ? 3 : 2) linear_ke
   work.zero = work.scale + groups * kScalePitch, work.total = work.zero + groups * kScalePitch;
 
   const int warp = threadIdx.x / 32, way = warp / kStripes, begin = work.slice * slice, end = min(begin + slice, work.K);
-  const Source source = source_of<W>(a, work);
+  const Source source = source_of<W>(a, work.panel * kLinearPanel + warp % kStripes * 32);
   unsigned char* const ring = space + warp * kStageBytes;
   const int steps = (end + S::kStep - 1) / S::kStep;
   int ahead = begin / S::kStep + way;  // the next step to fetch
   const auto fetch_next = [&](int slot) {
-    if (ahead < steps) fetch(source, ahead, ring + slot * kWarps * kStageBytes);
+    if (ahead < steps) fetch<4>(source, ahead, ring + slot * kWarps * kStageBytes);
     ahead += kWays;
     rt::cp_commit();
   };

@@ -18,6 +18,7 @@ Outputs = tuple[Tensor, ...]
 CHUNK, MOST_CHUNKS = 512, 64
 SAMPLE_TILE = 2048  # kSampleTile
 PANEL, WINDOW, LINEAR_ROWS = 128, 512, 256  # kLinearPanel, kLinearWindow, kLinearRows
+LINEAR_VARIANT = "by rows"  # "few rows": one kernel for any number of them, so that a row's bits are its own
 LINEAR_BLOCKS, MOST_SLICES = 512, 16
 """Blocks of a linear layer that fill a large chip, and the most slices of its inputs: constants, so that every chip splits alike."""
 
@@ -121,9 +122,10 @@ def _run_linear(
         args.residual, args.residual_type, args.residual_stride = residual.data_ptr(), n.TYPES[residual.dtype], residual.stride(0)
     args.silu, args.out, args.out_stride = activation == "silu", result.data_ptr(), result.stride(0)
     args.slice = slice_of(N, args.K)
+    args.variant = n.VARIANTS[LINEAR_VARIANT]
     slices, panels, scratch, tickets = -(-args.K // args.slice), -(-N // PANEL), None, None
-    if slices > 1:
-        scratch = torch.empty(slices * panels * PANEL * min(-(-M // 32) * 32, LINEAR_ROWS), device=x.device)
+    if slices > 1:  # in blocks of up to 256 outputs and 64 rows
+        scratch = torch.empty(slices * -(-N // 256) * 256 * min(-(-M // 64) * 64, LINEAR_ROWS), device=x.device)
         tickets = n.tickets(x.device, panels * (LINEAR_ROWS // 32))
         args.scratch, args.tickets = scratch.data_ptr(), tickets.data_ptr()
     n.run(args, rows, result, bias, residual, *weight, scratch, tickets)

@@ -64,19 +64,15 @@ def assert_linear(
     additions wanders like a random walk; and one rounding of the result. rounds_zeros: what a zero point leaves is rounded to 16 bits,
     which costs up to 2^-9 (bf16) of each term: six sigmas of their sum.
     """
-    wide = [None if t is None else t.double() for t in (x, weight if isinstance(weight, Tensor) else None, bias, residual)]
-    rows, dense = wide[0], wide[1]
-    want = reference.linear(rows, weight if dense is None else dense, wide[2], activation=activation, residual=wide[3])
-    zero = None if isinstance(weight, Tensor) else weight.zero
-    if isinstance(weight, QuantizedWeight):
-        dense = weight.dequantize().double()
-        if zero is not None:
-            weight = QuantizedWeight(weight.format, weight.codes, weight.scale, -zero.abs(), weight.perm)
-        terms = weight.dequantize().double()
-    else:
-        terms = dense
-    limit = 4 * 2**-24 * rows.abs() @ terms.abs().T + ULP[x.dtype] * (want.abs() + 1)
-    if zero is not None and rounds_zeros and x.dtype != torch.float32:
-        limit += 3 * ULP[x.dtype] * (rows.square() @ dense.square().T).sqrt()
+    rows, own_zero = x.double(), None if isinstance(weight, Tensor) else weight.zero
+    exact = weight.double() if isinstance(weight, Tensor) else weight.dequantize().double()
+    apart = exact.abs()
+    if isinstance(weight, QuantizedWeight) and own_zero is not None:
+        apart = QuantizedWeight(weight.format, weight.codes, weight.scale, -own_zero.abs(), weight.perm).dequantize().double().abs()
+    bias, residual = (None if t is None else t.double() for t in (bias, residual))
+    want = reference.linear(rows, exact, bias, activation=activation, residual=residual)
+    limit = 4 * 2**-24 * rows.abs() @ apart.T + ULP[x.dtype] * (want.abs() + 1)
+    if own_zero is not None and rounds_zeros and x.dtype != torch.float32:
+        limit += 3 * ULP[x.dtype] * (rows.square() @ exact.square().T).sqrt()
     worst = ((got.double() - want).abs() / limit).nan_to_num(nan=torch.inf)
     assert worst.max() <= 1, f"{(worst == worst.max()).nonzero()[0].tolist()} is {worst.max():.3g} limits away"
