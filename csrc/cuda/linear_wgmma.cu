@@ -4,12 +4,12 @@
 // What     as linear_low_bit.cu: every format, in its canonical form.
 // Operands weights, decoded in registers, are the 64 rows of wgmma m64n64k16; 64 rows of x are its columns, in shared memory. A weight is
 //          decoded once for 64 rows, and a scale multiplies the f32 sum of its inputs: no weight is rounded.
-// Block    256 outputs and a slice of the inputs. Four warpgroups take 64 outputs each; a warp copies the weights of its 16 through a ring
-//          of four stages of its own (cp.async: a canonical row gives 64 bytes at a time, too little for a bulk copy). Two warps bring
-//          tiles of 64 inputs of x into the codes' order, swizzled, through a ring of eight.
+// Block    256 outputs and a slice of the inputs. Two warpgroups take 128 outputs each, as two products of 64, so that one is decoded while
+//          the other is multiplied; a warp copies the weights of its 32 through a ring of four stages of its own (cp.async: a canonical
+//          row gives 64 bytes at a time, too little for a bulk copy). A third one brings tiles of 64 inputs of x into the codes' order,
+//          swizzled, through a ring of eight.
 // Barriers full[slot] counts the producers' threads, each after a proxy fence behind its stores; empty[slot] one lane of every consumer
-// warp,
-//          once its products are over.
+//          warp, once its products are over: after the first half of the next tile.
 // Bits     a row's are its own among any number of rows that this kernel takes; linear_low_bit.cu, which fewer rows go to, adds the same
 //          products with another instruction.
 // Traffic  N K bits / 8 bytes and the scales once for 64 rows; 2 M K bytes of x for every 256 outputs, which the L2 cache serves.
@@ -21,16 +21,15 @@ namespace ramify::gpu {
 namespace {
 
 constexpr int kWide = 256, kTokens = 64, kTile = 64;  // outputs and rows of a block, inputs of a tile of x
-constexpr int kConsumers = 512, kProducers = 64, kSlots = 8, kStages = 4;
-constexpr int kTileBytes = kTokens * 128, kWarpStage = 16 * kPiece, kStage = kConsumers / 32 * kWarpStage;
+constexpr int kConsumers = 256, kProducers = 128, kSlots = 8, kStages = 4;
+constexpr int kTileBytes = kTokens * 128, kWarpStage = 32 * kPiece, kStage = kConsumers / 32 * kWarpStage;
 constexpr int kPitch = kWide + 4, kTotals = kSlots * 2 * kTokens;
 constexpr int kBytes = 1024 + kSlots * kTileBytes + kStages * kStage + kTotals * 4;
 constexpr int kProcessors = 132;  // of the chips that this is for; a constant, so that all split alike
 static_assert(kTokens * kPitch * 4 <= kSlots * kTileBytes + kStages * kStage, "the sums take the place of both rings");
 
 struct Work {
-  int panel, place, slice, slices, first, rows, begin, end;  // as in Part; inputs of the slice
-  int group;                                                 // logarithm of the inputs that share a scale
+  int panel, place, slice, slices, first, rows, begin, end;  // as in Part; inputs of the slice, in whole pairs of tiles
   unsigned char *tiles, *ring;
   float* total;  // [kSlots][2][kTokens]: sums of x over the group that ends with a half of the tile
   rt::Mbarrier *full, *empty;
@@ -45,70 +44,63 @@ struct Turn {
   }
 };
 
-RT_FN bool group_ends(const Work& work, int k) { return (k & ((1 << work.group) - 1)) == 0; }
-
 #if RT_HOPPER
 
-// A tile's inputs of one row of x, from k on.
+// 32 inputs of one row of x, from k on.
 template <class W>
-RT_FN void load_row(const LinearArgs& a, const Work& work, int token, int k, bool words, Quad (&x)[8]) {
+RT_FN void load_half(const LinearArgs& a, const Work& work, int token, int k, bool words, Quad (&x)[4]) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    x[i] = {};
+  for (int t = 0; t < 4; ++t) {
+    x[t] = {};
     if (token < work.rows && k < work.end)
-      x[i] = inputs_at<W>(a, static_cast<const uint16_t*>(a.x) + int64_t(work.first + token) * a.x_stride, k + 8 * i, words);
+      x[t] = inputs_at<W>(a, static_cast<const uint16_t*>(a.x) + int64_t(work.first + token) * a.x_stride, k + 8 * t, words);
   }
 }
 
-// Tiles of x, a thread a row, the next one on its way. What lane t of four multiplies lies at columns 2t and 2t + 8 of a product's 16.
-template <class W>
+// Tiles of x, a thread half a row, the next one on its way. What lane t of four multiplies lies at columns 2t and 2t + 8 of a product's 16.
+template <class W, int kGroup>
 RT_FN void produce(const LinearArgs& a, const Work& work) {
   using T = typename W::Type;
-  const int token = threadIdx.x - kConsumers;
+  const int thread = threadIdx.x - kConsumers, token = thread / 2, half = thread % 2;
   const bool words = !a.perm && wide(static_cast<const uint16_t*>(a.x), a.x_stride);
   Turn turn;
-  Quad x[8], ahead[8];
+  Quad x[4], ahead[4];
   float before = 0;  // of the group, in the tile before
-  load_row<W>(a, work, token, work.begin, words, x);
+  load_half<W>(a, work, token, work.begin + 32 * half, words, x);
   for (int k = work.begin; k < work.end; k += kTile) {
-    load_row<W>(a, work, token, k + kTile, words, ahead);
+    load_half<W>(a, work, token, k + kTile + 32 * half, words, ahead);
     rt::mbar_wait(&work.empty[turn.slot], turn.parity ^ 1);
-    float sum[2] = {};
+    float sum = 0;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int q = 0; q < 4; ++q) {
+      const Quad quad = {x[0].word[q], x[1].word[q], x[2].word[q], x[3].word[q]};
+      *reinterpret_cast<Quad*>(work.tiles + turn.slot * kTileBytes + rt::swizzled(token * 128 + half * 64 + q * 16)) = quad;
 #pragma unroll
-      for (int q = 0; q < 4; ++q) {
-        const Quad* const from = x + 4 * half;
-        const Quad quad = {from[0].word[q], from[1].word[q], from[2].word[q], from[3].word[q]};
-        unsigned char* const to = work.tiles + turn.slot * kTileBytes + rt::swizzled(token * 128 + half * 64 + q * 16);
-        *reinterpret_cast<Quad*>(to) = quad;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sum[half] += number<T>(quad.word[i]) + number<T>(quad.word[i] >> 16);
-      }
+      for (int i = 0; i < 4; ++i) sum += number<T>(quad.word[i]) + number<T>(quad.word[i] >> 16);
     }
     if (a.zero) {
-      const float both = sum[0] + sum[1];
-      float* const total = work.total + turn.slot * 2 * kTokens + token;
-      total[0] = sum[0];
-      total[kTokens] = work.group == 5 ? sum[1] : work.group == 6 ? both : before + both;
+      const float both = sum + __shfl_xor_sync(rt::kAll, sum, 1);
+      work.total[(turn.slot * 2 + half) * kTokens + token] = kGroup == 32 ? sum : kGroup == 64 ? both : before + both;
       before = both;
     }
     rt::fence_async();
     rt::mbar_arrive(&work.full[turn.slot]);
     turn.next();
 #pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = ahead[i];
+    for (int t = 0; t < 4; ++t) x[t] = ahead[t];
   }
 }
 
-// Scales and zeros of a thread's two outputs.
+// Scales and zeros of two outputs of a thread.
 struct Scales {
   float scale[2], zero[2];
 };
 
-RT_FN Scales scales_at(const LinearArgs& a, const Work& work, int output, int k) {
+// Of the group of inputs that k belongs to.
+template <int kGroup>
+RT_FN Scales scales_at(const LinearArgs& a, int output, int k) {
   Scales s;
-  const int group = a.group ? k >> work.group : 0;
+  const int group = kGroup ? k / kGroup : 0;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int n = output + 8 * half;
@@ -134,9 +126,9 @@ RT_FN void add_group(const Scales& s, const float* total, const float (&part)[kT
       }
 }
 
-// Eight codes of each of a thread's two outputs become its share of A in two products.
+// Eight codes of two outputs of a thread become its share of A in two products.
 template <class W>
-RT_FN void operands(const unsigned char* stage, int turn, uint32_t minus, uint32_t (&nan)[2], uint32_t (&first)[4], uint32_t (&second)[4]) {
+RT_FN void operands(const unsigned char* stage, int turn, uint32_t minus, uint32_t (&nan)[2], uint32_t (&a)[2][4]) {
   constexpr int kWords = W::kBits / 4, kCodes = kWords * 4;
   const int lane = threadIdx.x % 32, byte = (4 * turn + lane % 4) * kCodes;
 #pragma unroll
@@ -144,97 +136,112 @@ RT_FN void operands(const unsigned char* stage, int turn, uint32_t minus, uint32
     uint32_t codes[kWords], pair[4];
     memcpy(codes, __builtin_assume_aligned(stage + piece_place(8 * half + lane / 4, byte / 16) + byte % 16, kCodes), kCodes);
     W::decode(codes, minus, pair, nan[half]);
-    first[half] = pair[0], first[2 + half] = pair[1], second[half] = pair[2], second[2 + half] = pair[3];
+    a[0][half] = pair[0], a[0][2 + half] = pair[1], a[1][half] = pair[2], a[1][2 + half] = pair[3];
   }
 }
 
-// One of the four warpgroups that multiply.
-template <class W>
+// One of the two warpgroups that multiply. Its warps have 32 outputs each, of which product i takes 16i to 16i + 15. Where groups begin
+// and end is known to the compiler, or it would wait for each product before it lets the next operand be decoded.
+template <class W, int kGroup>
 RT_FN void consume(const LinearArgs& a, const Work& work, int* last) {
   using T = typename W::Type;
   using N = Numbers<T>;
   constexpr int kStep = kPiece * 8 / W::kBits, kOften = kStep / kTile;  // tiles of a stage
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, output = work.panel + 16 * warp + lane / 4;
-  const Source source = source_of<W>(a, work.panel + 16 * warp);
+  constexpr int kPair = 2 * kTile, kBegin = kGroup ? kGroup : kPair;    // inputs of a round
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, output = work.panel + 32 * warp + lane / 4;
+  const Source source = source_of<W>(a, work.panel + 32 * warp);
   unsigned char* const ring = work.ring + warp * kWarpStage;
   int ahead = work.begin / kStep;
   const auto fetch_next = [&](int stage) {
-    if (ahead * kStep < work.end) fetch<2>(source, ahead, ring + stage * kStage);
+    if (ahead * kStep < work.end) fetch<4>(source, ahead, ring + stage * kStage);
     ++ahead;
     rt::cp_commit();
   };
   for (int stage = 0; stage < kStages; ++stage) fetch_next(stage);
   const uint32_t minus = a.zero ? N::kMinusBase : N::kMinusBase8;
-  float y[kTokens / 2], part[kTokens / 2];  // without groups `part` is all there is
+  float y[2][kTokens / 2], part[2][kTokens / 2];  // without groups `part` is all there is
+  uint32_t nan[2][2] = {}, operand[2][2][4];
+  Scales now[2], then[2];
 #pragma unroll
-  for (int i = 0; i < kTokens / 2; ++i) y[i] = part[i] = 0;
-  uint32_t nan[2] = {}, operand[2][2][4];
-  Scales now = {}, then = {};
-  if constexpr (W::kGroups) now = scales_at(a, work, output, work.begin);
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int j = 0; j < kTokens / 2; ++j) y[i][j] = part[i][j] = 0;
+    if constexpr (kGroup > 0) now[i] = scales_at<kGroup>(a, output + 16 * i, work.begin);
+  }
+  rt::wgmma_fence(part[0], part[1]);
   Turn turn;
-  int stage = 0, add = 0;
-  for (int k = work.begin, tile = 0; k < work.end; k += kTile, ++tile) {
-    if (tile % kOften == 0) {
-      rt::cp_wait<kStages - 1>();
-      __syncwarp();
-    }
-    rt::mbar_wait(&work.full[turn.slot], turn.parity);
-    const unsigned char* const x = work.tiles + turn.slot * kTileBytes;
+  int stage = 0, done = -1;  // the slot of the tile before
+  for (int k = work.begin; k < work.end; k += kPair) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if constexpr (W::kGroups) {
-        if (add == 0) then = scales_at(a, work, output, ((k + 32 * half) | ((1 << work.group) - 1)) + 1);
+    for (int tile = 0; tile < 2; ++tile) {
+      if (tile % kOften == 0) {
+        rt::cp_wait<kStages - 1>();
+        __syncwarp();
       }
-      operands<W>(ring + stage * kStage, tile % kOften * 2 + half, minus, nan, operand[half][0], operand[half][1]);
-      rt::wgmma_fence(part, operand[half][0], operand[half][1]);
-      rt::wgmma_registers<T, 0>(part, operand[half][0], rt::descriptor(x + half * 64, 0, 1024), add);
-      rt::wgmma_registers<T, 0>(part, operand[half][1], rt::descriptor(x + half * 64 + 32, 0, 1024), 1);
-      rt::wgmma_commit();
-      add = 1;
-      if constexpr (W::kGroups) {
-        if (group_ends(work, k + 32 * half + 32)) {
-          rt::wgmma_wait<0>(part);
-          add_group(now, a.zero ? work.total + (turn.slot * 2 + half) * kTokens : nullptr, part, y);
-          now = then, add = 0;
+      rt::mbar_wait(&work.full[turn.slot], turn.parity);
+      const unsigned char* const x = work.tiles + turn.slot * kTileBytes;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int at = 64 * tile + 32 * half;
+        const uint64_t first = rt::descriptor(x + half * 64, 0, 1024), second = rt::descriptor(x + half * 64 + 32, 0, 1024);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if (kGroup && at % kBegin == 0) then[i] = scales_at<kGroup>(a, output + 16 * i, k + at + kGroup);  // while this one is multiplied
+          rt::wgmma_wait<1>(part[i]);  // the last that read this operand
+          operands<W>(ring + stage * kStage + 16 * i * kPiece, tile % kOften * 2 + half, minus, nan[i], operand[i]);
+          rt::wgmma_fence(part[i], operand[i][0], operand[i][1]);
+          rt::wgmma_registers<T, 0>(part[i], operand[i][0], first, kGroup == 0 || at % kBegin != 0);
+          rt::wgmma_registers<T, 0>(part[i], operand[i][1], second, 1);
+          rt::wgmma_commit();
+        }
+        if (half == 0 && done >= 0 && lane == 0) rt::mbar_arrive(&work.empty[done]);
+        if (kGroup && (at + 32) % kBegin == 0) {
+          const float* const total = a.zero ? work.total + (turn.slot * 2 + half) * kTokens : nullptr;
+          rt::wgmma_wait<1>(part[0]);
+          add_group(now[0], total, part[0], y[0]);
+          rt::wgmma_wait<0>(part[1]);
+          add_group(now[1], total, part[1], y[1]);
+          now[0] = then[0], now[1] = then[1];
         }
       }
-    }
-    rt::wgmma_wait<0>(part);
-    if (lane == 0) rt::mbar_arrive(&work.empty[turn.slot]);
-    turn.next();
-    if (tile % kOften == kOften - 1) {
-      __syncwarp();
-      fetch_next(stage);
-      stage = (stage + 1) % kStages;
+      done = turn.slot;
+      turn.next();
+      if (tile % kOften == kOften - 1) {
+        __syncwarp();
+        fetch_next(stage);
+        stage = (stage + 1) % kStages;
+      }
     }
   }
-  if constexpr (W::kGroups) {
-    if (add) add_group(now, nullptr, part, y);  // a row of fp8 that ends inside its scale
-  }
+  rt::wgmma_wait<0>(part[0], part[1]);
   rt::cp_wait<0>();
   rt::bar_sync(1, kConsumers);  // all are done with the rings
   float* const sums = reinterpret_cast<float*>(work.tiles);
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const bool bad = W::kNan && any_nan(nan[half]);
+  for (int i = 0; i < 2; ++i) {
+    if (W::kGroups && !kGroup) add_group(scales_at<0>(a, output + 16 * i, 0), nullptr, part[i], y[i]);
 #pragma unroll
-    for (int j = 0; j < kTokens / 8; ++j)
+    for (int half = 0; half < 2; ++half) {
+      const bool bad = W::kNan && any_nan(nan[i][half]);
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float value = W::kGroups ? y[4 * j + 2 * half + e] : part[4 * j + 2 * half + e];
-        sums[(8 * j + 2 * (lane % 4) + e) * kPitch + 16 * warp + lane / 4 + 8 * half] = bad ? not_a_number() : value;
-      }
+      for (int j = 0; j < kTokens / 8; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float value = (W::kGroups ? y : part)[i][4 * j + 2 * half + e];
+          sums[(8 * j + 2 * (lane % 4) + e) * kPitch + 32 * warp + 16 * i + 8 * half + lane / 4] = bad ? not_a_number() : value;
+        }
+    }
   }
   rt::bar_sync(1, kConsumers);
-  const Part done = {work.panel, work.place, work.slice, work.slices, work.first, work.rows, last};
+  const Part all = {work.panel, work.place, work.slice, work.slices, work.first, work.rows, last};
   join<W, kTokens, kWide, kConsumers>(
-      a, done, [&](int token, int n) { return sums[token * kPitch + n]; }, [] { rt::bar_sync(1, kConsumers); });
+      a, all, [&](int token, int n) { return sums[token * kPitch + n]; }, [] { rt::bar_sync(1, kConsumers); });
 }
 
 #endif
 
 // Rows of x from `row` on, `slice` inputs.
-template <class W>
+template <class W, int kGroup>
 __global__ void __launch_bounds__(kConsumers + kProducers, 1) wgmma_kernel(const LinearArgs a, int row, int blocks, int slice) {
 #if RT_HOPPER
   RT_DYN(unsigned char, space);
@@ -247,8 +254,7 @@ __global__ void __launch_bounds__(kConsumers + kProducers, 1) wgmma_kernel(const
   work.panel = place / work.slices * kWide, work.place = place / work.slices * blocks + block;
   work.first = row + block * kTokens, work.rows = min(kTokens, int(live_rows(a.live, a.rows)) - work.first);
   if (work.rows <= 0) return;
-  work.begin = work.slice * slice, work.end = min(work.begin + slice, int(a.K));
-  work.group = a.group ? __ffs(int(a.group)) - 1 : 30;
+  work.begin = work.slice * slice, work.end = min(work.begin + slice, (int(a.K) + 2 * kTile - 1) / (2 * kTile) * (2 * kTile));
   work.tiles = rt::tile_memory(space), work.ring = work.tiles + kSlots * kTileBytes;
   work.total = reinterpret_cast<float*>(work.ring + kStages * kStage);
   work.full = full, work.empty = empty;
@@ -258,16 +264,18 @@ __global__ void __launch_bounds__(kConsumers + kProducers, 1) wgmma_kernel(const
   }
   __syncthreads();
   if (threadIdx.x < kConsumers) {
-    consume<W>(a, work, last);
+    rt::registers_up<216>();
+    consume<W, kGroup>(a, work, last);
   } else {
-    produce<W>(a, work);
+    rt::registers_down<72>();
+    produce<W, kGroup>(a, work);
   }
 #endif
 }
 
-template <class W>
+template <class W, int kGroup = 0>
 int start(const LinearArgs& a, cudaStream_t stream) {
-  auto* const kernel = wgmma_kernel<W>;
+  auto* const kernel = wgmma_kernel<W, kGroup>;
   if (const int error = rt::allow_shared(kernel, kBytes)) return error;
   const int windows = int((a.K + kLinearWindow - 1) / kLinearWindow), panels = int((a.N + kWide - 1) / kWide);
   const int given = int((a.K + a.slice - 1) / a.slice);  // the scratch holds so many
@@ -285,9 +293,10 @@ int start(const LinearArgs& a, cudaStream_t stream) {
 
 template <class T>
 int start_kind(const LinearArgs& a, cudaStream_t stream) {
-  if (a.kind == kInt4) return start<Int4<T>>(a, stream);
   if (a.kind == kInt8) return start<Int8<T>>(a, stream);
-  return start<Fp8<T>>(a, stream);
+  if (a.kind == kFp8) return a.group ? start<Fp8<T>, 128>(a, stream) : start<Fp8<T>>(a, stream);
+  if (a.group == 32) return start<Int4<T>, 32>(a, stream);
+  return a.group == 64 ? start<Int4<T>, 64>(a, stream) : start<Int4<T>, 128>(a, stream);
 }
 
 }  // namespace

@@ -342,3 +342,7 @@ def calls():
     for name, rows in (("int4-g32-zp", 9), ("int8", 2), ("fp8-b128", 17)):
         weight = low_bit_weight(name, 130, 160, perm=name == "int8")
         ops.linear(rand(rows, 160, dtype=BF16), weight, activations="exact")
+    before, _cuda.LINEAR_VARIANT = _cuda.LINEAR_VARIANT, "many rows"
+    for name, K in (("int4-g32-zp", 1056), ("fp8", 70)):
+        ops.linear(rand(3, K, dtype=BF16), low_bit_weight(name, 40, K), activations="exact")
+    _cuda.LINEAR_VARIANT = before

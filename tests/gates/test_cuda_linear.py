@@ -13,7 +13,16 @@ from ramify.testing.tensors import padded, poisoned
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 FORMATS = pytest.mark.parametrize("name", ["dense", *(form.name for form in ALL)])
+LOW_BIT = pytest.mark.parametrize("name", [form.name for form in ALL])
 HALVES = pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+
+
+@pytest.fixture
+def many_rows(place, monkeypatch):
+    """Low-bit layers go to the wgmma kernel, however few their rows are."""
+    if place.library is None and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("wgmma needs sm_90a")
+    monkeypatch.setattr(_cuda, "LINEAR_VARIANT", "many rows")
 
 
 def weight_of(name, N, K, dtype=BF16, scale_dtype=F16, perm=False, seed=0):
@@ -61,10 +70,38 @@ def test_against_reference(place, name):
         check(place, M, N, K, name, dtype, scale_dtype, epilogue, perm, seed)
 
 
+# as above; 256 outputs and 64 rows are a block, 128 inputs a round, and the number of slices is another
+MANY_CASES = [
+    (1, 65, 200, BF16, F16, 0, False),
+    (70, 257, 1184, BF16, F16, 2, True),
+    (33, 40, 96, F16, BF16, 2, False),
+    (9, 1, 1100, F16, F32, 1, True),
+    (261, 5, 1030, BF16, F16, 2, False),
+]
+
+
+@LOW_BIT
+def test_many_rows_against_reference(place, many_rows, name):
+    for seed, (M, N, K, dtype, scale_dtype, epilogue, perm) in enumerate(MANY_CASES):
+        check(place, M, N, K, name, dtype, scale_dtype, epilogue, perm, seed)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 130), st.integers(1, 270), st.integers(1, 1300), st.sampled_from([form.name for form in ALL]), st.data())
+def test_many_rows_in_any_shape(place, many_rows, M, N, K, name, data):
+    dtype, scale = data.draw(st.sampled_from([BF16, F16])), data.draw(st.sampled_from([F32, BF16, F16]))
+    check(place, M, N, K, name, dtype, scale, data.draw(st.integers(0, 2)), data.draw(st.booleans()), data.draw(st.integers(0, 17)))
+
+
 @FORMATS
 def test_copies_land_when_they_like(place, name):
     """Rows at whole addresses, so that every byte comes through the ring; the last piece of a row is cut."""
     check(place, 5, 129, 1104, name, BF16, epilogue=1, copies=True)
+
+
+@LOW_BIT
+def test_copies_for_many_rows_land_when_they_like(place, many_rows, name):
+    check(place, 65, 129, 1104, name, F16, epilogue=1, copies=True)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -91,6 +128,20 @@ def test_row_is_its_own(place, name):
             assert torch.equal(alone.cpu(), whole[M - 1 : M]), f"row {M - 1} alone"
 
 
+@LOW_BIT
+def test_row_is_its_own_among_many(place, many_rows, name):
+    """So is one of the kernel for many rows, among any number that it takes."""
+    weight = weight_of(name, 20, 1152)
+    x, bias, residual = (t.to(place.device) for t in linear_inputs(140, *weight.shape, BF16))
+    weight = weight.to(place.device)
+    with place.running():
+        whole = ops.linear(x, weight, bias, residual=residual, activations="exact")
+        for M in (1, 7, 33, 64, 65, 128):
+            assert torch.equal(ops.linear(x[:M], weight, bias, residual=residual[:M], activations="exact"), whole[:M]), f"{M} rows"
+            alone = ops.linear(x[M - 1 : M], weight, bias, residual=residual[M - 1 : M], activations="exact")
+            assert torch.equal(alone, whole[M - 1 : M]), f"row {M - 1} alone"
+
+
 def test_batch_axes_and_strides(place):
     """Rows over several axes, rows that overlap, an output that is no view of rows."""
     weight = low_bit_weight("int4-g64", 24, 128)
@@ -107,14 +158,22 @@ def test_batch_axes_and_strides(place):
 
 
 @HALVES
-def test_every_code(place, dtype):
+@pytest.mark.parametrize("variant", ["few rows", "many rows"])
+def test_every_code(place, dtype, variant, request):
     """Rows of the unit matrix read the weight back: each code's value, exactly; a NaN code makes its output NaN."""
+    if variant == "many rows":
+        request.getfixturevalue("many_rows")
     for weight in every_code():
         rows = [0, 1, weight.shape[1] - 1]
         got = run(place, torch.eye(weight.shape[1], dtype=dtype)[rows], weight)
         want = weight.dequantize().T[rows]
         nan = weight.dequantize().isnan().any(1)  # 0 * NaN is NaN
         assert got[:, nan].isnan().all() and torch.equal(got[:, ~nan].float(), want[:, ~nan])
+
+
+@LOW_BIT
+def test_many_rows_that_are_not_finite(place, many_rows, name):
+    test_rows_that_are_not_finite(place, name)
 
 
 @FORMATS
@@ -155,6 +214,21 @@ def test_live_rows(place):
     args.slice = 500
     with place.running(), pytest.raises(native_cuda.CudaError, match="LinearArgs"):
         native_cuda.run(args, live, x, weight, out, scratch, tickets)
+
+
+def test_live_rows_among_many(place, many_rows):
+    """The same in the kernel for many rows; a block without a live row ends at once."""
+    weight, live = low_bit_weight("int8", 3, 1024).to(place.device), torch.tensor([35], dtype=torch.int32, device=place.device)
+    x, out = torch.randn(70, 1024).to(BF16).to(place.device), torch.full((70, 3), 7.0, dtype=BF16, device=place.device)
+    scratch, tickets = torch.empty(128 * 256 * 2, device=place.device), torch.zeros(8, dtype=torch.int32, device=place.device)
+    args = native_cuda.LinearArgs(live=live.data_ptr(), rows=70, N=3, K=1024, type=1, x=x.data_ptr(), x_stride=1024, kind=2, lines=1)
+    args.weight, args.weight_stride, args.out, args.out_stride = weight.codes.data_ptr(), 1024, out.data_ptr(), 3
+    args.scale, args.scale_type, args.scale_stride, args.variant = weight.scale.data_ptr(), native_cuda.F16, 1, 2
+    args.slice, args.scratch, args.tickets = 512, scratch.data_ptr(), tickets.data_ptr()
+    with place.running():
+        native_cuda.run(args, live, x, weight.codes, weight.scale, out, scratch, tickets)
+    assert_linear(out[:35].cpu(), x[:35].cpu(), weight.to("cpu"))
+    assert (out[35:] == 7).all() and (tickets == 0).all()
 
 
 def test_slices_are_of_the_weight_alone():
