@@ -11,6 +11,7 @@ int ramify_cuda_run(int64_t kernel, const void* args, void* stream);
 int64_t ramify_cuda_size(int64_t kernel);
 int64_t ramify_cuda_stats_scratch(int64_t rows, int64_t V, int64_t topk);
 int64_t ramify_cuda_attention_scratch(const void* args);
+int64_t ramify_cuda_attention_variant(const void* args);
 }
 
 namespace py = pybind11;
@@ -44,4 +45,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def(
       "attention_scratch", [](uintptr_t args) { return ramify_cuda_attention_scratch(reinterpret_cast<const void*>(args)); },
       "Bytes of scratch that attention needs.");
+  m.def(
+      "attention_variant", [](uintptr_t args) { return ramify_cuda_attention_variant(reinterpret_cast<const void*>(args)); },
+      "Which kernel attention takes: 1 mma.sync, 2 and 3 wgmma with rows as columns and as rows.");
 }

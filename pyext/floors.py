@@ -53,6 +53,8 @@ def explain(op: str, *shapes: Sequence[int], dtype: torch.dtype = torch.float32,
         because = "no kernel takes the call"
     else:
         because = f"first that takes {short(dtype)} on {device}" + (f", at {native().isa()}" if name == "cpu" else "")
+    if name == "cuda" and op in WITHIN:
+        because += f", {WITHIN[op]}"
     if name in UNPROVEN:
         because += f" ({UNPROVEN[name]})"
     needed, floor = FLOORS[op]
@@ -109,6 +111,10 @@ def _linear_floor(item: int, sizes: Mapping[str, Any], x: Sequence[int], weight:
     rows = prod(x[:-1])
     return int(prod(weight) * bits) // 8 + (prod(x) + rows * weight[0]) * item, 2 * rows * prod(weight)
 
+
+_WGMMA = "by wgmma on sm_90 where key and value rows lie at multiples of 16 bytes, else by mma.sync"
+WITHIN = {"tree_attention": _WGMMA, "interval_attention": _WGMMA}
+"""What decides between the kernels of one backend."""
 
 FLOORS: dict[str, tuple[dict[str, str], Callable[..., tuple[int, int]]]] = {
     "tree_attention": ({"q": "B T Hq D", "k": "pages page Hkv D"}, _attention_floor),

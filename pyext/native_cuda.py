@@ -41,6 +41,9 @@ class Library(Protocol):
     def attention_scratch(self, args: int) -> int:
         """Return the bytes of scratch that attention needs for the struct at an address."""
 
+    def attention_variant(self, args: int) -> int:
+        """Return which kernel attention takes for the struct at an address: ops._cuda's MMA, COLUMNS or ROWS."""
+
 
 def _struct(name: str, kernel: int, fields: str) -> type[ctypes.Structure]:
     """A struct from "name:kind" words: p pointer, i int64, d double."""
@@ -102,7 +105,8 @@ AttentionArgs = _struct(
     "lse:p lse_stride_b:i lse_stride_t:i scale:d window:i sink:i prefix_len:p tail_rows:p ancestors:p words:i start:p end:p "
     "k:p v:p k_stride_b:i k_stride_s:i k_stride_h:i v_stride_b:i v_stride_s:i v_stride_h:i "
     "page_table:p table_stride:i table_width:i page:i pages:i tail_k:p tail_v:p "
-    "tail_k_stride_b:i tail_k_stride_t:i tail_k_stride_h:i tail_v_stride_b:i tail_v_stride_t:i tail_v_stride_h:i chunk:i scratch:p",
+    "tail_k_stride_b:i tail_k_stride_t:i tail_k_stride_h:i tail_v_stride_b:i tail_v_stride_t:i tail_v_stride_h:i "
+    "chunk:i scratch:p variant:i",
 )
 LinearArgs = _struct(
     "LinearArgs",

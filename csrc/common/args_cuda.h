@@ -150,6 +150,8 @@ struct ResidualSampleArgs {
   int32_t* ids;
 };
 
+enum AttentionVariant : int64_t { kAutomatic, kMma, kColumns, kRows };  // kColumns and kRows: sm_90a, attention_wgmma.cu
+
 // Attention of T tree rows a sequence over its committed slots and over those rows of the tree that their words name; or, where
 // `start` is given, over the slots from each row's start up to its end, and then there is no tail, no window and one chunk.
 struct AttentionArgs {
@@ -175,6 +177,7 @@ struct AttentionArgs {
   int64_t tail_k_stride_b, tail_k_stride_t, tail_k_stride_h, tail_v_stride_b, tail_v_stride_t, tail_v_stride_h;
   int64_t chunk;  // slots that are summed before they join the rest, a multiple of 64
   void* scratch;  // attention_scratch(...) bytes
+  int64_t variant;
 };
 
 enum Weights : int64_t { kDense = 0, kInt4 = 1, kInt8 = 2, kFp8 = 3 };

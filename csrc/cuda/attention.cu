@@ -273,18 +273,13 @@ __global__ void __launch_bounds__(256) join_kernel(const AttentionArgs a) {
 template <class S>
 int start(const AttentionArgs& a, cudaStream_t stream) {
   auto* const kernel = attention_kernel<S>;
-  auto* const join = join_kernel<typename S::Type>;
   if (const int error = rt::allow_shared(kernel, S::kBytes)) return error;
   int device = 0, processors = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   const int64_t most = a.B * a.Hkv * row_blocks_of(a) * chunks_of(a), blocks = most < 2 * processors ? most : 2 * processors;
   RT_LAUNCH(kernel, dim3(unsigned(blocks)), dim3(S::kThreads), S::kBytes, stream, a);
-  if (chunks_of(a) > 1) {
-    const dim3 grid(unsigned(a.T * (a.Hq / a.Hkv)), unsigned(a.Hkv), unsigned(a.B));
-    RT_LAUNCH(join, grid, dim3(unsigned(a.D)), 0, stream, a);
-  }
-  return cudaGetLastError();
+  return join_attention(a, stream);
 }
 
 template <class T>
@@ -298,10 +293,20 @@ int start_of_type(const AttentionArgs& a, cudaStream_t stream) {
 
 }  // namespace
 
+int join_attention(const AttentionArgs& a, void* stream) {
+  if (chunks_of(a) > 1) {
+    auto* const join = a.type == kBf16 ? join_kernel<bf16> : join_kernel<f16>;
+    const dim3 grid(unsigned(a.T * (a.Hq / a.Hkv)), unsigned(a.Hkv), unsigned(a.B));
+    RT_LAUNCH(join, grid, dim3(unsigned(a.D)), 0, cudaStream_t(stream), a);
+  }
+  return cudaGetLastError();
+}
+
 int attention(const AttentionArgs& a, void* stream) {
   if (a.B == 0 || a.T == 0) return cudaSuccess;
   if (a.chunk < 64 || a.chunk % 64 || a.T * (a.Hq / a.Hkv) > INT32_MAX - kRowBlock) return cudaErrorInvalidValue;
   if (a.start ? chunks_of(a) > 1 || a.window > 0 : a.T > kMaxRows) return cudaErrorInvalidValue;
+  if (attention_variant(a) != kMma) return attention_wgmma(a, stream);
   if (a.type == kBf16) return start_of_type<bf16>(a, cudaStream_t(stream));
   if (a.type == kF16) return start_of_type<f16>(a, cudaStream_t(stream));
   return cudaErrorInvalidValue;

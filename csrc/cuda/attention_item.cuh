@@ -200,7 +200,7 @@ RT_FN float* part_at(const AttentionArgs& a, const Item& it, int chunk) {
 
 // Whether every row of keys and values can be copied in 16-byte words.
 template <class T>
-RT_FN bool in_words(const AttentionArgs& a) {
+RT_ANY_FN bool in_words(const AttentionArgs& a) {
   const auto fits = [](const void* p, int64_t x, int64_t y, int64_t z) {
     return (reinterpret_cast<uintptr_t>(p) | uint64_t(x | y | z) * sizeof(T)) % 16 == 0;
   };

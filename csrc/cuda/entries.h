@@ -16,6 +16,9 @@ int verify_greedy(const VerifyGreedyArgs& a, void* stream);
 int merge_states(const MergeStatesArgs& a, void* stream);
 int verify_sample(const VerifySampleArgs& a, void* stream);
 int attention(const AttentionArgs& a, void* stream);
+int attention_wgmma(const AttentionArgs& a, void* stream);   // kColumns and kRows
+AttentionVariant attention_variant(const AttentionArgs& a);  // what `attention` takes
+int join_attention(const AttentionArgs& a, void* stream);    // the parts of all chunks, after either
 int linear(const LinearArgs& a, void* stream);
 int residual_sample(const ResidualSampleArgs& a, void* stream);
 

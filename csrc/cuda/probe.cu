@@ -117,6 +117,11 @@ int64_t ramify_cuda_size(int64_t kernel) {
 // Bytes of scratch that row_stats needs.
 int64_t ramify_cuda_stats_scratch(int64_t rows, int64_t V, int64_t topk) { return ramify::gpu::stats_scratch(rows, V, topk); }
 
+// Which AttentionVariant attention takes.
+int64_t ramify_cuda_attention_variant(const void* args) {
+  return ramify::gpu::attention_variant(*static_cast<const ramify::gpu::AttentionArgs*>(args));
+}
+
 // Bytes of scratch that attention needs.
 int64_t ramify_cuda_attention_scratch(const void* args) {
   return ramify::gpu::attention_scratch(*static_cast<const ramify::gpu::AttentionArgs*>(args));

@@ -21,6 +21,7 @@
   type* const name = reinterpret_cast<type*>(rt_dynamic)
 #define RT_LAUNCH(kernel, grid, block, bytes, stream, ...) (kernel)<<<(grid), (block), (bytes), (stream)>>>(__VA_ARGS__)
 #define RT_FN __device__ __forceinline__
+#define RT_ANY_FN __host__ __device__ __forceinline__  // the host asks it too
 
 #else
 #include "emulate/emulate.h"
@@ -33,6 +34,7 @@
 #define RT_LAUNCH(kernel, grid, block, bytes, stream, ...) \
   ((void)(stream), emulate::start((kernel), #kernel, (grid), (block), size_t(bytes), __VA_ARGS__))
 #define RT_FN inline
+#define RT_ANY_FN inline
 #endif
 
 using bf16 = __nv_bfloat16;

@@ -13,6 +13,7 @@ namespace emulate {
 Schedule schedule;
 
 namespace {
+int processors = 4, major = 8;  // of the device that kernels' hosts see
 cudaError_t last_error = cudaSuccess;
 char message[1000] = "no error";
 std::map<const void*, size_t>& granted() {
@@ -52,6 +53,11 @@ __attribute__((visibility("default"))) void ramify_emulate(int order, uint64_t s
 // blocks of a launch show however large they are, those inside a block do not.
 __attribute__((visibility("default"))) void ramify_emulate_coarse(int coarse) { emulate::schedule.coarse = coarse != 0; }
 
+// How many multiprocessors the device has, and its compute capability: kernels' hosts choose grids and kernels by them.
+__attribute__((visibility("default"))) void ramify_emulate_device(int processors, int major) {
+  emulate::processors = processors, emulate::major = major;
+}
+
 cudaError_t CUDARTAPI cudaGetLastError() {
   const cudaError_t error = emulate::last_error;
   emulate::last_error = cudaSuccess;
@@ -68,6 +74,9 @@ cudaError_t CUDARTAPI cudaGetDeviceCount(int* count) { return *count = 1, cudaSu
 cudaError_t CUDARTAPI cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t CUDARTAPI cudaDriverGetVersion(int* version) { return *version = 0, cudaSuccess; }
 cudaError_t CUDARTAPI cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
-cudaError_t CUDARTAPI cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 4, cudaSuccess; }
+cudaError_t CUDARTAPI cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) {
+  *value = what == cudaDevAttrMultiProcessorCount ? emulate::processors : what == cudaDevAttrComputeCapabilityMajor ? emulate::major : 0;
+  return cudaSuccess;
+}
 
 }  // extern "C"

@@ -16,6 +16,8 @@ from ramify.quant.formats import BLOCK, Format
 Outputs = tuple[Tensor, ...]
 
 CHUNK, MOST_CHUNKS = 512, 64
+AUTOMATIC, MMA, COLUMNS, ROWS = range(4)
+VARIANT = AUTOMATIC  # tests and benchmarks pick an attention kernel with it
 SAMPLE_TILE = 2048  # kSampleTile
 PANEL, WINDOW, LINEAR_ROWS = 128, 512, 256  # kLinearPanel, kLinearWindow, kLinearRows
 LINEAR_VARIANT = "by rows"  # "few rows": one kernel for any number of them, so that a row's bits are its own
@@ -292,7 +294,7 @@ def _attend(args: ctypes.Structure, outs: Outputs, q: Tensor, k: Tensor, v: Tens
     for name, x, axes in (("q", q, "bth"), ("out", result, "bth"), ("lse", lse, "bt"), ("k", k, "bsh"), ("v", v, "bsh")):
         _place(args, name, x, axes)
     scratch = torch.empty(max(1, n.library().attention_scratch(ctypes.addressof(args)) // 4), device=q.device)
-    args.scratch = scratch.data_ptr()
+    args.scratch, args.variant = scratch.data_ptr(), VARIANT
     n.run(args, q, result, lse, k, v, *rest, scratch)
     if result is not out:
         out.copy_(result)

@@ -137,6 +137,7 @@ class Emulator:
             self._library.ramify_cuda_size,
             self._library.ramify_cuda_stats_scratch,
             self._library.ramify_cuda_attention_scratch,
+            self._library.ramify_cuda_attention_variant,
         ):
             function.restype = ctypes.c_int64
         self._schedule = (0, 0, 1)
@@ -180,6 +181,19 @@ class Emulator:
     def attention_scratch(self, args: int) -> int:
         """Return the bytes of scratch that attention needs for the struct at an address."""
         return self._library.ramify_cuda_attention_scratch(ctypes.c_void_p(args))
+
+    def attention_variant(self, args: int) -> int:
+        """Return which kernel attention takes for the struct at an address."""
+        return self._library.ramify_cuda_attention_variant(ctypes.c_void_p(args))
+
+    @contextmanager
+    def device(self, processors: int = 4, major: int = 8) -> Iterator[None]:
+        """Inside the block the device has this many multiprocessors, and this compute capability."""
+        self._library.ramify_emulate_device(processors, major)
+        try:
+            yield
+        finally:
+            self._library.ramify_emulate_device(4, 8)
 
     @contextmanager
     def recording(self, folder: Path) -> Iterator[None]:

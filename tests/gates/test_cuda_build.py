@@ -6,6 +6,7 @@ Runs wherever nvcc is; what it printed for a source is kept under build/ until t
 """
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from ramify.testing import emulator
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+HOPPER = [path for path in SOURCES if ROOT / "csrc/cuda/rt_hopper.cuh" in emulator.included(path, ROOT / "csrc")]
 BASELINE = Path(__file__).with_name("registers.json")
 CEILING = 1.1
 # sm_86 and sm_89 are assembled from the same PTX as sm_80: their front ends differ in nothing that these sources use
@@ -30,12 +32,27 @@ NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: CUDA sources are only emulated here")
 
 
+def disassembler():
+    """cuobjdump of the toolkit or of a triton wheel, or None."""
+    triton = importlib.util.find_spec("triton")
+    bundled = Path(triton.origin).parent / "backends/nvidia/bin" if triton and triton.origin else Path()
+    return shutil.which("cuobjdump") or shutil.which(Path(NVCC).parent / "cuobjdump") or shutil.which(bundled / "cuobjdump")
+
+
+def products(object_file):
+    """A line "wgmma: N in KERNEL" for each sm_90a kernel of an object file: N of its instructions are a warpgroup's products."""
+    listing = subprocess.run([disassembler(), "-arch", "sm_90a", "-sass", object_file], capture_output=True, text=True).stdout
+    found = re.findall(r"Function : (\S+)([\s\S]*?)(?=Function : |\Z)", listing)
+    return "".join(f"wgmma: {len(re.findall(r'HGMMA', body))} in {_plain(mangled)}\n" for mangled, body in found)
+
+
 def compile_all(source, folder):
-    """nvcc's exit code and words for all targets."""
-    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "--threads", "2", f"-I{ROOT / 'csrc'}", STRICT]
+    """nvcc's exit code and words for all targets, and the products of sm_90a where a disassembler is."""
+    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "--threads", "2", "-DRAMIFY_SM90A", f"-I{ROOT / 'csrc'}", STRICT]
     targets = [f"-gencode={target}" for target in TARGETS]
     done = subprocess.run([NVCC, *flags, *targets, "-c", source, "-o", folder / "out.o"], capture_output=True, text=True, timeout=280)
-    return done.returncode, done.stdout + done.stderr
+    found = products(folder / "out.o") if done.returncode == 0 and disassembler() else ""
+    return done.returncode, done.stdout + done.stderr + found
 
 
 def registers(text):
@@ -59,7 +76,7 @@ def compiled(tmp_path_factory):
 
     def call(source):
         made_of = [path.read_bytes() for path in emulator.included(source, ROOT / "csrc") if "emulate" not in path.parts]
-        digest = hashlib.sha256(b"".join(made_of) + f"{version}{TARGETS}{STRICT}".encode()).hexdigest()
+        digest = hashlib.sha256(b"".join(made_of) + f"{version}{TARGETS}{STRICT}{bool(disassembler())}".encode()).hexdigest()
         kept = ROOT / "build/nvcc" / f"{source.stem}-{digest[:16]}.txt"
         if not kept.exists():
             code, text = compile_all(source, tmp_path_factory.mktemp("nvcc"))
@@ -75,6 +92,8 @@ def compiled(tmp_path_factory):
 def test_builds_without_spills_in_its_registers(compiled, source):
     code, text = compiled(source)
     assert code == 0, "\n".join(line for line in text.splitlines() if "error" in line) or text[-3000:]
+    slow = [line for line in text.splitlines() if "wgmma" in line and "serialized" in line]  # C7510 and its like: a wait after each
+    assert slow == []
     found = registers(text)
     assert set(found) == set(ARCHS)
     kept = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
@@ -91,6 +110,16 @@ def test_builds_without_spills_in_its_registers(compiled, source):
         if found[arch][kernel] > CEILING * baseline[kernel][arch]
     ]
     assert above == []
+
+
+@pytest.mark.parametrize("source", HOPPER, ids=lambda path: path.name)
+def test_wgmma_is_in_the_machine_code(compiled, source):
+    """Every kernel of a source of sm_90a multiplies by HGMMA on sm_90a, all products of a tile in a row."""
+    if disassembler() is None:
+        pytest.skip("no cuobjdump: of the CUDA toolkit, or of a triton wheel")
+    found = re.findall(r"^wgmma: (\d+) in (.*)", compiled(source)[1], re.M)
+    kernels = json.loads(BASELINE.read_text())[source.name]
+    assert {name for _, name in found} >= set(kernels) and all(int(count) >= 8 for count, name in found if name in kernels)
 
 
 def test_a_spill_is_an_error(tmp_path):

@@ -334,6 +334,11 @@ def calls():
         case.k, case.v = case.k.contiguous(), case.v.contiguous()
         case.tail_k = case.tail_k.contiguous() if page else case.tail_k
         ops.tree_attention(*case.tensors, **case.options, window=None if page else 300, sink=2)
+    for variant, T in ((_cuda.COLUMNS, 3), (_cuda.COLUMNS, 20), (_cuda.ROWS, 66)):  # of sm_90a
+        case = attention_case([130], T, 1, 1, 64, dtype=BF16, page=16, tree="random", seed=1)
+        _cuda.VARIANT = variant
+        ops.tree_attention(*(t.contiguous() for t in case.tensors), **case.options)
+        _cuda.VARIANT = _cuda.AUTOMATIC
     q, k, v = (torch.randn(1, rows, 1, 64, generator=g).to(BF16) for rows in (5, 90, 90))
     start, end = intervals("random", 1, 5, 90, g)
     ops.interval_attention(q, k, v, start, end)
