@@ -28,10 +28,10 @@ RT_FN int piece_place(int output, int quarter) {
 
 // A lane's share of its warp's copies: 16 bytes of every eighth output.
 struct Source {
-  const unsigned char *from, *none;  // of the first of them; an address to copy nothing from
-  int64_t pitch;                     // to the next
-  int outputs, bytes;                // that are left from there
-  bool words;                        // all lie at multiples of 16 bytes
+  const unsigned char* from;  // of the first of them
+  int64_t pitch;              // to the next
+  int outputs, bytes;         // that are left from there
+  bool words;                 // all lie at multiples of 16 bytes
 };
 
 // first: the warp's first output.
@@ -39,8 +39,7 @@ template <class W>
 RT_FN Source source_of(const LinearArgs& a, int first) {
   const int lane = threadIdx.x % 32, n = first + lane / 4;
   const bool words = (reinterpret_cast<uintptr_t>(a.weight) | uint64_t(a.weight_stride)) % 16 == 0;
-  const auto* const none = static_cast<const unsigned char*>(a.weight);
-  return {none + n * a.weight_stride + lane % 4 * 16,    none, 8 * a.weight_stride, int(a.N) - n,
+  return {static_cast<const unsigned char*>(a.weight) + n * a.weight_stride + lane % 4 * 16, 8 * a.weight_stride, int(a.N) - n,
           (int(a.K) * W::kBits + 7) / 8 - lane % 4 * 16, words};
 }
 
@@ -52,7 +51,7 @@ RT_FN void fetch(const Source& source, int step, unsigned char* stage) {
   for (int j = 0; j < kEights; ++j) {
     unsigned char* const to = stage + piece_place(8 * j + lane / 4, lane % 4);
     const int count = 8 * j < source.outputs ? valid : 0;
-    const unsigned char* const from = count ? source.from + j * source.pitch + at : source.none;
+    const unsigned char* const from = source.from + j * source.pitch + at;  // with a count of 0, an address that is not read
     if (source.words) {
       rt::cp16(to, from, count);
     } else {
