@@ -31,6 +31,8 @@ struct Tile {
   static constexpr int kSteps = kLinearWindow / (kWays * kStep);            // of one warp in a window
   static constexpr int kRing = kStages * kWarps * kStageBytes, kX = kTokens * kLinearWindow * 2;
   static_assert(kWays * kTokens * kSumPitch * 4 <= kRing + kX, "the sums take the place of the ring and of x");
+  static constexpr int kMostGroups = kLinearWindow / 32;
+  static_assert(kRing + kX + kMostGroups * (2 * kScalePitch + kTokens) * 4 + 128 <= 99 * 1024, "what a block of sm_86 and sm_120 may have");
 };
 
 inline int groups_of(const LinearArgs& a) { return a.group ? int(kLinearWindow / a.group) : 1; }
