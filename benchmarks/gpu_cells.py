@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import gpu_linear
 from benchmarks import tree_attention as tree
 from benchmarks.peers import gpu_attention as peers
 from benchmarks.registry import Case, Provider
 from ramify import backends, ops, reference
+from ramify.quant import Format
 from ramify.testing.tensors import random_tree
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -38,6 +40,9 @@ def cells(device: str, tiny: bool = False, seed: int = 0) -> Iterator[Cell]:
     for context in (64,) if tiny else (2048, 8192, 32768):
         for T in (1, 8) if tiny else (1, 8, 32, 64):
             yield Cell("tree_attention", "bf16", {"context": context, "T": T}, lambda c=context, t=T: _tree(device, tiny, c, t, seed))
+    for form, N, K, M in gpu_linear.TINY if tiny else gpu_linear.CELLS:
+        shape = {"N": N, "K": K, "M": M, "bits": Format.parse(form).bits, "group": Format.parse(form).group}
+        yield Cell("linear", form, shape, lambda f=form, n=N, k=K, m=M: gpu_linear.layer(device, f, n, k, m, seed))
     V, H, S = (300, 64, 40) if tiny else (128256, 4096, 2048)
     for R in (2,) if tiny else (1, 8, 64):
         yield Cell("row_stats", "bf16", {"R": R, "V": V}, lambda r=R: _logits(device, r, V, seed, reference.row_stats))
@@ -175,6 +180,7 @@ def _committed(*args: Tensor) -> tuple[Tensor, Tensor]:
 
 CALLS: dict[str, tuple[Callable[..., Any], Callable[..., tuple] | None]] = {
     "tree_attention": (ops.tree_attention, _tensors),
+    "linear": (gpu_linear.ours, None),
     "row_stats": (ops.row_stats, None),
     "topk_logits": (lambda x: ops.topk_logits(x, 10), None),
     "verify_greedy": (ops.verify_greedy, None),
@@ -252,7 +258,8 @@ def ways(op: str, device: str) -> list[Provider]:
         found.append(Provider("torch", plain, baseline=True, prepare=prepared))
         if op in COMPILED and device == "cuda":
             found.append(Provider("torch.compile", torch.compile(plain), baseline=True, prepare=prepared, facts={"slow": True}))
-    return found + (_attention_ways(device) if op == "tree_attention" else [])
+    own = {"tree_attention": _attention_ways, "linear": gpu_linear.ways}
+    return found + (own[op](device) if op in own else [])
 
 
 def _row_invariant(*args: Tensor) -> Tensor:

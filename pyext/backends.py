@@ -109,6 +109,8 @@ TABLE = (
     Kernel("attention_colsum", "cuda", (torch.bfloat16,), {"D": HEAD_SIZES, "kv": (torch.bfloat16,)}),
     Kernel("attention_colsum", "cuda", (torch.float16,), {"D": HEAD_SIZES, "kv": (torch.float16,)}),
     Kernel("merge_states", "cuda", _GPU, row_invariant=True),
+    Kernel("linear", "cuda", (torch.bfloat16,), {"weight": (torch.bfloat16, *LOW_BIT), "activations": ("exact",)}, row_invariant=True),
+    Kernel("linear", "cuda", (torch.float16,), {"weight": (torch.float16, *LOW_BIT), "activations": ("exact",)}, row_invariant=True),
     Kernel("rms_norm", "cuda", _GPU, {"weight": _GPU}, row_invariant=True),
     Kernel("rope", "cuda", _GPU, row_invariant=True),
     Kernel("rope_append", "cuda", _GPU, {"cache": _GPU, "weight": _GPU, "D": range(1, 257)}, row_invariant=True),
@@ -234,9 +236,10 @@ def reasons(op: str, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) 
     """Backend -> why it cannot run this call, empty if it can; in order of preference, the reference last."""
     rows: dict[str, str] = {}
     for row in TABLE:
-        if row.op == op and rows.get(row.backend, "none yet"):  # one row that takes the call is enough
+        nearer = row.backend not in rows or (rows[row.backend] and dtype in row.dtypes)  # one row that takes the call is enough
+        if row.op == op and nearer:
             why = row.why_not(device, dtype, sizes)
-            rows[row.backend] = why if not why or rows.get(row.backend) != NOT_INVARIANT else NOT_INVARIANT  # it would take the call
+            rows[row.backend] = NOT_INVARIANT if why and rows.get(row.backend) == NOT_INVARIANT else why  # it would take the call
     plain = NOT_INVARIANT if _invariant and device != "cpu" else ""
     return {name: rows.get(name, "no such kernel") for name in BACKENDS[:-1]} | {"reference": plain}
 

@@ -18,6 +18,8 @@ from torch import Tensor
 F32, BF16, F16, F64 = range(4)
 TYPES = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16, torch.float64: F64}
 MODES = {"det": 0, "iid": 1, "wor": 2}
+VARIANTS = {"by rows": 0, "few rows": 1, "many rows": 2}
+WEIGHTS = {"dense": 0, "int4": 1, "int8": 2, "fp8": 3}
 NO_GPU = (35, 100)  # cudaErrorInsufficientDriver, cudaErrorNoDevice
 
 
@@ -114,6 +116,13 @@ ColsumArgs = _struct(
     "scale:d window:i sink:i out:p out_stride_b:i out_stride_h:i",
 )
 MmaArgs = _struct("MmaArgs", 14, "type:i a:p b:p c:p d:p")
+LinearArgs = _struct(
+    "LinearArgs",
+    15,
+    "live:p rows:i N:i K:i type:i x:p x_stride:i kind:i weight:p weight_stride:i scale:p scale_type:i scale_stride:i group:i lines:i "
+    "zero:p zero_stride:i perm:p bias:p bias_type:i silu:i residual:p residual_type:i residual_stride:i out:p out_stride:i "
+    "slice:i scratch:p tickets:p variant:i",
+)
 
 STRUCTS = (
     FillArgs,
@@ -131,6 +140,7 @@ STRUCTS = (
     AttentionArgs,
     ColsumArgs,
     MmaArgs,
+    LinearArgs,
 )
 
 _stand_in: Library | None = None

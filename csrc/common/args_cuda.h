@@ -209,6 +209,35 @@ struct MmaArgs {
   float* d;
 };
 
+enum Weights : int64_t { kDense = 0, kInt4 = 1, kInt8 = 2, kFp8 = 3 };
+
+enum LinearVariant : int64_t { kByRows = 0, kFewRows = 1, kManyRows = 2 };  // kFewRows: a row's bits are its own for any number of rows
+
+// out = act(x W^T + bias) + residual. W as it is stored: rows of 16-bit numbers of x's type, or of codes with their scales.
+struct LinearArgs {
+  const int32_t* live;
+  int64_t rows, N, K, type;
+  const void* x;
+  int64_t x_stride, kind;
+  const void* weight;  // [N, K]; int4: the even input in the low bits
+  int64_t weight_stride;
+  const void* scale;                               // [N / lines, groups]
+  int64_t scale_type, scale_stride, group, lines;  // inputs and outputs that share a scale; group 0: all inputs
+  const uint16_t* zero;                            // f16 [N, groups], or null: 8 for int4
+  int64_t zero_stride;
+  const int32_t* perm;  // [K] or null: column k multiplies input perm[k]
+  const void* bias;     // [N] or null
+  int64_t bias_type, silu;
+  const void* residual;  // or null
+  int64_t residual_type, residual_stride;
+  void* out;
+  int64_t out_stride;
+  int64_t slice;      // inputs that are summed before they join the rest, a multiple of kLinearWindow
+  float* scratch;     // where there are several slices: sums of whole blocks, as Python counts them
+  uint32_t* tickets;  // a panel and 32 rows each, zero before and after
+  int64_t variant;
+};
+
 struct FillArgs {  // out[i] = value + i, to show that a launch works
   uint32_t* out;
   int64_t count, value;
@@ -230,6 +259,7 @@ enum Kernel : int64_t {
   kAttention,
   kColsum,
   kMmaProbe,
+  kLinear,
   kKernels
 };
 
@@ -239,6 +269,9 @@ constexpr int kStatsSlice = 4096;  // columns of a row that one block reads: fix
 inline int64_t stats_scratch(int64_t rows, int64_t V, int64_t topk) {
   return rows * ((V + kStatsSlice - 1) / kStatsSlice) * 8 * (1 + (topk > 1 ? topk : 1));
 }
+
+constexpr int kLinearPanel = 128, kLinearWindow = 512;  // outputs of one block, inputs that it holds at a time
+constexpr int kLinearRows = 256, kMostFewRows = 32;     // rows of one launch, of a block that mma.sync serves
 
 constexpr int kRowBlock = 64;  // packed query rows, T * Hq / Hkv, of one attention block
 

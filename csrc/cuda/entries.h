@@ -22,6 +22,7 @@ int attention_wgmma(const AttentionArgs& a, void* stream);   // kColumns and kRo
 AttentionVariant attention_variant(const AttentionArgs& a);  // what `attention` takes
 int attention_invariant(const AttentionArgs& a, void* stream);
 int join_attention(const AttentionArgs& a, void* stream);  // the parts of all chunks, after either
+int linear(const LinearArgs& a, void* stream);
 int residual_sample(const ResidualSampleArgs& a, void* stream);
 
 }  // namespace ramify::gpu

@@ -97,6 +97,8 @@ int ramify_cuda_run(int64_t kernel, const void* args, void* stream) {
       return call(attention, args, stream);
     case kColsum:
       return call(colsum, args, stream);
+    case kLinear:
+      return call(linear, args, stream);
     case kResidualSample:
       return call(residual_sample, args, stream);
     default:
@@ -136,6 +138,8 @@ int64_t ramify_cuda_size(int64_t kernel) {
       return sizeof(AttentionArgs);
     case kColsum:
       return sizeof(ColsumArgs);
+    case kLinear:
+      return sizeof(LinearArgs);
     case kResidualSample:
       return sizeof(ResidualSampleArgs);
     default:

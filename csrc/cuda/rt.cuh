@@ -5,6 +5,7 @@
 //   RT_LAUNCH(kernel, grid, block, bytes, stream, args...) a launch; cudaGetLastError() tells what became of it
 //   rt::cp16, cp_commit, cp_wait<N>                        cp.async of 16 bytes
 //   rt::mma<T>, ldmatrix_x4, ldmatrix_x4_trans             one warp's matrix product, m16n8k16 into f32
+//   rt::and_or, rt::fma2<T>                                bits of codes, and two 16-bit numbers of a word at a time
 // All asm of this folder is here. Requires sm_80.
 #pragma once
 #include <stdint.h>
@@ -78,6 +79,29 @@ RT_FN void mma<f16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// (x & mask) | bits, in one instruction: two immediates keep the compiler from it.
+RT_FN uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
+  uint32_t y;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(y) : "r"(x), "r"(mask), "r"(bits));
+  return y;
+}
+
+// a * b + c, rounded once, of both halves; subnormal numbers count.
+template <class T>
+RT_FN uint32_t fma2(uint32_t a, uint32_t b, uint32_t c);
+template <>
+RT_FN uint32_t fma2<bf16>(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t y;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+  return y;
+}
+template <>
+RT_FN uint32_t fma2<f16>(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t y;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+  return y;
+}
+
 // Four 8x8 matrices of 16-bit values; lane 8i + j names row j of matrix i in shared memory.
 RT_FN void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(row));
@@ -105,6 +129,24 @@ RT_FN void cp_wait() {
 template <class T>
 RT_FN void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], EMULATE_SITE) {
   emulate::mma(c, a, b, std::is_same<T, f16>::value, site);
+}
+RT_FN uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
+template <class T>
+RT_FN uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
+  const auto value = [](uint32_t word, int half) {
+    const uint16_t bits = uint16_t(word >> (16 * half));
+    T x;
+    memcpy(static_cast<void*>(&x), &bits, 2);
+    return double(float(x));
+  };
+  uint32_t y = 0;
+  for (int half = 0; half < 2; ++half) {
+    const T x(float(value(a, half) * value(b, half) + value(c, half)));
+    uint16_t bits;
+    memcpy(&bits, &x, 2);
+    y |= uint32_t(bits) << (16 * half);
+  }
+  return y;
 }
 RT_FN void ldmatrix_x4(uint32_t (&r)[4], const void* row, EMULATE_SITE) { emulate::load_matrix(r, 4, row, false, site); }
 RT_FN void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, EMULATE_SITE) { emulate::load_matrix(r, 4, row, true, site); }

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ramify.backends import invariant
 from ramify.cache.device_arena import DeviceArena
 from ramify.cache.mirror import Mirror
 from ramify.model.config import ModelConfig
@@ -96,12 +97,12 @@ class DeviceRecorder:
         return out
 
     def _product(self, x: Tensor, part: DeviceLinear, out: Tensor, add: bool) -> None:
-        if isinstance(part.weight, Tensor):
+        if isinstance(part.weight, Tensor) and not invariant():
             self.calls.append(bound.product(x, part.weight, part.bias, out, add))
             return
         straight = out.dtype == x.dtype and not add  # a kernel writes no tensor that it reads, and rounds to x's dtype
         made = out if straight else self._buffer("product", part.N)
-        self.calls.append(bound.linear_low_bit(x, part.weight, part.bias, out if add else None, made))
+        self.calls.append(bound.linear(x, part.weight, part.bias, out if add else None, made))
         if not straight:
             self._copy(made, out)
 

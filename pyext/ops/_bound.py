@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ramify.ops import attention, glue, kv, sample, verify
 from ramify.ops._library import Bound
-from ramify.ops.linear import _low_bit
+from ramify.ops.linear import _linear, _low_bit
 from ramify.quant.packing import packed
 from ramify.quant.weight import QuantizedWeight
 
@@ -74,8 +74,10 @@ def draw(logits: Tensor, ones: Tensor, minus: Tensor, temperature: Tensor, seed:
     return sample._verify_sample.bind((path, count, drawn), *inputs)
 
 
-def linear_low_bit(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> Bound:
-    """ops.linear over a low-bit weight that takes x as it is."""
+def linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> Bound:
+    """ops.linear; a low-bit weight takes x as it is."""
+    if isinstance(weight, Tensor):
+        return _linear.bind((out,), x, weight, bias, None, residual)
     panels = packed(weight) if x.device.type == "cpu" else None
     tensors = weight.codes, weight.scale, weight.zero, weight.perm, panels
     return _low_bit.bind((out,), x, *tensors, weight.format.name, bias, None, residual, "exact")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ramify import backends, reference
 from ramify.checks import one_of, show, whole
-from ramify.ops import _native
+from ramify.ops import _cuda, _native
 from ramify.ops._checks import FLOATS, Results, Shapes, tensor
 from ramify.ops._library import Op
 from ramify.quant.formats import Format
@@ -75,8 +75,8 @@ def linear(
     A QuantizedWeight is packed at its first use on the CPU. `activations` says how it takes x: "int8" rounds a row to int8 with
     one scale (the default for int8 and int4 on the CPU), "int8-group" with one scale for every group of the weight (128 inputs
     for int8), "exact" not at all (the only way for fp8; a level that multiplies in bf16 rounds both to bf16). A row that holds
-    NaN or infinity comes out as NaN when it is rounded. On a GPU "exact" is the default and what the kernels do: their weights
-    become x's dtype, in which only a difference from a zero point may be rounded; the other two run on the reference.
+    NaN or infinity comes out as NaN when it is rounded. On a GPU "exact" is the default and what the kernels do: the CUDA kernels round
+    no weight, those of Triton only a difference from a zero point, to x's dtype; the other two run on the reference.
     """
     for name, given in (("activation", activation), ("activations", activations)):
         if given is not None and not isinstance(given, str):
@@ -199,6 +199,7 @@ _linear = Op(
     sizes=lambda x, weight, *_: {"dtype": x.dtype, "weight": weight.dtype},
     reference=_reference,
     cpu=_native.linear,
+    cuda=_cuda.linear,
 )
 
 _packed = Op(
@@ -222,5 +223,6 @@ _low_bit = Op(
         x, QuantizedWeight(Format.parse(form), codes, scale, zero, perm), bias, activation, residual, activations=how
     ),
     cpu=_native.linear_low_bit,
+    cuda=_cuda.linear_low_bit,
     triton="linear_low_bit",
 )

@@ -137,7 +137,18 @@ def test_every_cell_is_right_on_the_emulated_kernels(monkeypatch):
                     row = {"status": "ok"}
                     assert gpu_speed.check(way, case, case.want(), row), (cell.op, row)
                     asked.add(cell.op)
-    assert asked >= {"tree_attention", "row_stats", "topk_logits", "verify_greedy", "kv_commit", "rms_norm", "silu_mul", "rope", "embed"}
+    assert asked >= {
+        "tree_attention",
+        "linear",
+        "row_stats",
+        "topk_logits",
+        "verify_greedy",
+        "kv_commit",
+        "rms_norm",
+        "silu_mul",
+        "rope",
+        "embed",
+    }
 
 
 SPILLING = """

@@ -11,6 +11,7 @@ import torch
 import ramify
 from ramify import native_cuda, ops, reference
 from ramify.ops import _cuda
+from ramify.testing.linear import low_bit_weight
 from ramify.testing.tensors import TREES, attention_case, intervals, padded, poisoned, random_tree, sample_case
 
 F32, BF16, F16, I32 = torch.float32, torch.bfloat16, torch.float16, torch.int32
@@ -359,3 +360,11 @@ def calls():
     start, end = intervals("random", 1, 5, 90, g)
     ops.interval_attention(q, k, v, start, end)
     ops.interval_attention(padded(q), padded(k), padded(v), start, end)
+    ops.linear(rand(2, 1030, dtype=BF16), rand(5, 1030, dtype=BF16), torch.ones(5), activation="silu", residual=rand(2, 5))
+    for name, rows in (("int4-g32-zp", 9), ("int8", 2), ("fp8-b128", 17)):
+        weight = low_bit_weight(name, 130, 160, perm=name == "int8")
+        ops.linear(rand(rows, 160, dtype=BF16), weight, activations="exact")
+    before, _cuda.LINEAR_VARIANT = _cuda.LINEAR_VARIANT, "many rows"
+    for name, K in (("int4-g32-zp", 1056), ("fp8", 70)):
+        ops.linear(rand(3, K, dtype=BF16), low_bit_weight(name, 40, K), activations="exact")
+    _cuda.LINEAR_VARIANT = before

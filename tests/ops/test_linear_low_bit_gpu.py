@@ -6,10 +6,9 @@ import pytest
 import torch
 
 import ramify
-from ramify import backends, ops, reference
-from ramify.quant import Format, QuantizedWeight
+from ramify import backends, ops
 from ramify.quant.formats import ALL
-from ramify.quant.weight import pack_nibbles
+from ramify.testing.linear import assert_linear, every_code, linear_inputs, low_bit_weight
 from ramify.testing.tensors import padded, poisoned, running
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -26,48 +25,18 @@ def kernels(monkeypatch):
     return module
 
 
-def make_weight(name, N, K, device, scale_dtype=F16, perm=False, seed=0):
-    """Random codes of every value, in rows with a gap behind them; for int4, K is cut to whole groups."""
-    g, form = torch.Generator().manual_seed(seed), Format.parse(name)
-    if form.kind == "int4":
-        K = max(form.group, K // form.group * form.group)
-        codes = pack_nibbles(torch.randint(0, 16, (N, K), generator=g))
-    elif form.kind == "int8":
-        codes = torch.randint(-128, 128, (N, K), generator=g, dtype=torch.int8)
-    else:
-        codes = torch.randn(N, K, generator=g).to(torch.float8_e4m3fn)
-    wide = torch.full((N, codes.shape[1] + seed), 0x55, dtype=torch.uint8).view(codes.dtype)
-    wide[:, : codes.shape[1]] = codes
-    groups = form.scale_shape(N, K)
-    scale = (torch.rand(groups, generator=g) + 0.1).mul(0.01).to(scale_dtype)
-    zero = (torch.rand(groups, generator=g) * 20 - 2).half() if form.zero_point else None
-    order = torch.randperm(K, generator=g).int() if perm else None
-    return QuantizedWeight(form, wide[:, : codes.shape[1]], scale, zero, order).to(device)
+def make_weight(*args, device, **options):
+    return low_bit_weight(*args, **options).to(device)
 
 
 def make(M, weight, dtype, device, seed=0):
-    """x of very different rows, bias and residual, with gaps of NaN."""
-    g, (N, K) = torch.Generator().manual_seed(seed), weight.shape
-    x = torch.randn(M, K, generator=g) * torch.rand(M, 1, generator=g).exp()
-    given = padded(x.to(dtype)), torch.randn(N, generator=g), padded(torch.randn(M, N, generator=g).to(F16))
-    return [tensor.to(device) for tensor in given]
+    return [tensor.to(device) for tensor in linear_inputs(M, *weight.shape, dtype, seed)]
 
 
 def check(x, weight, bias=None, activation=None, residual=None):
     out = padded(poisoned((len(x), weight.shape[0]), x.dtype)).to(x.device)
     ops.linear(x, weight, bias, activation=activation, residual=residual, activations="exact", out=out)
-    wide = [None if t is None else t.double() for t in (x, bias, residual)]
-    want = reference.linear(wide[0], weight, wide[1], activation=activation, residual=wide[2])
-    # Four half-ulps of f32 of the sum of magnitudes, a zero point counted as a term of its own: a chain of K additions wanders
-    # like a random walk. One rounding of the result. What a zero point leaves is rounded to 16 bits, by up to 2^-9 (bf16) of each
-    # term: six sigmas of their sum.
-    terms = weight if weight.zero is None else QuantizedWeight(weight.format, weight.codes, weight.scale, -weight.zero.abs(), weight.perm)
-    ulp = {F32: 2**-21, BF16: 2**-8, F16: 2**-11}[x.dtype]
-    limit = 4 * 2**-24 * wide[0].abs() @ terms.dequantize().double().abs().T + ulp * (want.abs() + 1)
-    if weight.zero is not None and x.dtype != F32:
-        limit += 3 * ulp * (wide[0].square() @ weight.dequantize().double().square().T).sqrt()
-    worst = ((out.double() - want).abs() / limit).nan_to_num(nan=torch.inf)
-    assert worst.max() <= 1, f"row {(worst == worst.max()).nonzero()[0].tolist()} is {worst.max():.3g} limits away"
+    assert_linear(out, x, weight, bias, activation, residual, rounds_zeros=True)
 
 
 # M, N, K, dtype of x, dtype of scales, epilogue (0 none, 1 bias, 2 all), act-order; the widest rows of codes lie at odd addresses
@@ -85,7 +54,7 @@ CASES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_against_reference(place, kernels, name):
     for seed, (M, N, K, dtype, scale_dtype, epilogue, perm) in enumerate(CASES):
-        weight = make_weight(name, N, K, place.device, scale_dtype, perm, seed)
+        weight = make_weight(name, N, K, scale_dtype, perm, seed, device=place.device)
         x, bias, residual = make(M, weight, dtype, place.device, seed)
         given = [{}, {"bias": bias}, {"bias": bias, "activation": "silu", "residual": residual}][epilogue]
         with running("triton"):
@@ -96,7 +65,7 @@ def test_against_reference(place, kernels, name):
 @pytest.mark.parametrize("name", ["int4-g32", "int4-g128-zp", "fp8-b128"])
 def test_more_inputs_than_a_chunk(place, name):
     """The split that ships, on more than one panel of outputs."""
-    weight = make_weight(name, 130 if name == "fp8-b128" else 3, 1152, place.device)
+    weight = make_weight(name, 130 if name == "fp8-b128" else 3, 1152, device=place.device)
     x, bias, residual = make(2, weight, BF16, place.device)
     with running("triton"):
         check(x, weight, bias, "silu", residual)
@@ -106,7 +75,7 @@ def test_more_inputs_than_a_chunk(place, name):
 @pytest.mark.parametrize("name", ["int8", "int4-g32-zp", "fp8-b128"])
 def test_row_is_its_own(place, kernels, name):
     """Row r of an M-row call has the bits of the call on row r alone, for M up to what one program takes and beyond."""
-    weight = make_weight(name, 20, 192, place.device)
+    weight = make_weight(name, 20, 192, device=place.device)
     x, bias, residual = make(40, weight, BF16, place.device)
     with running("triton"):
         whole = ops.linear(x, weight, bias, residual=residual, activations="exact")
@@ -127,16 +96,7 @@ def test_split_is_of_the_weight_alone():
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 def test_every_code(place, dtype):
     """Rows of the unit matrix read the weight back: each code's value, exactly; a NaN code makes its output NaN."""
-    codes = torch.arange(256).to(torch.uint8).view(2, 128).T.contiguous()
-    nibbles = torch.arange(16).repeat(64, 1)
-    zero = torch.tensor([[3.0], [15.0]] * 32).half()
-    for weight in (
-        QuantizedWeight(Format.parse("int8"), codes.view(torch.int8), torch.ones(128, 1)),
-        QuantizedWeight(Format.parse("fp8"), codes.view(torch.float8_e4m3fn), torch.ones(128, 1)),
-        QuantizedWeight(Format.parse("fp8-b128"), codes.view(torch.float8_e4m3fn), torch.ones(1, 1)),
-        QuantizedWeight(Format.parse("int4-g32"), pack_nibbles(nibbles.repeat(1, 2)), torch.ones(64, 1)),
-        QuantizedWeight(Format.parse("int4-g32-zp"), pack_nibbles(nibbles.repeat(1, 2)), torch.ones(64, 1), zero),
-    ):
+    for weight in every_code():
         weight = weight.to(place.device)
         with running("triton"):
             got = ops.linear(torch.eye(weight.shape[1], dtype=dtype, device=place.device)[-2:], weight, activations="exact")
@@ -148,7 +108,7 @@ def test_every_code(place, dtype):
 @pytest.mark.parametrize("name", ["int8", "int4-g32"])
 def test_rows_that_are_not_finite(place, kernels, name):
     """They are not finite, and their neighbours are what they were."""
-    weight = make_weight(name, 10, 128, place.device)
+    weight = make_weight(name, 10, 128, device=place.device)
     x, *_ = make(6, weight, BF16, place.device)
     with running("triton"):
         clean = ops.linear(x, weight, activations="exact")
@@ -161,7 +121,7 @@ def test_rows_that_are_not_finite(place, kernels, name):
 @HERE
 def test_an_order_that_names_no_input_gives_nan(place):
     """It is data on a device, so no message can say it; nothing outside x is read."""
-    weight = make_weight("int8", 4, 64, place.device)
+    weight = make_weight("int8", 4, 64, device=place.device)
     perm = torch.arange(64, dtype=torch.int32, device=place.device)
     perm[[3, 60]] = torch.tensor([64, -1], dtype=torch.int32, device=place.device)
     x = torch.ones(2, 64, device=place.device)
@@ -172,7 +132,7 @@ def test_an_order_that_names_no_input_gives_nan(place):
 
 @HERE
 def test_rounded_inputs_are_refused_by_name(place):
-    weight, x = make_weight("int4-g64", 4, 64, place.device), torch.ones(2, 64, device=place.device)
+    weight, x = make_weight("int4-g64", 4, 64, device=place.device), torch.ones(2, 64, device=place.device)
     for how in ("int8", "int8-group"):
         with running("triton"), pytest.raises(ValueError, match=f'"triton" was forced .* .activations is {how}, takes exact'):
             ops.linear(x, weight, activations=how)
