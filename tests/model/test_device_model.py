@@ -8,6 +8,7 @@ bits and is rounded some six times a layer: 3% of the largest logit, of which ha
 """
 
 import random
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -357,3 +358,28 @@ def test_moves_beyond_what_a_step_carries(engine, folders):
     assert cache.arena.pending == 0
     got = model.forward(TokenTree.roots([3]), cache.of([0]), logits=True).logits
     close(got[0], oracle(folder, [*text, 3])[-1], engine.dtype)
+
+
+@pytest.mark.parametrize("sums", ["in order", "aligned"])
+def test_rows_of_a_tree_are_plain_decoding_under_the_mode(engine, folders, sums):
+    """Logits of a tree's rows have the bits of decoding their paths token by token, however the chip adds inside one instruction."""
+    if engine.dtype != "bf16" or engine.name not in ("emulated", "cuda") or (engine.name == "cuda" and sums != "in order"):
+        pytest.skip("the mode is the CUDA kernels', in 16 bits")
+    rng = random.Random(5)
+    text, (tokens, parents) = random_text(rng, 21), random_tree(rng, 7)
+    tree = TokenTree.from_parents([tokens], [parents])
+    with ramify.row_invariant(True), engine.library.sums(sums) if engine.library else nullcontext():
+        model = engine.load(folders["qwen3"])
+        cache = model.new_cache([64])
+        model.prefill([text], cache)
+        got = model.forward(tree, cache.of([0]), logits=True).logits.copy()
+        cache.free([0])
+        for row in (3, 6):
+            cache = model.new_cache([64])
+            model.prefill([text], cache, chunk=8)
+            view = cache.of([0])
+            for at in tree.path(0, row):
+                out = model.forward(TokenTree.roots([tokens[at]]), view, logits=True)
+                view.commit([np.array([0], np.int32)])
+            assert np.array_equal(out.logits[0], got[row])
+            cache.free([0])
