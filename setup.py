@@ -4,7 +4,7 @@
 
 Environment: CXX, MAX_JOBS, RAMIFY_CXXFLAGS (appended to every compile and link, e.g. "-g -O1 -fsanitize=address"),
 RAMIFY_CUDA=auto|on|off, RAMIFY_CUDA_ARCHS ("80;90a;90+PTX"), CUDACXX, CUDA_HOME, RAMIFY_CPU=on|off (off: `_cuda` alone, for a GPU
-machine that is in a hurry).
+machine that is in a hurry). auto builds `_cuda` where nvcc is, for the GPUs of this machine; on is for wheels: every chip.
 """
 
 import importlib.util
@@ -35,8 +35,9 @@ ONCE = {"dispatch", "replay"}  # sources of csrc/cpu built once, with the baseli
 
 # -ffp-contract=off: a fused multiply-add is written out or it is not there, so every level rounds as its source says.
 CXXFLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -fopenmp -ffp-contract=off -Wall -Wextra -Wno-maybe-uninitialized -Wno-uninitialized"
-NVCCFLAGS = "-O3 -std=c++17 --expt-relaxed-constexpr --threads 2 -Xcompiler -fPIC,-fvisibility=hidden -Xfatbin -compress-all"
+NVCCFLAGS = "-O3 -std=c++17 --expt-relaxed-constexpr --threads 2 -diag-suppress=177 -Xcompiler -fPIC,-fvisibility=hidden -Xfatbin -compress-all"
 ARCHS = "80;86;89;90a;100a;120a;90+PTX"  # the "a" targets run on that chip alone; the PTX serves the chips between and after
+ANYWHERE = "80+PTX"  # one target, compiled further by the driver of whatever GPU comes
 
 NINJA_RULES = """\
 rule cxx
@@ -109,11 +110,26 @@ def _compiles(cxx: str, flags: str) -> bool:
     return subprocess.run(command, input="int main() {}", text=True, capture_output=True).returncode == 0
 
 
+def wanted_archs() -> str:
+    """RAMIFY_CUDA_ARCHS; else every target with RAMIFY_CUDA=on, and the chips of this machine without: seven targets take minutes."""
+    if given := os.environ.get("RAMIFY_CUDA_ARCHS"):
+        return given
+    if os.environ.get("RAMIFY_CUDA", "auto") != "auto":
+        return ARCHS
+    smi = shutil.which("nvidia-smi")
+    chips = output(smi, "--query-gpu=compute_cap", "--format=csv,noheader").split() if smi else []
+    numbers = sorted({chip.replace(".", "") for chip in chips if chip.replace(".", "").isdigit()}, key=int)
+    if not numbers:
+        print("ramify: no GPU on this machine, so CUDA kernels are built as PTX for any chip; RAMIFY_CUDA=on builds for each")
+        return ANYWHERE
+    return ";".join(f"{number}a" if int(number) >= 90 else number for number in numbers)
+
+
 def gencode(nvcc: str) -> str:
     """Flags for the wanted GPU targets that this nvcc knows."""
     known = {code.removeprefix("sm_") for code in output(nvcc, "--list-gpu-code").split()}
     flags = []
-    for arch in os.environ.get("RAMIFY_CUDA_ARCHS", ARCHS).split(";"):
+    for arch in wanted_archs().split(";"):
         number, ptx = arch.removesuffix("+PTX"), arch.endswith("+PTX")
         if number.rstrip("af") in known:
             flags.append(f"-gencode=arch=compute_{number},code={'compute' if ptx else 'sm'}_{number}")
