@@ -35,7 +35,8 @@ ONCE = {"dispatch", "replay"}  # sources of csrc/cpu built once, with the baseli
 
 # -ffp-contract=off: a fused multiply-add is written out or it is not there, so every level rounds as its source says.
 CXXFLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -fopenmp -ffp-contract=off -Wall -Wextra -Wno-maybe-uninitialized -Wno-uninitialized"
-NVCCFLAGS = "-O3 -std=c++17 --expt-relaxed-constexpr --threads 2 -diag-suppress=177 -Xcompiler -fPIC,-fvisibility=hidden -Xfatbin -compress-all"
+NVCCFLAGS = "-O3 -std=c++17 --expt-relaxed-constexpr --threads 2 -Xcompiler -fPIC,-fvisibility=hidden -Xfatbin -compress-all"
+NVCCFLAGS += " -diag-suppress=177"  # functions that a target without their instructions does not use
 ARCHS = "80;86;89;90a;100a;120a;90+PTX"  # the "a" targets run on that chip alone; the PTX serves the chips between and after
 ANYWHERE = "80+PTX"  # one target, compiled further by the driver of whatever GPU comes
 

@@ -97,8 +97,8 @@ class Auto(Drafter):
                 arm.drafter.read(slot, tokens, out)
 
     def propose(self, slots: Sequence[int], roots: Sequence[int], rows: Sequence[int]) -> TokenTree:
-        """The chosen drafter's tree."""
-        arm = self.arms[self.chosen]
+        """The chosen drafter's tree; the first one's where another size policy than ours asks."""
+        arm = self.arms[max(self.chosen, 0)]
         arm.watch(self._steps)
         return arm.drafter.propose(slots, roots, rows)
 
@@ -188,6 +188,7 @@ class _AutoSize(SizePolicy):
         self.visit -= 1
         if not self.visit:
             log.wait = _FIRST if size.decide(batch) > self._rate else min(2 * log.wait, _LAST)
+            log.lost += size.costs.thaw if self.home == PLAIN else 0.0
             self._batch, self.auto.chosen = 0, self.home
 
     def _compare(self, batch: int) -> None:

@@ -16,7 +16,7 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _CONTEXT = 256  # committed tokens while measuring; how cost grows with context is left to the corrections
 _REPEAT = 5
 _PATIENCE = 0.5  # seconds; wider steps than the first that takes longer are extrapolated
-_RATE = 0.1
+_RATE, _RARE = 0.1, 0.25  # how far one step moves the table; a settled plain one, of which there are few while a drafter drafts
 SETTLED = 12
 """Plain steps, after wider ones, until they cost what plain decoding costs."""
 
@@ -28,13 +28,13 @@ class CostTable:
 
     rest: seconds of verify and commit, whatever the rows. A plain step that follows wider ones says nothing of plain decoding: it takes
     up to twice as long until a dozen of them have brought caches and clocks back (seen on a model that lies in the last-level cache),
-    so plain steps are taken in only where they follow each other.
+    so plain steps are taken in only where they follow each other. thaw: seconds that this dozen takes longer, in all.
     """
 
     def __init__(self, seconds: Sequence[float], rows: Sequence[int] = BUCKETS) -> None:
         self.rows = list(rows)
         self.seconds = [max(float(s), 1e-9) for s in seconds]
-        self.rest = 0.0
+        self.rest = self.thaw = self._excess = 0.0
         self._plain = 0  # plain steps in a row
 
     def at(self, rows: float) -> float:
@@ -55,12 +55,15 @@ class CostTable:
         self.rest += _RATE * (rest - self.rest)
         self._plain = self._plain + 1 if plain else 0
         if 0 < self._plain <= SETTLED:
+            self._excess = seconds - self.at(rows) + (self._excess if self._plain > 1 else 0.0)
+            if self._plain == SETTLED:
+                self.thaw += _RARE * (max(0.0, self._excess) - self.thaw)
             return
         k, share = self._place(rows)
         share = min(share, 1.0)
-        factor = min(max(seconds / self.at(rows), 0.5), 2.0) - 1
-        self.seconds[k] *= 1 + _RATE * (1 - share) * factor
-        self.seconds[k + 1] *= 1 + _RATE * share * factor
+        factor = (min(max(seconds / self.at(rows), 0.5), 2.0) - 1) * (_RARE if self._plain else _RATE)
+        self.seconds[k] *= 1 + (1 - share) * factor
+        self.seconds[k + 1] *= 1 + share * factor
 
     def _place(self, rows: float) -> tuple[int, float]:
         k = 0

@@ -28,7 +28,7 @@ FIRST_WAIT = 8
 class Experience:
     """Tokens and rows per sequence and step, and seconds of drafting, by width; and how trials of this drafter stand.
 
-    Widths up to the widest tree of the last few dozen steps are known; wider ones hold what the known ones promise. opening: seconds that
+    Widths up to the widest tree of the last few dozen steps are known; wider ones hold what was seen last, or the prior. opening: seconds that
     the first draft of a text takes beyond the others, such as a draft model's reading of the prompt. spent, lost: seconds of all steps and
     of trials; checked: `spent` when plain decoding was last looked at; wait, since: steps between two trials, and since the last.
     """
@@ -49,17 +49,33 @@ class Experience:
         tokens = sum(path.searchsorted(n) for path in paths) / len(paths)
         used = np.minimum(rows[:, None], n).mean(axis=0)
         weight = np.maximum(1 - (1 - _MEMORY) ** steps, steps / (self.steps[:k] + steps + 1))
+        if self.known:
+            weight[self.steps[:k] <= _STALE] = 1.0  # what was seen long ago, or never, says less than one trial
         self.tokens[:k] += weight * (tokens - self.tokens[:k])
         self.rows[:k] += weight * (used - self.rows[:k])
         self.steps[:k] += steps
         self.steps[k:] *= (1 - _MEMORY) ** steps
-        self._extrapolate()
+
+    @property
+    def known(self) -> int:
+        """How many of WIDTHS the last few dozen steps tell of."""
+        return int(np.count_nonzero(self.steps > _STALE))
 
     @property
     def frontier(self) -> int:
-        """How many of WIDTHS to consider: up to twice the widest known. What lies beyond was never seen, and a step of it is dear."""
-        known = max(int(np.count_nonzero(self.steps > _STALE)), _OPEN)
-        return int(np.searchsorted(_N, 2 * WIDTHS[known - 1])) + 1
+        """How many of WIDTHS to consider: up to twice the widest known. What lies beyond is a guess, and a step of it is dear."""
+        return int(np.searchsorted(_N, 2 * WIDTHS[max(self.known, _OPEN) - 1])) + 1
+
+    def expected(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and rows per step of each width. Those not known go on from the widest known: tokens as the prior does, rows straight."""
+        known, tokens, rows = self.known, self.tokens.copy(), self.rows.copy()
+        if 1 < known < len(_N):
+            last, before = known - 1, known - 2
+            steepness = max(0.0, tokens[last] - tokens[before]) / (_PRIOR[last] - _PRIOR[before])
+            slope = (rows[last] - rows[before]) / (_N[last] - _N[before])
+            tokens[known:] = tokens[last] + steepness * (_PRIOR[known:] - _PRIOR[last])
+            rows[known:] = rows[last] + slope * (_N[known:] - _N[last])
+        return np.maximum.accumulate(tokens), rows
 
     def drafted(self, width: int, seconds: float) -> None:
         """Drafting a step of this width took so long."""
@@ -104,16 +120,6 @@ class Experience:
         np.minimum(e.steps, _TRUST, out=e.steps)
         e.draft, e.opening, e.wait, e.since = draft, opening, wait, since
         return e
-
-    def _extrapolate(self) -> None:
-        """Widths not known go on from the widest known one: tokens as the prior does, rows straight."""
-        known = int(np.count_nonzero(self.steps > _STALE))
-        if 1 < known < len(_N):
-            last, before = known - 1, known - 2
-            steepness = max(0.0, self.tokens[last] - self.tokens[before]) / (_PRIOR[last] - _PRIOR[before])
-            slope = (self.rows[last] - self.rows[before]) / (_N[last] - _N[before])
-            self.tokens[known:] = self.tokens[last] + steepness * (_PRIOR[known:] - _PRIOR[last])
-            self.rows[known:] = self.rows[last] + slope * (_N[known:] - _N[last])
 
 
 _met: WeakKeyDictionary[Any, dict[str, Experience]] = WeakKeyDictionary()  # target -> what was learned about its drafters

@@ -38,9 +38,9 @@ _PLAIN_STANDS = 64  # the same for plain decoding, which teaches nothing about t
 class Measured(SizePolicy):
     """The width of most tokens per second.
 
-    most: rows per sequence, at most. share: of the time, for trials of a drafter that was given up and of wider trees. about: a name under
-    which what was learned with this target is kept for later calls, in this process and (in the cache folder) in later ones; "" begins
-    anew. costs: a CostTable; None measures.
+    most: rows per sequence, at most. share: of the time, for trials of a drafter that was given up and of wider trees, and as much again
+    for plain steps where a drafter drafts. about: a name under which what was learned with this target is kept for later calls, in this
+    process and (in the cache folder) in later ones; "" begins anew. costs: a CostTable; None measures.
     """
 
     most: int = MAX_ROWS
@@ -93,7 +93,7 @@ class Measured(SizePolicy):
         self.decide(batch)
         e = self.experience
         e.since += 1
-        if self._best and self.share * (e.spent - e.checked) > 2 * self._spells:
+        if self._best and self.share * (e.spent - e.checked) > self._spells:
             self._take(0)
             self._spell, e.checked = _SPELL - 1, e.spent
         elif e.since > e.wait and self._wider > self._best and e.lost + self._loss <= self.share * e.spent:
@@ -112,7 +112,7 @@ class Measured(SizePolicy):
         self.decide(batch)
         rates, tokens, _ = self._rates(batch)
         k = max(self._best, self._wider)
-        return max(0.0, float(tokens[k] / rates[k] - tokens[k] / rate)) + self._opening()
+        return max(0.0, float(tokens[k] / rates[k] - tokens[k] / rate)) + self._opening() + self.costs.thaw
 
     def decide(self, batch: int) -> float:
         """Choose the best width, if the last choice does not stand any more; returns its tokens per second and sequence."""
@@ -121,7 +121,8 @@ class Measured(SizePolicy):
             return self._rate
         self._learn()
         rates, tokens, rows = self._rates(batch)
-        best = 1 + int(rates[1:].argmax()) if len(rates) > 1 else 0
+        known = min(self.experience.known or len(rates), len(rates))  # beyond them only trials go, but for a drafter nobody has met
+        best = 1 + int(rates[1:known].argmax()) if known > 1 else 0
         if best and rates[best] <= (1 - _CLOSE if rows[best] < _SILENT else 1) * rates[0]:
             best = 0
         settled = best == self._best and self.experience.steps[0] >= _STAND
@@ -129,7 +130,7 @@ class Measured(SizePolicy):
         self._spells = _SPELL * max(_NEAR, 1 - float(rates[0] / rates[best])) / float(rates[0])
         if best < len(rates) - 1:
             self._wider = wider = best + 1 + int(rates[best + 1 :].argmax())
-            self._loss = max(0.0, float(tokens[wider] / rates[wider] - tokens[wider] / rates[best])) + self._opening()
+            self._loss = max(0.0, float(tokens[wider] / rates[wider] - tokens[wider] / rates[best])) + self._opening() + self._thaw()
         self._batch, self._trial, self._rate, self._chosen = batch, False, float(rates[best]), self._widths[best]
         self._stands = (_STAND if best else _PLAIN_STANDS) if settled else 0
         return self._rate
@@ -158,9 +159,9 @@ class Measured(SizePolicy):
         self._paths += verdict.path
         if self._trial:
             best = self._best
-            e.lost += max(0.0, seconds - tokens / self._rate)
+            e.lost += max(0.0, seconds - tokens / self._rate) + self._thaw()
             self.decide(tree.B)
-            e.wait = FIRST_WAIT if self._best > best else min(2 * e.wait, _LAST_WAIT)
+            e.wait = 0 if self._best > best else min(max(2 * e.wait, FIRST_WAIT), _LAST_WAIT)
 
     def _drafted(self, seconds: float) -> None:
         """Note the seconds of a draft; what the first one of a call takes longer than the second is its opening."""
@@ -179,6 +180,10 @@ class Measured(SizePolicy):
         """Seconds that the next draft takes beyond the usual."""
         return self.experience.opening if self._first is None and not self._opened else 0.0
 
+    def _thaw(self) -> float:
+        """Seconds that plain steps after a trial will take longer, where the trial interrupts plain decoding."""
+        return 0.0 if self._best else self.costs.thaw
+
     def _take(self, width: int) -> None:
         """Leave the choice for one step."""
         self._learn()
@@ -195,7 +200,7 @@ class Measured(SizePolicy):
         """Tokens per second, tokens and rows per step, of each width."""
         e = self.experience
         count = min(len(self._widths), e.frontier)
-        tokens, rows = np.maximum.accumulate(e.tokens)[:count], e.rows[:count]
+        tokens, rows = (each[:count] for each in e.expected())
         seconds = self.costs.over(batch * rows) + e.drafting()[:count] + self.costs.rest
         if opening := self._opening():  # shared among the tokens that are still to come
             seconds[1:] += opening * tokens[1:] / max(1.0, self._left)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ramify.draft.auto import Arm, Auto
+from ramify.draft.base import Drafter, Wants
 from ramify.registry import size_policy
 from ramify.size import _cost, _experience
 from ramify.size._cost import BUCKETS, CostTable, cost_table
@@ -262,6 +263,44 @@ def test_registry_and_bad_arguments():
         size_policy.build("fixed:rows_each=a")
 
 
+def test_widths_grow_by_doubling():
+    """A step far wider than any that was seen costs as much as dozens of plain ones, whatever the extrapolation promises."""
+    widths = Machine(Measured(), accepts=lambda n: n - 1).run(300).widths
+    widest = np.maximum.accumulate(widths)
+    assert widest[-1] >= 64 and (widest[1:] <= np.maximum(2 * widest[:-1], 12) * 1.4).all()
+
+
+class Warmth:
+    """A machine on which plain steps are twice as dear for a dozen steps after a wide one, as on a model in the last-level cache."""
+
+    def __init__(self, plain=1.0):
+        self.plain, self.cold = plain, 0
+
+    def __call__(self, rows):
+        if rows > 1:
+            self.cold = 12
+            return (1.55 + 0.02 * rows) * STEP
+        self.cold = max(0, self.cold - 1)
+        return (self.plain if not self.cold else 2.0) * STEP
+
+
+def test_plain_steps_among_wide_ones_say_nothing():
+    """1.4 tokens a step for 1.6 times the seconds: a loss against plain decoding, a gain against the plain steps between wide ones."""
+    turn = random.Random(3)
+    machine = Machine(Measured(), accepts=lambda n: min(n - 1, turn.random() < 0.4), step=Warmth()).run(1500)
+    assert np.mean(np.array(machine.widths[300:]) == 1) > 0.9 and machine.speedup > 0.9
+
+
+def test_plain_decoding_that_became_cheaper_is_noticed():
+    """While a drafter drafts nobody decodes plainly; a spell of it now and then shows what it costs by now."""
+    warmth = Warmth(plain=2.0)
+    machine = Machine(Measured(), accepts=lambda n: min(n - 1, 1), step=warmth).run(300)
+    assert np.mean(np.array(machine.widths[100:]) > 1) > 0.75
+    warmth.plain = 0.5
+    machine.run(3000)
+    assert np.mean(np.array(machine.widths[-500:]) == 1) > 0.9
+
+
 class Watching:
     """A drafter of `auto` that never drafts here: the machine plays its part."""
 
@@ -286,7 +325,7 @@ def auto_machine(**drafters):
     class Noting(type(auto.size_policy())):
         def rows(self, live, lengths):
             rows = super().rows(live, lengths)
-            chosen.append(list(drafters)[auto.chosen])
+            chosen.append([*drafters, "plain"][auto.chosen])
             return rows
 
     return Machine(Noting(auto), accepts=rule(0), draft=rule(1)), chosen
@@ -323,3 +362,42 @@ def test_auto_notices_a_change():
     turn.reverse()
     machine.run(1000)
     assert chosen[-200:].count("a") > 160
+
+
+class Seeing(Drafter):
+    """Notes what it is shown, and proposes only when it has seen everything before."""
+
+    name, wants = "seeing", Wants(topk=2)
+
+    def __init__(self):
+        self.seen = []
+
+    def propose(self, slots, roots, rows):
+        assert len(self.seen) == self.steps()
+        return TokenTree.chains(roots, [[1] * (n - 1) for n in rows])
+
+    def observe(self, slots, tree, out, verdict):
+        self.seen.append((list(slots), tree.tokens.tolist(), out.topk_ids.tolist(), verdict.emitted))
+
+    def end(self, slots):
+        assert len(self.seen) == self.steps()
+
+
+@pytest.mark.parametrize("chosen", [-1, 0, 1])
+def test_all_drafters_of_auto_see_every_step_once(chosen):
+    """At once or later: before it drafts, and before a text ends, each has seen all steps in order, with the values of their time."""
+    auto, shown = Auto(), []
+    arms = [Arm(Seeing()), Arm(Seeing())]
+    for arm in arms:
+        arm.drafter.steps = lambda: len(shown)
+    auto.arms, auto.wants = arms, Wants(topk=2)
+    ids = np.zeros((3, 2), np.int32)
+    for step in range(150):
+        auto.chosen = chosen if step % 50 else 1 - max(chosen, 0)
+        tree = auto.propose([0], [step], [3]) if auto.chosen >= 0 else TokenTree.roots([step])
+        ids[:] = step  # the view that the next step overwrites
+        verdict = Verdict([np.array([0], np.int32)], [[step]])
+        auto.observe([0], tree, SimpleNamespace(topk_ids=ids[: tree.M], topk_values=None), verdict)
+        shown.append(([0], tree.tokens.tolist(), ids[: tree.M].tolist(), [[step]]))
+    auto.end([0])
+    assert all(arm.drafter.seen == shown for arm in arms)
