@@ -28,9 +28,9 @@ FIRST_WAIT = 8
 class Experience:
     """Tokens and rows per sequence and step, and seconds of drafting, by width; and how trials of this drafter stand.
 
-    Widths up to the widest tree of the last few dozen steps are known; wider ones hold what was seen last, or the prior. opening: seconds that
-    the first draft of a text takes beyond the others, such as a draft model's reading of the prompt. spent, lost: seconds of all steps and
-    of trials; checked: `spent` when plain decoding was last looked at; wait, since: steps between two trials, and since the last.
+    Widths up to the widest tree of the last few dozen steps are known; wider ones hold what was seen last, or the prior. opening: seconds
+    that the first draft of a text takes beyond the others, such as a draft model's reading of the prompt. spent, lost: seconds of all
+    steps and of trials; checked: `spent` when plain decoding was last looked at; wait, since: steps between two trials, and since the last.
     """
 
     def __init__(self) -> None:
