@@ -138,8 +138,12 @@ def set_isa(name: str) -> None:
     Raises ValueError for a level that this build lacks or that this machine cannot run.
     """
     if not _cpu.set_level(name):
-        taken = ", ".join(level for level, runs in levels().items() if runs)
-        raise ValueError(f"set_isa: level is {name!r}; takes {taken} on this machine. Unset RAMIFY_ISA or name one of these.")
+        raise ValueError(_refused("set_isa: level", name))
+
+
+def _refused(what: str, name: str) -> str:
+    taken = ", ".join(level for level, runs in levels().items() if runs)
+    return f"{what} is {name!r}; takes {taken} on this machine. Unset it or name one of these."
 
 
 def threads() -> int:
@@ -193,5 +197,5 @@ def pack_weight(weight: torch.Tensor) -> torch.Tensor:
     return out
 
 
-if (_forced := os.environ.get("RAMIFY_ISA")) is not None:
-    set_isa(_forced)
+if (_forced := os.environ.get("RAMIFY_ISA")) and not _cpu.set_level(_forced):
+    raise ValueError(_refused("RAMIFY_ISA", _forced))

@@ -111,7 +111,7 @@ class Registry:
         near = difflib.get_close_matches(name, known, 1, cutoff=0.6)
         hint = f'nearest is "{near[0]}"' if near else f"known: {', '.join(known) or 'none'}"
         where = "ramify.methods() lists all" if self.kind == "drafter" else f"{self.package} holds the built-in ones"
-        return f"{caller}: {noun} {show(name)} is not known; {hint}. {where}; a plugin needs --plugin FILE."
+        return f"{caller}: {noun} {show(name)} is not known; {hint}. {where}; your own are known once imported (--plugin FILE)."
 
 
 def _where(method: Any) -> tuple[str, str]:

@@ -230,6 +230,8 @@ def load_plugin(file: str) -> None:
         spec.loader.exec_module(module)
     except (ValueError, TypeError, OSError, ImportError):
         raise
+    except SystemExit as ended:
+        raise ValueError(f"generate: --plugin {file} ended with exit code {ended.code}; takes one that registers classes.") from None
     except Exception as error:
         raise ValueError(f"generate: --plugin {file} raised {type(error).__name__}: {error}") from error
 

@@ -60,6 +60,8 @@ def generate(
     params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     requests = _requests(model, prompts, max_new_tokens, params, read_stops(stop, model.config.vocab_size))
     drafting = build_drafter(model, method, drafter)
+    if not isinstance(drafting, Drafter):
+        raise TypeError(f"generate: method {show(method)} is {type(drafting).__name__}; takes a Drafter. Derive its class from Drafter.")
     policy = build_size(size, drafting, about=method if isinstance(method, str) else "")
     if cache is not None:
         _check_cache(model, cache, requests)

@@ -5,6 +5,7 @@ guesses against accepted guesses and the token after them), so a rule that ends 
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from ramify.checks import show
@@ -53,7 +54,7 @@ def decode(
             with clock.draft:
                 rows = group.fit(size.rows(live, group.view.lengths))
                 roots = [out.ids[-1] for out in group.outs]
-                tree = drafter.propose(live, roots, rows) if max(rows) > 1 else TokenTree.roots(roots)
+                tree = _proposed(drafter, live, roots, rows) if max(rows) > 1 else TokenTree.roots(roots)
             with clock.forward:
                 wanted = {"taps": wants.taps, "topk": wants.topk, "logits": wants.logits or group.needs_logits}
                 out = model.forward(tree, group.view, **wanted, **group.draws())
@@ -71,10 +72,26 @@ def decode(
             if any([o.finish_reason for o in group.outs]):
                 live = _retire(live, outs, drafter, cache, clock)
                 group = _Group(model, cache, outs, live)
-    finally:  # an error or an interrupt leaves no slot and no drafter state behind
-        drafter.end(live)
+    except BaseException:  # an error or an interrupt leaves no slot and no drafter state behind
+        with suppress(Exception):  # the first problem is the one to hear of
+            drafter.end(live)
         cache.free(live)
+        raise
     return outs
+
+
+def _proposed(drafter: Drafter, live: list[int], roots: list[int], rows: list[int]) -> TokenTree:
+    """The drafter's tree: whatever it guesses, a tree over other roots would decode another text."""
+    tree = drafter.propose(live, roots, rows)
+    name = getattr(drafter, "name", type(drafter).__name__)
+    if not isinstance(tree, TokenTree):
+        raise TypeError(f"{name}: propose returned {show(tree)}; takes a TokenTree, such as TokenTree.chains(roots, guesses).")
+    if tree.tokens[tree.row_start[:-1]].tolist() != roots:
+        came = tree.tokens[tree.row_start[:-1]].tolist()
+        raise ValueError(f"{name}: propose returned a tree over the roots {came}; takes {roots}, the last tokens emitted.")
+    if tree.M > sum(rows):
+        raise ValueError(f"{name}: propose returned {tree.rows.tolist()} rows; takes at most {rows}, as it was asked for.")
+    return tree
 
 
 def _prefill(model: Any, cache: Any, slots: list[int], requests: Sequence[Request], drafter: Drafter) -> None:

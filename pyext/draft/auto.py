@@ -9,8 +9,8 @@ watched it, so they watch later: steps are kept and shown many at a time, or whe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ramify.checks import between
@@ -67,7 +67,7 @@ class Auto(Drafter):
         for cls in drafters.all():
             needs = getattr(cls, "takes_model", "no") == "yes"
             if getattr(cls, "portfolio", False) and not (needs and self.model is None):
-                self.arms.append(Arm(cls(model=self.model) if needs else cls()))
+                self.arms.append(Arm(_made(cls, **({"model": self.model} if needs else {}))))
         wants = [arm.drafter.wants for arm in self.arms]
         self.wants = Wants(
             topk=max(w.topk for w in wants),
@@ -129,10 +129,23 @@ class Auto(Drafter):
         self._steps.clear()
 
 
-def _kept(out: Any) -> SimpleNamespace:
-    """The likely ids of a step's rows: `out` holds views that the next step overwrites."""
-    ids, values = out.topk_ids, out.topk_values
-    return SimpleNamespace(topk_ids=None if ids is None else ids.copy(), topk_values=None if values is None else values.copy())
+def _made(cls: Any, **options: Any) -> Drafter:
+    try:
+        return cls(**options)
+    except TypeError as problem:
+        raise ValueError(
+            f'auto: drafter "{cls.name}" cannot be made without options ({problem}); takes defaults. Register it without portfolio.'
+        ) from problem
+
+
+def _kept(out: Any) -> Any:
+    """What a step says of its rows, but for their logits: `out` holds views that the next step overwrites."""
+    kept = copy(out)
+    for name in ("argmax", "top", "lse", "topk_ids", "topk_values", "drawn"):
+        if (rows := getattr(out, name, None)) is not None:
+            setattr(kept, name, rows.copy())
+    kept.logits = None
+    return kept
 
 
 class _AutoSize(SizePolicy):

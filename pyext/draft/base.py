@@ -23,7 +23,7 @@ class Wants:
     """What a drafter asks of every target step; the loop passes it on and asks nothing else.
 
     topk: so many most likely ids of every row, as StepOut.topk_ids. taps: layers whose hidden states to keep. logits: whole rows.
-    prompt: also show the rows of the prompt, chunk by chunk, through `read`.
+    prompt: also show the rows of the prompt, chunk by chunk, through `read`. Under `auto` a drafter may be shown more than it asked for.
     """
 
     topk: int = 0

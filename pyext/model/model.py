@@ -170,6 +170,8 @@ class Model:
         return taps
 
     def _forward(self, tree, view, first, span, head, topk, taps, hidden, limit, draws=None) -> StepOut:
+        if not isinstance(view, CacheView):
+            raise TypeError(f"forward: view is {show(view)}; takes slots of a cache: cache.of([0]).")
         B, arena = len(tree.row_start) - 1, view.cache.arena
         if view.cache.model is not self:
             raise ValueError("forward: cache is another model's; takes one that this model's new_cache made.")

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from ramify.size import _store
+from ramify.tree import MAX_ROWS
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 81, 128, 192, 256)
 """Rows per sequence that are considered. 81 is the whole tree of Token Recycling."""
@@ -23,6 +24,8 @@ _STALE = 0.3  # steps, after forgetting, below which a width counts as not tried
 _OPEN = 5  # widths, up to 6 rows, that are taken for known at first
 _TRUST = 8.0  # steps that what an earlier process learned counts as, at most: the next text may be another kind
 FIRST_WAIT = 8
+_SANE = ((0.1, 2 * MAX_ROWS), (0.1, 2 * MAX_ROWS), (0.0, 1e12))
+"""Least and most that tokens, rows and steps may be in what an earlier process left."""
 
 
 class Experience:
@@ -110,15 +113,18 @@ class Experience:
         e = cls()
         try:
             arrays = [np.array(state[name], np.float64) for name in ("tokens", "rows", "steps")]
-            draft = {int(n): deque([float(s)], maxlen=5) for n, s in state["draft"].items()}
+            draft = {int(n): float(s) for n, s in state["draft"].items()}
             opening, wait, since = float(state["opening"]), int(state["wait"]), int(state["since"])
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             return e
-        if any(a.shape != _N.shape or not np.isfinite(a).all() or (a < 0).any() for a in arrays) or not set(draft) <= set(WIDTHS):
+        if any(a.shape != _N.shape or not ((a >= least) & (a <= most)).all() for a, (least, most) in zip(arrays, _SANE, strict=True)):
+            return e
+        seconds = [*draft.values(), opening]
+        if not (set(draft) <= set(WIDTHS) and all(0 <= s < 1e6 for s in seconds) and 0 <= wait < 1e6 and 0 <= since < 1e9):
             return e
         e.tokens, e.rows, e.steps = arrays
         np.minimum(e.steps, _TRUST, out=e.steps)
-        e.draft, e.opening, e.wait, e.since = draft, opening, wait, since
+        e.draft, e.opening, e.wait, e.since = {n: deque([s], maxlen=5) for n, s in draft.items()}, opening, wait, since
         return e
 
 

@@ -11,25 +11,29 @@ from typing import Any
 import ramify
 
 
-def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/ramify or ~/.cache/ramify."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ramify"
+def cache_folder() -> Path | None:
+    """$XDG_CACHE_HOME/ramify or ~/.cache/ramify; None for a user without a home, as containers have them."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ramify"
+    except RuntimeError:
+        return None
 
 
 def path_of(kind: str, model: Any) -> Path | None:
-    """The file of this model on this machine, at its present ISA level and thread count; None for a model that cannot be told apart.
+    """The file of this model on this machine, at its present ISA level and thread count.
 
-    A model is known by its `fingerprint` (str), or by its config and dtype.
+    A model is known by its `fingerprint` (str), or by its config and dtype; None where it cannot be told apart, or no folder is there.
     """
     fingerprint = getattr(model, "fingerprint", None)
     if not fingerprint and hasattr(model, "dtype"):
         fingerprint = f"{model.config!r} {model.dtype}"
-    if not fingerprint:
+    folder = cache_folder()
+    if not fingerprint or folder is None:
         return None
     threads = os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     machine = [platform.machine(), _cpu_name(), os.environ.get("RAMIFY_ISA", ""), os.environ.get("RAMIFY_BACKEND", ""), str(threads)]
     key = json.dumps([ramify.__version__, str(fingerprint), str(getattr(model, "device", "cpu")), machine])
-    return cache_folder() / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+    return folder / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 
 def read(path: Path) -> Any:

@@ -17,6 +17,7 @@ from ramify.sampling.pipeline import SamplingParams
 from ramify.size.base import SizePolicy
 from ramify.size.fixed import Fixed
 from ramify.testing import FakeModel, FakeTokenizer
+from ramify.tree import TokenTree
 
 METHODS = [*drafter.names(), "oracle:accuracy=0.7,branches=2", "random_draft:seed=3"]
 METHODS += ["prompt_lookup:anchor=unique", "prompt_lookup:copy_on=False"]
@@ -309,6 +310,41 @@ def test_bad_values(arguments, told):
     with pytest.raises(ValueError, match=told) as raised:
         ramify.generate(target(max_positions=100), **{"prompts": [[1, 2]], "max_new_tokens": 8, **arguments})
     assert "\n" not in str(raised.value)
+
+
+class Proposing(Plain):
+    """Proposes what it is told, and can do no more."""
+
+    def __init__(self, made):
+        self.made = made
+
+    def propose(self, slots, roots, rows):
+        return self.made(roots, rows)
+
+    def end(self, slots):
+        raise KeyError("end")
+
+
+@pytest.mark.parametrize(
+    ("made", "error", "told"),
+    [
+        (lambda roots, rows: None, TypeError, "plain: propose returned None; takes a TokenTree"),
+        (
+            lambda roots, rows: TokenTree.roots([r + 1 for r in roots]),
+            ValueError,
+            r"over the roots \[3\]; takes \[2\], the last tokens emitted",
+        ),
+        (lambda roots, rows: TokenTree.chains(roots, [[1] * 9]), ValueError, r"returned \[10\] rows; takes at most \[4\]"),
+        (lambda roots, rows: 1 / 0, ZeroDivisionError, "division"),
+    ],
+)
+def test_a_drafter_that_fails_leaves_no_slot(made, error, told):
+    """The first error is the one that is raised, even where the drafter cannot clean up either."""
+    model = target()
+    cache = model.new_cache([40])
+    with pytest.raises(error, match=told):
+        ramify.generate(model, [[1, 2]], method=Proposing(made), size=Fixed(4), max_new_tokens=8, cache=cache)
+    assert not any(cache.live)
 
 
 @pytest.mark.parametrize("arguments", [{"prompts": [3]}, {"prompts": [[1.5]]}, {"method": 3}, {"max_new_tokens": 2.5}, {"stop": [1.5]}])

@@ -1,60 +1,19 @@
-"""Size policies against a simulated machine: the clock is a formula, the drafter a rule, so every second is accounted for."""
+"""Size policies against a simulated machine (ramify.testing.machine), and what they keep on disk."""
 
 import json
 import random
 from collections import deque
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from ramify.draft.auto import Arm, Auto
-from ramify.draft.base import Drafter, Wants
 from ramify.registry import size_policy
 from ramify.size import _cost, _experience
 from ramify.size._cost import BUCKETS, CostTable, cost_table
 from ramify.size._experience import WIDTHS
 from ramify.size.measured import Measured
 from ramify.testing import FakeModel
-from ramify.tree import TokenTree
-from ramify.verify import Verdict
-
-STEP = 4e-4
-
-
-def cpu_like(rows):
-    """A step that grows slowly with its rows, as one bound by reading weights does."""
-    return STEP * (1 + 0.02 * rows)
-
-
-class Machine:
-    """Runs a policy against a drafter that offers `offers(n)` rows of n and of which `accepts(rows)` leading rows are taken."""
-
-    def __init__(self, policy, accepts, offers=lambda n: n, draft=lambda n: 0.0, step=cpu_like, batch=1):
-        self.policy, self.accepts, self.offers, self.draft, self.step, self.batch = policy, accepts, offers, draft, step, batch
-        self.seconds = self.tokens = 0.0
-        self.widths = []
-        policy.costs = CostTable([step(rows) for rows in BUCKETS])
-        policy.bind(None, [])
-
-    def run(self, steps):
-        for _ in range(steps):
-            [width] = set(self.policy.rows(list(range(self.batch)), [0] * self.batch))
-            rows = [max(1, min(width, self.offers(width))) for _ in range(self.batch)]
-            paths = [np.arange(1 + min(self.accepts(n), n - 1), dtype=np.int32) for n in rows]
-            tree = TokenTree.chains([0] * self.batch, [[0] * (n - 1) for n in rows])
-            forward, draft = self.step(sum(rows)), self.draft(width)
-            stopwatch = {"draft": draft, "forward": forward, "verify": 1e-5, "commit": 1e-5}
-            clock = SimpleNamespace(**{phase: SimpleNamespace(last=s) for phase, s in stopwatch.items()})
-            self.policy.observe(tree, Verdict(paths, [[0] * len(p) for p in paths]), clock)
-            self.seconds += sum(stopwatch.values())
-            self.tokens += sum(map(len, paths)) / self.batch
-            self.widths.append(width)
-        return self
-
-    @property
-    def speedup(self):
-        return self.tokens / self.seconds * (self.step(self.batch) + 2e-5)
+from ramify.testing.machine import STEP, Machine, cpu_like, geometric
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
@@ -92,18 +51,6 @@ def test_oracle_goes_wide():
 def test_never_wider_than_most():
     assert max(Machine(Measured(most=12), accepts=lambda n: n - 1).run(200).widths) == 12
     assert set(Machine(Measured(most=1), accepts=lambda n: n - 1).run(50).widths) == {1}
-
-
-def geometric(alpha, seed=0):
-    rng = random.Random(seed)
-
-    def accepts(n):
-        taken = 0
-        while taken < n - 1 and rng.random() < alpha:
-            taken += 1
-        return taken
-
-    return accepts
 
 
 @pytest.mark.parametrize("alpha", [0.3, 0.6, 0.8, 0.9])
@@ -242,6 +189,38 @@ def test_a_folder_that_refuses_is_no_error(tmp_path, monkeypatch):
     assert cost_table(model).at(1) > 0
 
 
+def test_a_user_without_a_home_is_no_error(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.home", homeless)
+    model = FakeModel(16)
+    model.fingerprint = "abc"
+    assert cost_table(model).at(1) > 0 and _experience.remembered(model, "x").wait > 0
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"wait": float("inf")},
+        {"wait": 1e30},
+        {"since": -1},
+        {"opening": float("nan")},
+        {"draft": {"2": -5.0, "4": -5.0}},
+        {"draft": {"2": float("nan")}},
+        {"draft": {"5": 1.0}},
+        {"tokens": [0.0] * len(WIDTHS)},
+        {"tokens": [1e300] * len(WIDTHS)},
+        {"rows": [float("nan")] * len(WIDTHS)},
+    ],
+)
+def test_damaged_experience_is_forgotten(damage):
+    kept = _experience.Experience.of({**_experience.Experience().state(), "wait": 64})
+    assert kept.wait == 64
+    assert _experience.Experience.of({**kept.state(), **damage}).state() == _experience.Experience().state()
+
+
 def test_measuring_a_small_model():
     seconds = _cost.measure(FakeModel(16, max_positions=40))
     assert len(seconds) == len(BUCKETS) and all(s > 0 for s in seconds)
@@ -299,105 +278,3 @@ def test_plain_decoding_that_became_cheaper_is_noticed():
     warmth.plain = 0.5
     machine.run(3000)
     assert np.mean(np.array(machine.widths[-500:]) == 1) > 0.9
-
-
-class Watching:
-    """A drafter of `auto` that never drafts here: the machine plays its part."""
-
-    def __init__(self, name):
-        self.name = name
-
-
-def auto_machine(**drafters):
-    """`auto` over drafters that are rules: each (accepts, seconds of drafting by width)."""
-    auto = Auto()
-    auto.arms = [Arm(Watching(name)) for name in drafters]
-    for arm in auto.arms:
-        arm.size = Measured(costs=CostTable([cpu_like(rows) for rows in BUCKETS]))
-    chosen = []
-
-    def rule(k):
-        def of(n):
-            return list(drafters.values())[auto.chosen][k](n)
-
-        return of
-
-    class Noting(type(auto.size_policy())):
-        def rows(self, live, lengths):
-            rows = super().rows(live, lengths)
-            chosen.append([*drafters, "plain"][auto.chosen])
-            return rows
-
-    return Machine(Noting(auto), accepts=rule(0), draft=rule(1)), chosen
-
-
-def test_auto_settles_on_the_best():
-    machine, chosen = auto_machine(
-        hopeless=(lambda n: 0, lambda n: 0.0),
-        fair=(geometric(0.5), lambda n: 1e-5),
-        good=(geometric(0.85), lambda n: 3e-5),
-        dear=(geometric(0.9), lambda n: (n - 1) * 0.5 * STEP),
-    )
-    machine.run(1500)
-    assert chosen[500:].count("good") > 900
-
-    def rate(n):
-        return (1 - 0.85**n) / 0.15 / (cpu_like(n) + 5e-5)
-
-    assert machine.tokens / machine.seconds > 0.88 * max(map(rate, WIDTHS))
-
-
-def test_auto_with_hopeless_drafters_only():
-    machine, _ = auto_machine(one=(lambda n: 0, lambda n: 0.0), two=(lambda n: 0, lambda n: (n - 1) * 0.1 * STEP))
-    assert machine.run(1500).speedup > 0.94
-
-
-def test_auto_notices_a_change():
-    turn = [0.1, 0.9]
-    machine, chosen = auto_machine(
-        a=(lambda n: geometric(turn[0], len(chosen))(n), lambda n: 0.0), b=(lambda n: geometric(turn[1], len(chosen))(n), lambda n: 0.0)
-    )
-    machine.run(300)
-    assert chosen[-100:].count("b") > 80
-    turn.reverse()
-    machine.run(1000)
-    assert chosen[-200:].count("a") > 160
-
-
-class Seeing(Drafter):
-    """Notes what it is shown, and proposes only when it has seen everything before."""
-
-    name, wants = "seeing", Wants(topk=2)
-
-    def __init__(self):
-        self.seen = []
-
-    def propose(self, slots, roots, rows):
-        assert len(self.seen) == self.steps()
-        return TokenTree.chains(roots, [[1] * (n - 1) for n in rows])
-
-    def observe(self, slots, tree, out, verdict):
-        self.seen.append((list(slots), tree.tokens.tolist(), out.topk_ids.tolist(), verdict.emitted))
-
-    def end(self, slots):
-        assert len(self.seen) == self.steps()
-
-
-@pytest.mark.parametrize("chosen", [-1, 0, 1])
-def test_all_drafters_of_auto_see_every_step_once(chosen):
-    """At once or later: before it drafts, and before a text ends, each has seen all steps in order, with the values of their time."""
-    auto, shown = Auto(), []
-    arms = [Arm(Seeing()), Arm(Seeing())]
-    for arm in arms:
-        arm.drafter.steps = lambda: len(shown)
-    auto.arms, auto.wants = arms, Wants(topk=2)
-    ids = np.zeros((3, 2), np.int32)
-    for step in range(150):
-        auto.chosen = chosen if step % 50 else 1 - max(chosen, 0)
-        tree = auto.propose([0], [step], [3]) if auto.chosen >= 0 else TokenTree.roots([step])
-        ids[:] = step  # the view that the next step overwrites
-        verdict = Verdict([np.array([0], np.int32)], [[step]])
-        auto.observe([0], tree, SimpleNamespace(topk_ids=ids[: tree.M], topk_values=None), verdict)
-        shown.append(([0], tree.tokens.tolist(), ids[: tree.M].tolist(), [[step]]))
-    auto.end([0])
-    assert all(arm.drafter.seen == shown for arm in arms)
