@@ -62,7 +62,7 @@ def _colsum(
 
 def config(rows, D, itemsize):
     """(ROWS, SLOTS, warps) of packed rows a KV head, head size and bytes of an operand."""
-    return (16, 32, 8) if itemsize == 4 else (16 if rows <= 16 else 32, 64, 8 if D > 128 else 4)
+    return (16, 16, 8) if itemsize == 4 else (16 if rows <= 16 or D > 128 else 32, 64, 8 if D > 128 else 4)
 
 
 def attention_colsum(q, k, lse, prefix_len, ancestors, page_table, scale, window, sink, tail_rows, out):

@@ -164,7 +164,8 @@ class Weights:
     @classmethod
     def load(cls, checkpoint: Checkpoint, settings: Settings) -> "Weights":
         """Read, fuse and pack layer by layer, so that a large checkpoint is never in memory twice."""
-        native()  # so that kernels which cannot be loaded are not taken for a tensor's fault
+        if settings.device is None:
+            native()  # so that kernels which cannot be loaded are not taken for a tensor's fault
         config: ModelConfig = checkpoint.config
         embed = checkpoint.stored("embed")
         weights = cls(settings, settings.on_device(embed.to(settings.dtype).contiguous()))

@@ -160,7 +160,8 @@ def test_an_interrupt_keeps_the_text_so_far(tmp_path):
     plugin.write_text(SLOW)
     slowly = [word.replace("plain", "slow_for_test") for word in GENERATE]
     argv = [*COMMAND, *slowly, "--plugin", str(plugin), "--max-new-tokens", "1900", "x"]
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a job in the background hands an ignored one down
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **heard)
     first = process.stdout.read(20)
     process.send_signal(signal.SIGINT)
     rest, said = process.communicate(timeout=60)

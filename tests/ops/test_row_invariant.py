@@ -29,6 +29,7 @@ def calls(op, g):
     heads, angle, logits = rows_of(g, M, 3, 64), torch.rand(20, 32, generator=g), 4 * rows_of(g, M, 9000)
     qkv, slots, lse = rows_of(g, M, 4 * 64), torch.arange(M).int(), torch.randn(2, M, generator=g)
     p, u = torch.rand(2, M, 5000, generator=g), torch.rand(M, generator=g).double()
+    matrix = rows_of(g, 48, 200)
 
     def appended(r):
         caches = torch.zeros(2, M, 1, 64).bfloat16()
@@ -42,6 +43,7 @@ def calls(op, g):
         return (ops.interval_attention(q[:, r], k, v, start[:, r], end[:, r])[0],)
 
     return {
+        "linear": lambda r: (ops.linear(x[r], matrix),),
         "rms_norm": lambda r: ops.rms_norm(x[r], weight, x[r]),
         "rope": lambda r: (ops.rope(heads[r], angle, angle, at[r]),),
         "rope_append": appended,
