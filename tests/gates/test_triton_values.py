@@ -34,7 +34,9 @@ if INTERPRETED:
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
 @pytest.mark.parametrize("cases", ["not slow", pytest.param("", marks=pytest.mark.slow)], ids=["some", "all"])
 def test_in_the_interpreter(cases):
-    files = ["tests/gates/test_triton_values.py", "tests/ops", "tests/model/test_device_model.py"]
+    files = ["tests/gates/test_triton_values.py", "tests/ops"]
+    if not cases:
+        files.append("tests/model/test_device_model.py")  # a minute; its kernels are those of tests/ops
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "triton", "-m", cases, *files]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
