@@ -119,11 +119,11 @@ def wanted_archs() -> str:
         return ARCHS
     smi = shutil.which("nvidia-smi")
     chips = output(smi, "--query-gpu=compute_cap", "--format=csv,noheader").split() if smi else []
-    numbers = sorted({chip.replace(".", "") for chip in chips if chip.replace(".", "").isdigit()}, key=int)
+    numbers = sorted({int(digits) for chip in chips if (digits := chip.replace(".", "")).isdigit() and int(digits) >= 80})
     if not numbers:
-        print("ramify: no GPU on this machine, so CUDA kernels are built as PTX for any chip; RAMIFY_CUDA=on builds for each")
+        print("ramify: no GPU of sm_80 or newer here, so CUDA kernels are built as PTX for any chip; RAMIFY_CUDA=on builds for each")
         return ANYWHERE
-    return ";".join(f"{number}a" if int(number) >= 90 else number for number in numbers)
+    return ";".join(f"{number}a" if number >= 90 else str(number) for number in numbers)
 
 
 def gencode(nvcc: str) -> str:
