@@ -91,7 +91,9 @@ int start_of_type(const AttentionArgs& a, cudaStream_t stream) {
   return cudaErrorInvalidValue;
 }
 
-bool here() {
+}  // namespace
+
+bool has_wgmma() {
 #if defined(__CUDACC__) && !defined(RAMIFY_SM90A)
   return false;  // built without code for sm_90a
 #else
@@ -102,11 +104,9 @@ bool here() {
 #endif
 }
 
-}  // namespace
-
 AttentionVariant attention_variant(const AttentionArgs& a) {
   if (a.variant != kAutomatic) return AttentionVariant(a.variant);
-  if (!here() || !(a.type == kBf16 ? in_words<bf16>(a) : in_words<f16>(a))) return kMma;
+  if (!has_wgmma() || !(a.type == kBf16 ? in_words<bf16>(a) : in_words<f16>(a))) return kMma;
   return a.T * (a.Hq / a.Hkv) > (a.D > 128 ? 16 : kRowBlock) ? kRows : kColumns;
 }
 

@@ -20,6 +20,7 @@ int attention(const AttentionArgs& a, void* stream);
 int colsum(const ColsumArgs& a, void* stream);
 int attention_wgmma(const AttentionArgs& a, void* stream);   // kColumns and kRows
 AttentionVariant attention_variant(const AttentionArgs& a);  // what `attention` takes
+bool has_wgmma();                                            // whether the device of this moment runs the kernels of sm_90a
 int attention_invariant(const AttentionArgs& a, void* stream);
 int join_attention(const AttentionArgs& a, void* stream);  // the parts of all chunks, after either
 int linear(const LinearArgs& a, void* stream);

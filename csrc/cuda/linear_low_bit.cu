@@ -11,6 +11,7 @@
 //          its output NaN.
 // Traffic  N K bits / 8 bytes and the scales, once for 32 rows; x and sums of slices as in linear.cu.
 // Registers within 128, two blocks an SM; 74 to 100 KiB of shared memory, three blocks an SM for up to 8 rows on sm_90.
+#include "cuda/entries.h"
 #include "cuda/linear_tile.cuh"
 
 namespace ramify::gpu {
@@ -30,7 +31,7 @@ int linear_low_bit(const LinearArgs& a, void* stream) {
   const bool group = a.group == 0 || a.group == 32 || a.group == 64 || a.group == 128;
   if (!a.scale || !group || a.lines < 1 || (a.kind == kInt8 && a.group) || (a.kind != kInt4 && a.zero)) return cudaErrorInvalidValue;
   if (a.type != kBf16 && a.type != kF16) return cudaErrorInvalidValue;
-  const bool many = a.variant == kManyRows || (a.variant == kByRows && a.rows > kMostFewRows && has_linear_wgmma());
+  const bool many = a.variant == kManyRows || (a.variant == kByRows && a.rows > kMostFewRows && has_wgmma());
   if (many) return linear_wgmma(a, stream);
   return a.type == kBf16 ? start_kind<bf16>(a, stream) : start_kind<f16>(a, stream);
 }

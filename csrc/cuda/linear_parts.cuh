@@ -9,7 +9,6 @@
 namespace ramify::gpu {
 
 int linear_low_bit(const LinearArgs& a, void* stream);  // kInt4, kInt8 and kFp8, of which linear() takes care
-bool has_linear_wgmma();                                // whether the device of this moment runs the next one
 int linear_wgmma(const LinearArgs& a, void* stream);    // the same, for many rows
 
 namespace {

@@ -301,17 +301,6 @@ int start_kind(const LinearArgs& a, cudaStream_t stream) {
 
 }  // namespace
 
-bool has_linear_wgmma() {
-#if defined(__CUDACC__) && !defined(RAMIFY_SM90A)
-  return false;  // built without code for sm_90a
-#else
-  int device = 0, major = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  return major == 9;
-#endif
-}
-
 int linear_wgmma(const LinearArgs& a, void* stream) {
   return a.type == kBf16 ? start_kind<bf16>(a, cudaStream_t(stream)) : start_kind<f16>(a, cudaStream_t(stream));
 }
