@@ -81,26 +81,10 @@ __global__ void __launch_bounds__(256) join_kernel(const AttentionArgs a) {
   if (d == 0) *lse_at(a, it, r) = l != 0 ? (m + log2f(l)) * kLn2 : -INFINITY;
 }
 
-template <class S>
-int start(const AttentionArgs& a, cudaStream_t stream) {
-  auto* const kernel = attention_kernel<S>;
-  if (const int error = rt::allow_shared(kernel, S::kBytes)) return error;
-  int device = 0, processors = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  const int64_t most = a.B * a.Hkv * row_blocks_of(a) * chunks_of(a), blocks = most < 2 * processors ? most : 2 * processors;
-  RT_LAUNCH(kernel, dim3(unsigned(blocks)), dim3(S::kThreads), S::kBytes, stream, a);
-  return join_attention(a, stream);
-}
-
-template <class T>
-int start_of_type(const AttentionArgs& a, cudaStream_t stream) {
-  if (a.D == 64) return start<Shape<T, 64>>(a, stream);
-  if (a.D == 96) return start<Shape<T, 96>>(a, stream);
-  if (a.D == 128) return start<Shape<T, 128>>(a, stream);
-  if (a.D == 256) return start<Shape<T, 256>>(a, stream);
-  return cudaErrorInvalidValue;
-}
+struct MmaKernel {
+  template <class S>
+  static constexpr auto of = attention_kernel<S>;
+};
 
 }  // namespace
 
@@ -119,9 +103,7 @@ int attention(const AttentionArgs& a, void* stream) {
   if (a.start ? a.window > 0 || a.variant == kInvariant : a.T > kMaxRows) return cudaErrorInvalidValue;
   if (a.variant == kInvariant) return attention_invariant(a, stream);
   if (attention_variant(a) != kMma) return attention_wgmma(a, stream);
-  if (a.type == kBf16) return start_of_type<bf16>(a, cudaStream_t(stream));
-  if (a.type == kF16) return start_of_type<f16>(a, cudaStream_t(stream));
-  return cudaErrorInvalidValue;
+  return start_mma<MmaKernel>(a, cudaStream_t(stream));
 }
 
 }  // namespace ramify::gpu

@@ -156,33 +156,13 @@ __global__ void __launch_bounds__(S::kThreads, 2) invariant_kernel(const Attenti
   }
 }
 
-template <class S>
-int start(const AttentionArgs& a, cudaStream_t stream) {
-  auto* const kernel = invariant_kernel<S>;
-  if (const int error = rt::allow_shared(kernel, S::kBytes)) return error;
-  int device = 0, processors = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  const int64_t most = a.B * a.Hkv * row_blocks_of(a) * chunks_of(a), blocks = most < 2 * processors ? most : 2 * processors;
-  RT_LAUNCH(kernel, dim3(unsigned(blocks)), dim3(S::kThreads), S::kBytes, stream, a);
-  return join_attention(a, stream);
-}
-
-template <class T>
-int start_of_type(const AttentionArgs& a, cudaStream_t stream) {
-  if (a.D == 64) return start<Shape<T, 64>>(a, stream);
-  if (a.D == 96) return start<Shape<T, 96>>(a, stream);
-  if (a.D == 128) return start<Shape<T, 128>>(a, stream);
-  if (a.D == 256) return start<Shape<T, 256>>(a, stream);
-  return cudaErrorInvalidValue;
-}
+struct InvariantKernel {
+  template <class S>
+  static constexpr auto of = invariant_kernel<S>;
+};
 
 }  // namespace
 
-int attention_invariant(const AttentionArgs& a, void* stream) {
-  if (a.type == kBf16) return start_of_type<bf16>(a, cudaStream_t(stream));
-  if (a.type == kF16) return start_of_type<f16>(a, cudaStream_t(stream));
-  return cudaErrorInvalidValue;
-}
+int attention_invariant(const AttentionArgs& a, void* stream) { return start_mma<InvariantKernel>(a, cudaStream_t(stream)); }
 
 }  // namespace ramify::gpu

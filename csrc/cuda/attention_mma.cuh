@@ -194,5 +194,34 @@ RT_FN void finish(const AttentionArgs& a, const Item& it, Rows<S>& rows) {
   }
 }
 
+// Starts a kernel on a grid of at most two blocks a processor, then joins the parts.
+template <class S>
+int start_shape(void (*kernel)(AttentionArgs), const AttentionArgs& a, cudaStream_t stream) {
+  if (const int error = rt::allow_shared(kernel, S::kBytes)) return error;
+  int device = 0, processors = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  const int64_t most = a.B * a.Hkv * row_blocks_of(a) * chunks_of(a), blocks = most < 2 * processors ? most : 2 * processors;
+  RT_LAUNCH(kernel, dim3(unsigned(blocks)), dim3(S::kThreads), S::kBytes, stream, a);
+  return join_attention(a, stream);
+}
+
+// Starts Kernel::of<S>, S the shape of this type and head size.
+template <class Kernel, class T>
+int start_type(const AttentionArgs& a, cudaStream_t stream) {
+  if (a.D == 64) return start_shape<Shape<T, 64>>(Kernel::template of<Shape<T, 64>>, a, stream);
+  if (a.D == 96) return start_shape<Shape<T, 96>>(Kernel::template of<Shape<T, 96>>, a, stream);
+  if (a.D == 128) return start_shape<Shape<T, 128>>(Kernel::template of<Shape<T, 128>>, a, stream);
+  if (a.D == 256) return start_shape<Shape<T, 256>>(Kernel::template of<Shape<T, 256>>, a, stream);
+  return cudaErrorInvalidValue;
+}
+
+template <class Kernel>
+int start_mma(const AttentionArgs& a, cudaStream_t stream) {
+  if (a.type == kBf16) return start_type<Kernel, bf16>(a, stream);
+  if (a.type == kF16) return start_type<Kernel, f16>(a, stream);
+  return cudaErrorInvalidValue;
+}
+
 }  // namespace
 }  // namespace ramify::gpu
