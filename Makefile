@@ -45,7 +45,7 @@ bench: $(VENV)/.built $(VENV)/.bench
 	$(BIN)/python -m benchmarks.tree_attention --json $(RESULTS)/tree_attention.json --plot $(RESULTS)/tree_attention.png
 
 docs: $(VENV)/.built
-	$(BIN)/python -m ramify.docs README.md
+	$(BIN)/python -m ramify.docs README.md benchmarks/results/README.md
 
 zoo: $(VENV)/.built $(VENV)/.zoo
 	$(BIN)/python -m ramify.zoo.train --out pyext/zoo/weights

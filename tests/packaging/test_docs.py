@@ -1,4 +1,4 @@
-"""The README says what the registries and the benchmarks say."""
+"""The pages say what the registries and the benchmarks say."""
 
 import json
 from pathlib import Path
@@ -11,9 +11,9 @@ from ramify.registry import drafter
 ROOT = Path(__file__).parents[2]
 
 
-def test_readme_is_current():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert docs.generated(text, ROOT) == text, "run make docs"
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/results/README.md"])
+def test_pages_are_current(page):
+    assert docs.main([str(ROOT / page), "--check"]) == 0, "run make docs"
 
 
 def test_every_op_and_method_is_in_the_readme():
@@ -68,7 +68,12 @@ def test_results(tmp_path):
     (folder / "end_to_end.json").write_text(json.dumps(document()))
     text = docs.results(tmp_path)
     assert "| model, temperature | zoo at 0 |" in text and "| ramify plain | 401 / - / 1.00 |" in text
-    assert "| ramify broken | failed |" in text and "Some CPU (avx2), 2 threads" in text and "2026-01-02, commit abc" in text
+    assert (
+        "| ramify broken | failed |" in text
+        and "ramify broken" not in docs.headline(tmp_path)
+        and "Some CPU (avx2), 2 threads" in text
+        and "2026-01-02, commit abc" in text
+    )
     (folder / "end_to_end.json").write_text(json.dumps(document(options={"quick": True})))
     assert docs.results(tmp_path) == "Not measured yet."
 
@@ -83,6 +88,7 @@ def test_results_of_tree_attention(tmp_path):
     (tmp_path / "benchmarks/results/tree_attention.json").write_text(json.dumps(document(benchmark="tree_attention", rows=rows)))
     text = docs.results(tmp_path)
     assert "| heads and cache | context | T = 8 | T = 64 |" in text and "| 8b bf16 | 2048 | 1.50x | wrong |" in text
+    assert "| tree attention on plain bf16 tensors (median of 1 shapes) | - | 1.50x | - |" in docs.headline(tmp_path)
 
 
 def test_results_of_linear(tmp_path):
@@ -102,7 +108,8 @@ def test_results_of_linear(tmp_path):
     (tmp_path / "benchmarks/results/linear-here.json").write_text(json.dumps(document(benchmark="linear", rows=rows)))
     text = docs.results(tmp_path)
     assert "| 64x256 | ramify int4-g64 | - / 1.20x / - | 1.50x / 1.20x / 1.10 |" in text and "torch |" not in text
-    assert "(benchmarks/results/linear-here.json)" in text
+    assert "(linear-here.json)" in text
+    assert "| int4-g64 linear layers, over int4 kernels (median of 64x256) | - | 1.50x | - |" in docs.headline(tmp_path)
 
 
 def test_results_of_step(tmp_path):
@@ -116,3 +123,25 @@ def test_results_of_step(tmp_path):
     (tmp_path / "benchmarks/results/step.json").write_text(json.dumps(document(benchmark="step", rows=rows)))
     text = docs.results(tmp_path)
     assert "| 160m | ramify bf16 | 5.00 / 1.00 | 6.00 / 1.20 |" in text and "llama.cpp |" not in text
+
+
+def test_headline(tmp_path):
+    """The fastest of each kind, per cell; a format of weights is a kind of its own."""
+    assert docs.headline(tmp_path) == "Not measured yet."
+    speeds = {
+        "transformers a": 10.0,
+        "transformers b": 12.0,
+        "ramify plain": 50.0,
+        "ramify one": 60.4,
+        "ramify two": 55.0,
+        "ramify one, int8": 70.0,
+    }
+    row = document()["rows"][0]
+    rows = [{**row, "provider": name, "tokens_per_second": speed} for name, speed in speeds.items()]
+    rows.append({**row, "provider": "ramify plain, int8", "tokens_per_second": 65.0, "shape": {"model": "zoo", "temperature": 0.8}})
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "benchmarks/results/end_to_end.json").write_text(json.dumps(document(rows=rows)))
+    text = docs.headline(tmp_path)
+    assert "| transformers, its fastest way | 12 | - |" in text and "| ramify plain | 50 | - |" in text
+    assert "| ramify, its fastest method | 60 (one) | - |" in text
+    assert "| ramify plain, int8 | - | 65 |" in text and "| ramify, its fastest method, int8 | 70 (one) | - |" in text
