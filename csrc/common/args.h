@@ -51,7 +51,7 @@ struct LinearArgs {
 // o = attention of every row over the committed prefix of its sequence (no mask but the window) and over those rows of the
 // step's tree that the row's ancestor words name.
 struct AttentionArgs {
-  const int32_t* row_start;  // [B + 1] query rows of each sequence, packed; null: T rows each at q_stride_b
+  const int32_t* row_start;  // [B + 1] query rows of each sequence, packed, T at most; null: T rows each at q_stride_b
   int64_t B, T, Hq, Hkv, D;
   const void* q;
   int64_t q_dtype, q_stride_b, q_stride_t, q_stride_h;
@@ -291,6 +291,6 @@ constexpr int kChunk = 512;        // slots whose attention is summed before it 
 constexpr int kStatsBlock = 512;   // columns whose statistics are summed before they join the rest
 constexpr int kMaxTopK = 32;
 constexpr int kMaxHead = 256;  // head size
-constexpr int kRowBlock = 48;  // packed query rows of one attention work item
+constexpr int kRowBlock = 96;  // packed query rows of one attention work item
 
 }  // namespace ramify

@@ -31,9 +31,12 @@ struct Attention {
   const AttentionArgs& a;
   Buffers& w;
   const int64_t D;
+  static constexpr int64_t kFew = 40;  // rows up to which a tile takes about as long to arrive as to be used
   static constexpr T kZeros[kMaxHead] = {};
   const T* key_rows[kTile];
   const T* value_rows[kTile];
+  const T* ahead[2 * kTile];  // rows of keys, then of values, of the next tile
+  int asked = 2 * kTile, at_once = 0;
 
   Attention(const AttentionArgs& args, Buffers& buffers) : a(args), w(buffers), D(args.D) {}
 
@@ -42,21 +45,42 @@ struct Attention {
     int count;
   };
 
-  // `used` names the slots that some row sees: the others may hold anything, and 0 * NaN is NaN.
-  Tile prefix_tile(const Item& it, int64_t slot, int count, [[maybe_unused]] uint64_t used) {
+  // Where keys and values of `count` slots from `slot` on lie, the last of them again up to 64. Of a page of ours, its 64ths.
+  void locate(const Item& it, int64_t slot, [[maybe_unused]] int count, const T** keys, const T** values) const {
     if constexpr (!kPlain) {
       const int64_t at = a.page_table[it.b * a.table_stride + slot / kTile] * a.page_stride + it.h * kTile * D;
-      return {static_cast<const T*>(a.k) + at, static_cast<const T*>(a.v) + at, count};
+      for (int i = 0; i < kTile; ++i)
+        keys[i] = static_cast<const T*>(a.k) + at + i * D, values[i] = static_cast<const T*>(a.v) + at + i * D;
     } else {
       for (int i = 0; i < kTile; ++i) {
         const int64_t s = slot + (i < count ? i : count - 1);
         const int64_t page = a.page_table ? a.page_table[it.b * a.table_stride + s / a.page] : it.b, in = a.page_table ? s % a.page : s;
-        key_rows[i] = static_cast<const T*>(a.k) + page * a.k_stride_b + in * a.k_stride_s + it.h * a.k_stride_h;
-        value_rows[i] = static_cast<const T*>(a.v) + page * a.v_stride_b + in * a.v_stride_s + it.h * a.v_stride_h;
-        if (!(used >> i & 1)) value_rows[i] = kZeros;
+        keys[i] = static_cast<const T*>(a.k) + page * a.k_stride_b + in * a.k_stride_s + it.h * a.k_stride_h;
+        values[i] = static_cast<const T*>(a.v) + page * a.v_stride_b + in * a.v_stride_s + it.h * a.v_stride_h;
       }
-      return gathered(count);
     }
+  }
+
+  // `used` names the slots that some row sees: the others may hold anything, and 0 * NaN is NaN.
+  Tile prefix_tile(const Item& it, int64_t slot, int count, [[maybe_unused]] uint64_t used) {
+    locate(it, slot, count, key_rows, value_rows);
+    if constexpr (!kPlain) return {key_rows[0], value_rows[0], count};
+    for (int i = 0; i < kTile; ++i)
+      if (!(used >> i & 1)) value_rows[i] = kZeros;
+    return gathered(count);
+  }
+
+  // The tile from `slot` on is next: every product with this one asks for a part of it. A group makes at least three of them.
+  void expect(const Item& it, int64_t slot) {
+    const int64_t left = it.prefix - slot;
+    if (left <= 0 || it.rows > kFew) return;
+    locate(it, slot, int(left < kTile ? left : kTile), ahead, ahead + kTile);
+    asked = 0, at_once = 2 * kTile / int(3 * ((it.rows + kRows - 1) / kRows)) + 1;
+  }
+
+  RAMIFY_INLINE void ask() {
+    for (int n = 0; n < at_once && asked < 2 * kTile; ++n, ++asked)
+      for (int64_t d = 0; d < D; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(ahead[asked] + d);
   }
 
   Tile tail_tile(const Item& it, int64_t first, int count) {
@@ -75,7 +99,8 @@ struct Attention {
 
   Tile gathered(int count) {
     transpose(reinterpret_cast<const uint32_t* const*>(key_rows), D * int64_t(sizeof(T)) / 4, static_cast<uint32_t*>(w.keys));
-    return {static_cast<const T*>(w.keys), nullptr, count};
+    interleave(value_rows, D, static_cast<T*>(w.values));
+    return {static_cast<const T*>(w.keys), static_cast<const T*>(w.values), count};
   }
 
   // q * scale * log2(e), packed group by group: scores come out in log2 units.
@@ -88,17 +113,25 @@ struct Attention {
         const int64_t r = it.first + first + m, t = r / g, head = it.h * g + r % g;
         const int64_t at =
             (a.row_start ? (a.row_start[it.b] + t) * a.q_stride_t : it.b * a.q_stride_b + t * a.q_stride_t) + head * a.q_stride_h;
-        const float* f = static_cast<const float*>(a.q) + at;
-        const bf16* h = static_cast<const bf16*>(a.q) + at;
-        const auto value = [&](int64_t d) { return (a.q_dtype == kF32 ? f[d] : widen(h[d])) * scale; };
-        if constexpr (kDot) {
-          uint32_t* out = reinterpret_cast<uint32_t*>(w.q + first * D) + m;
-          for (int64_t d = 0; d < D; d += 2) out[(d >> 1) * rows] = narrow(value(d)) | uint32_t(narrow(value(d + 1))) << 16;
-        } else {
-          float* out = w.q + first * D + m;
-          for (int64_t d = 0; d < D; ++d) out[d * rows] = value(d);
-        }
+        if (a.q_dtype == kF32)
+          pack_row(static_cast<const float*>(a.q) + at, scale, w.q + first * D, rows, m);
+        else
+          pack_row(static_cast<const bf16*>(a.q) + at, scale, w.q + first * D, rows, m);
       }
+    }
+  }
+
+  template <class X>
+  void pack_row(const X* x, float scale, float* group, int rows, int m) {
+    const auto value = [&](int64_t d) {
+      if constexpr (sizeof(X) == 2) return widen(x[d]) * scale;
+      if constexpr (sizeof(X) == 4) return x[d] * scale;
+    };
+    if constexpr (kDot) {
+      uint32_t* out = reinterpret_cast<uint32_t*>(group) + m;
+      for (int64_t d = 0; d < D; d += 2) out[(d >> 1) * rows] = narrow(value(d)) | uint32_t(narrow(value(d + 1))) << 16;
+    } else {
+      for (int64_t d = 0; d < D; ++d) group[d * rows + m] = value(d);
     }
   }
 
@@ -106,6 +139,7 @@ struct Attention {
   RAMIFY_INLINE void scores(const float* q, const Tile& tile, float* s) {
     constexpr int kWide = tile_vectors(M) < kTile / L ? tile_vectors(M) : kTile / L;
     for (int64_t col = 0; col < tile.count; col += kWide * L) {
+      ask();
       Vec acc[M][kWide];
       for (int m = 0; m < M; ++m)
         for (int n = 0; n < kWide; ++n) acc[m][n] = Vec::set(0.f);
@@ -126,8 +160,7 @@ struct Attention {
 
   // Scores of one row -> weights; moves the row's reference when a larger score arrives.
   RAMIFY_INLINE void softmax(float* s, int count, uint64_t word, const State& st, int64_t row) {
-    const uint64_t full = count == kTile ? ~uint64_t(0) : (uint64_t(1) << count) - 1;
-    word &= full;
+    word &= ~above(count);
     if (word == 0) {
       for (int j = 0; j < count; j += L) Vec::set(0.f).store(s + j);
       return;
@@ -156,12 +189,11 @@ struct Attention {
 
   template <int M, int N>
   RAMIFY_INLINE void values(const float* p, const Tile& tile, float* o, int64_t column) {
+    ask();
     Vec acc[M][N];
     for (int m = 0; m < M; ++m)
       for (int n = 0; n < N; ++n) acc[m][n] = Vec::load(o + m * D + column + n * L);
-    if constexpr (kPlain)
-      multiply_rows<1, kTile>(acc, p, value_rows, column, tile.count);
-    else if constexpr (kPairs)
+    if constexpr (kPairs)
       multiply<1, kTile>(acc, p, Bf16PairRows{tile.values + 2 * column, D}, tile.count);
     else
       multiply<1, kTile>(acc, p, F32Rows{tile.values + column, D}, tile.count);
@@ -169,27 +201,35 @@ struct Attention {
       for (int n = 0; n < N; ++n) acc[m][n].store(o + m * D + column + n * L);
   }
 
-  // One tile for all rows of the item. words[r] names the slots that row r sees; null: all of them.
+  // One tile for all rows of the item: every row's weights, then every row's values, so that one page at a time lies in L1.
+  // words[r] names the slots that row r sees; null: all of them.
   void visit(const Item& it, const Tile& tile, const uint64_t* words, const State& st) {
+    each_group(it, words, [&]<int M>(int64_t first) {
+      float* const s = w.s + first * kTile;
+      scores<M>(w.q + first * D, tile, s);
+      for (int m = 0; m < M; ++m) softmax(s + m * kTile, tile.count, words ? words[first + m] : ~uint64_t(0), st, first + m);
+      float l[M];  // slots add up one by one: a row's sum must not depend on which lane a slot lies in
+      for (int m = 0; m < M; ++m) l[m] = st.l[first + m];
+      for (int k = 0; k < tile.count; ++k)
+        for (int m = 0; m < M; ++m) l[m] += s[m * kTile + k];
+      for (int m = 0; m < M; ++m) st.l[first + m] = l[m];
+    });
+    each_group(it, words, [&]<int M>(int64_t first) {
+      constexpr int kWide = tile_vectors(M);
+      int64_t d = 0;
+      for (; d + kWide * L <= D; d += kWide * L) values<M, kWide>(w.s + first * kTile, tile, st.o + first * D, d);
+      for (; d < D; d += 2 * L) values<M, 2>(w.s + first * kTile, tile, st.o + first * D, d);
+    });
+  }
+
+  // Calls f<rows>(first) for every group of which some row sees something.
+  template <class F>
+  RAMIFY_INLINE void each_group(const Item& it, const uint64_t* words, F&& f) {
     for (int64_t first = 0; first < it.rows; first += kRows) {
       const int rows = group_rows(it, first);
       uint64_t any = words ? 0 : 1;
       for (int m = 0; words && m < rows; ++m) any |= words[first + m];
-      if (any == 0) continue;
-      float* s = w.s + first * kTile;
-      with_rows(rows, [&]<int M>() {
-        scores<M>(w.q + first * D, tile, s);
-        for (int m = 0; m < M; ++m) softmax(s + m * kTile, tile.count, words ? words[first + m] : ~uint64_t(0), st, first + m);
-        float l[M];  // slots add up one by one: a row's sum must not depend on which lane a slot lies in
-        for (int m = 0; m < M; ++m) l[m] = st.l[first + m];
-        for (int k = 0; k < tile.count; ++k)
-          for (int m = 0; m < M; ++m) l[m] += s[m * kTile + k];
-        for (int m = 0; m < M; ++m) st.l[first + m] = l[m];
-        int64_t d = 0;
-        constexpr int kWide = tile_vectors(M);
-        for (; d + kWide * L <= D; d += kWide * L) values<M, kWide>(s, tile, st.o + first * D, d);
-        for (; d < D; d += 2 * L) values<M, 2>(s, tile, st.o + first * D, d);
-      });
+      if (any) with_rows(rows, [&]<int M>() { f.template operator()<M>(first); });
     }
   }
 
@@ -220,7 +260,10 @@ struct Attention {
         words[r] = (above(starts[r] - slot) | ~above(a.sink - slot)) & ~above(ends[r] - slot);
         used |= words[r];
       }
-      if (used) visit(it, prefix_tile(it, slot, count, used), masked ? words : nullptr, st);
+      if (used == 0) continue;
+      const Tile tile = prefix_tile(it, slot, count, used);
+      expect(it, slot + kTile);
+      visit(it, tile, masked ? words : nullptr, st);
     }
     if (a.start) return;
     const int32_t* depth = a.tail_depth + it.tail;
@@ -246,9 +289,6 @@ struct Attention {
       if (any) visit(it, tail_tile(it, first, count), words, st);
     }
   }
-
-  // Bits of the slots at or above n.
-  static uint64_t above(int64_t n) { return n <= 0 ? ~uint64_t(0) : n >= kTile ? 0 : ~uint64_t(0) << n; }
 
   void finish(const Item& it, const State& st) {
     const int64_t g = a.Hq / a.Hkv;
@@ -300,12 +340,16 @@ int64_t chunks_of(const AttentionArgs& a, int64_t b) {
   return (last + kChunk - 1) / kChunk;
 }
 
+// Most rows of an item: what a chunk's part has room for.
+int64_t block_rows(const AttentionArgs& a) { return a.T * (a.Hq / a.Hkv) < kRowBlock ? a.T * (a.Hq / a.Hkv) : kRowBlock; }
+
 template <class T, bool kPlain>
 void run(const AttentionArgs& a, Team& team) {
   char* const base = static_cast<char*>(a.scratch);
   Buffers w(base + team.id * Buffers::bytes(a.D), a.D);
   float* const pieces = reinterpret_cast<float*>(base + team.size * Buffers::bytes(a.D));
   Attention<T, kPlain> work{a, w};
+  const int64_t rows = block_rows(a), part = Buffers::state_floats(a.D, rows);
   int64_t items = 0, chunks = 0;
   for (int64_t b = 0; b < a.B; ++b) {
     items += a.Hkv * blocks_of(a, b);
@@ -317,7 +361,7 @@ void run(const AttentionArgs& a, Team& team) {
     const Item it = item_at(a, split ? next / chunks : next);
     work.pack_queries(it);
     if (split) {
-      work.run_chunk(it, next % chunks, Buffers::state_at(pieces + next * Buffers::state_floats(a.D)));
+      work.run_chunk(it, next % chunks, Buffers::state_at(pieces + next * part, rows));
       continue;
     }
     work.run_chunk(it, 0, w.total);
@@ -331,9 +375,8 @@ void run(const AttentionArgs& a, Team& team) {
   wait(team);
   for (int64_t next = take(team); next < items; next = take(team)) {
     const Item it = item_at(a, next);
-    const State total = Buffers::state_at(pieces + next * chunks * Buffers::state_floats(a.D));
-    for (int64_t c = 1; c < chunks; ++c)
-      join(total, Buffers::state_at(pieces + (next * chunks + c) * Buffers::state_floats(a.D)), it.rows, a.D);
+    const State total = Buffers::state_at(pieces + next * chunks * part, rows);
+    for (int64_t c = 1; c < chunks; ++c) join(total, Buffers::state_at(pieces + (next * chunks + c) * part, rows), it.rows, a.D);
     work.finish(it, total);
   }
 }
@@ -349,7 +392,7 @@ void attention(const void* p, Team& team) {
 int64_t attention_scratch(const void* p, int threads) {
   const AttentionArgs& a = *static_cast<const AttentionArgs*>(p);
   const int64_t chunks = (a.max_slots + kChunk - 1) / kChunk;
-  return threads * Buffers::bytes(a.D) + (chunks > 1 ? 2 * threads * chunks * Buffers::state_floats(a.D) * 4 : 0);
+  return threads * Buffers::bytes(a.D) + (chunks > 1 ? 2 * threads * chunks * Buffers::state_floats(a.D, block_rows(a)) * 4 : 0);
 }
 
 }  // namespace

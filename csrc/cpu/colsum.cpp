@@ -10,9 +10,6 @@
 namespace ramify::RAMIFY_ISA {
 namespace {
 
-// Bits of the slots at or above n.
-RAMIFY_INLINE uint64_t above(int64_t n) { return n <= 0 ? ~uint64_t(0) : n >= kTile ? 0 : ~uint64_t(0) << n; }
-
 struct Work {
   float *q, *s, *shift, *sum;
   void* keys;

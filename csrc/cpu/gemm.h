@@ -124,15 +124,6 @@ RAMIFY_INLINE void multiply(Vec (&acc)[M][N], const float* a, const B& b, int64_
   }
 }
 
-// The same sum over rows at any addresses: values of a cache that is not ours. rows[k] points at this head's D values.
-template <int kStepK, int kStepM, int M, int N, class T>
-RAMIFY_INLINE void multiply_rows(Vec (&acc)[M][N], const float* a, const T* const* rows, int64_t column, int64_t K) {
-  for (int64_t k = 0; k < K; ++k, a += kStepK) {
-    const T* p = rows[k] + column;
-    multiply_one<kStepM>(acc, a, [&](int n) { return Vec::load(p + n * L); });
-  }
-}
-
 #if defined(__AVX512BF16__)
 #define RAMIFY_BF16_DOT 1
 // Both operands in bf16 pairs: a[(k / 2) * M + m] holds two neighbours of row m. Only for sums along K or D, whose pairs are

@@ -12,6 +12,9 @@ namespace {
 constexpr float kNothing = -__builtin_inff();  // the softmax reference of a row that has seen no slot yet
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 
+// Bits of a tile's slots at or above n.
+RAMIFY_INLINE uint64_t above(int64_t n) { return n <= 0 ? ~uint64_t(0) : n >= kTile ? 0 : ~uint64_t(0) << n; }
+
 // Running softmax of kRowBlock rows: o = sum of 2^(s - m) v, l = sum of 2^(s - m).
 struct State {
   float *m, *l, *o;
@@ -20,16 +23,17 @@ struct State {
 struct Buffers {  // one thread's scratch
   float *q, *s, *pieces;
   State chunk, total;
-  void* keys;
-  static int64_t state_floats(int64_t D) { return kRowBlock * (D + 2); }
-  static int64_t bytes(int64_t D) { return 4 * (kRowBlock * D + kRowBlock * kTile + 2 * state_floats(D) + kTile * D); }
-  static State state_at(float* p) { return {p, p + kRowBlock, p + 2 * kRowBlock}; }
+  void *keys, *values;  // a page of either, gathered from rows that lie elsewhere
+  static int64_t state_floats(int64_t D, int64_t rows = kRowBlock) { return rows * (D + 2); }
+  static int64_t bytes(int64_t D) { return 4 * (kRowBlock * D + kRowBlock * kTile + 2 * state_floats(D) + 2 * kTile * D); }
+  static State state_at(float* p, int64_t rows = kRowBlock) { return {p, p + rows, p + 2 * rows}; }
   Buffers(char* base, int64_t D) {
     q = reinterpret_cast<float*>(base);
     s = q + kRowBlock * D;
     chunk = state_at(s + kRowBlock * kTile);
     total = state_at(chunk.m + state_floats(D));
     keys = total.m + state_floats(D);
+    values = total.m + state_floats(D) + kTile * D;
   }
 };
 
@@ -77,6 +81,26 @@ inline void transpose(const uint32_t* const* rows, int64_t units, uint32_t* out)
 #else
       for (int i = 0; i < 8; ++i)
         for (int j = 0; j < 8; ++j) to[j * kPanel + i] = rows[lane + i][u + j];
+#endif
+    }
+}
+
+// 64 rows of D values at any addresses -> a value page (common/layouts.h). Rows a whole number of pages apart would share a few
+// lines of L1, were they read where they lie.
+inline void interleave(const float* const* rows, int64_t D, float* out) {
+  for (int64_t slot = 0; slot < kTile; ++slot) __builtin_memcpy(out + slot * D, rows[slot], size_t(D) * 4);
+}
+inline void interleave(const bf16* const* rows, int64_t D, bf16* out) {
+  for (int64_t slot = 0; slot < kTile; slot += 2, out += 2 * D)
+    for (int64_t d = 0; d < D; d += 16) {
+#if defined(__AVX2__)
+      const __m256i even = _mm256_loadu_si256((const __m256i*)(rows[slot] + d)),
+                    odd = _mm256_loadu_si256((const __m256i*)(rows[slot + 1] + d));
+      const __m256i low = _mm256_unpacklo_epi16(even, odd), high = _mm256_unpackhi_epi16(even, odd);
+      _mm256_storeu_si256((__m256i*)(out + 2 * d), _mm256_permute2x128_si256(low, high, 0x20));
+      _mm256_storeu_si256((__m256i*)(out + 2 * d + 16), _mm256_permute2x128_si256(low, high, 0x31));
+#else
+      for (int64_t i = d; i < d + 16; ++i) out[2 * i] = rows[slot][i], out[2 * i + 1] = rows[slot + 1][i];
 #endif
     }
 }

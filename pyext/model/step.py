@@ -211,6 +211,7 @@ class _Capture:
             native.AttentionArgs(
                 row_start=_address(inputs.row_start),
                 B=self.plan.sequences,
+                T=self.plan.rows,
                 Hq=c.num_heads,
                 Hkv=c.num_kv_heads,
                 D=D,

@@ -32,6 +32,28 @@ class Bound:
     run: Callable[[], Any]
 
 
+class _Checked:
+    """A check of shapes, dtypes, devices and numbers, made once for inputs that agree in all of them."""
+
+    most = 256
+    """Calls kept; beyond, they are forgotten together."""
+
+    def __init__(self, check: Callable[..., Any]) -> None:
+        self.check = check
+        self._seen: dict[tuple, Any] = {}
+
+    def __call__(self, inputs: tuple) -> Any:
+        key = tuple([(x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in inputs])
+        try:
+            return self._seen[key]
+        except KeyError:
+            results = self.check(*inputs)
+        if len(self._seen) >= self.most:
+            self._seen.clear()
+        self._seen[key] = results
+        return results
+
+
 class Op:
     """torch.ops.ramify.<name> and its out form.
 
@@ -61,11 +83,12 @@ class Op:
         self.name, _, overload = name.partition(".")
         self.outputs, self.tensors = tuple(outputs), _tensors(arguments)
         self._check, self._values, self._sizes, self._reference = check, values, sizes, reference
+        self._checked = _Checked(check)
         self._kernels = {"cpu": cpu, "cuda": cuda, "triton": launcher(triton, lambda args: args[0][0]) if triton else None}
         returns = ", ".join("Tensor" for _ in self.outputs)
         written = ", ".join(f"Tensor({letter}!) {out}" for letter, out in zip("abc", self.outputs))
         into = f"{self.name}.{overload}_out" if overload else f"{self.name}.out"
-        _register(name, f"({arguments}) -> ({returns})", self._functional, lambda *inputs: _one_or_all(self._allocate(inputs)))
+        _register(name, f"({arguments}) -> ({returns})", self._functional, self._fake)
         _register(into, f"({arguments}, *, {written}) -> ()", self._into, self._fake_into)
         packet = getattr(torch.ops.ramify, self.name)
         self._call, self._call_into = getattr(packet, overload or "default"), getattr(packet, into.partition(".")[2])
@@ -93,12 +116,16 @@ class Op:
         return Bound(self.name, backend, partial(self._refer, outs, inputs) if kernel is None else partial(kernel, outs, *inputs))
 
     def _functional(self, *inputs: Any) -> Any:
-        outs = self._allocate(inputs)
+        device = inputs[0].device
+        outs = tuple([torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self._checked(inputs)])
         self._run(outs, inputs)
         return _one_or_all(outs)
 
+    def _fake(self, *inputs: Any) -> Any:
+        return _one_or_all(tuple([inputs[0].new_empty(shape, dtype=dtype) for shape, dtype in self._check(*inputs)]))
+
     def _into(self, *inputs: Any, **named: Tensor) -> None:
-        outs = self._check_outs(inputs, named)
+        outs = self._check_outs(self._checked(inputs), inputs, named)
         _check_written(self.name, ["out"] if len(outs) == 1 else [f"out[{i}]" for i in range(len(outs))], outs)
         if any(crosses(out, x) for out in outs for x in inputs if isinstance(x, Tensor)):
             aside = self._functional(*inputs)  # an output that is an input, whole or in part, is written when all is read
@@ -108,15 +135,12 @@ class Op:
             self._run(outs, inputs)
 
     def _fake_into(self, *inputs: Any, **named: Tensor) -> None:
-        self._check_outs(inputs, named)
+        self._check_outs(self._check(*inputs), inputs, named)
 
-    def _allocate(self, inputs: tuple) -> Outputs:
-        return tuple([inputs[0].new_empty(shape, dtype=dtype) for shape, dtype in self._check(*inputs)])
-
-    def _check_outs(self, inputs: tuple, named: dict[str, Tensor]) -> Outputs:
+    def _check_outs(self, results: Results, inputs: tuple, named: dict[str, Tensor]) -> Outputs:
         outs = tuple([named[name] for name in self.outputs])
         check = Shapes(self.name, inputs[0])
-        for i, (out, (shape, dtype)) in enumerate(zip(outs, self._check(*inputs))):
+        for i, (out, (shape, dtype)) in enumerate(zip(outs, results)):
             check.out("out" if len(outs) == 1 else f"out[{i}]", out, shape, dtype)
         return outs
 
@@ -160,7 +184,8 @@ class InPlaceOp:
         self._kernels = {"cpu": cpu, "cuda": cuda, "triton": launcher(triton, lambda args: args[0]) if triton else None}
         self._written = [(i, argument) for i, argument, _ in self.tensors if "!" in arguments.split(", ")[i]]
         self._check, self._values, self._sizes, self._reference = check, values, sizes, reference
-        _register(name, f"({arguments}) -> {'Tensor' if returns else '()'}", self._run, self._allocate)
+        self._checked = _Checked(check)
+        _register(name, f"({arguments}) -> {'Tensor' if returns else '()'}", self._run, self._fake)
         self._call = getattr(torch.ops.ramify, name).default
 
     def __call__(self, *inputs: Any) -> Any:
@@ -180,12 +205,14 @@ class InPlaceOp:
         kernel = self._kernels.get(backend) or self._reference
         return Bound(self.name, backend, partial(kernel, *inputs) if out is None else partial(kernel, out, *inputs))
 
-    def _allocate(self, *inputs: Any) -> Tensor | None:
-        results = self._check(*inputs)
+    def _fake(self, *inputs: Any) -> Tensor | None:
+        return self._allocate(self._check(*inputs), inputs)
+
+    def _allocate(self, results: Results | None, inputs: tuple) -> Tensor | None:
         return inputs[0].new_empty(results[0][0], dtype=results[0][1]) if self._returns and results else None
 
     def _run(self, *inputs: Any) -> Tensor | None:
-        out = self._allocate(*inputs)
+        out = self._allocate(self._checked(inputs), inputs)
         _check_written(self.name, [name for _, name in self._written], [inputs[i] for i, _ in self._written])
         if out is not None and out.numel() == 0:
             return out

@@ -5,6 +5,7 @@ cannot matter which other rows a call holds. Checked tensors only: below this li
 """
 
 from ctypes import Structure, addressof, c_int32
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -181,12 +182,10 @@ def tree_attention(
     ancestors = ancestors.contiguous()
     depth = torch.empty(B, T, dtype=torch.int32)
     n.check_words(ancestors, tail_rows, depth)
-    offset = torch.arange(0, B * T, T, dtype=torch.int32)
-    if tail_rows is None:
-        tail_rows = torch.full((B,), T, dtype=torch.int32)
+    offset, rows = _whole_tails(B, T)
     args = n.AttentionArgs(B=B, T=T, Hq=Hq, Hkv=tail_k.shape[2], D=D, scale=scale, window=window, sink=sink)
     _place_heads(args, q, k, v, out, lse)
-    args.prefix_len, args.tail_len = prefix_len.data_ptr(), tail_rows.data_ptr()
+    args.prefix_len, args.tail_len = prefix_len.data_ptr(), (rows if tail_rows is None else tail_rows).data_ptr()
     args.ancestors, args.words = ancestors.data_ptr(), ancestors.shape[2]
     args.row_depth = args.tail_depth = depth.data_ptr()
     args.tail_offset = offset.data_ptr()
@@ -196,12 +195,18 @@ def tree_attention(
     args.tail_k, args.tail_v = tail_k.data_ptr(), tail_v.data_ptr()
     args.tail_stride_b, args.tail_stride_t, args.tail_stride_h, _ = tail_k.stride()
     args.tail_v_stride_b, args.tail_v_stride_t, args.tail_v_stride_h, _ = tail_v.stride()
-    args.max_slots = int(prefix_len.max()) + T
+    args.max_slots = max(prefix_len.tolist()) + T
     _run_with_scratch(args)
-    for b, used in enumerate(tail_rows.tolist()):  # afterwards: `out` may be q
+    for b, used in enumerate(() if tail_rows is None else tail_rows.tolist()):  # afterwards: `out` may be q
         if used < T:
             out[b, used:] = 0
             lse[b, used:] = -torch.inf
+
+
+@lru_cache(maxsize=64)
+def _whole_tails(B: int, T: int) -> tuple[Tensor, Tensor]:
+    """Where each sequence's tail begins among B * T rows, and T for each: read only."""
+    return torch.arange(0, B * T, T, dtype=torch.int32), torch.full((B,), T, dtype=torch.int32)
 
 
 def interval_attention(outs: Outputs, q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float) -> None:
