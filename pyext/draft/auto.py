@@ -9,12 +9,12 @@ watched it, so they watch later: steps are kept and shown many at a time, or whe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ramify.checks import between
 from ramify.draft.base import Drafter, Wants, drafter
+from ramify.model.step_out import StepOut
 from ramify.registry import drafter as drafters
 from ramify.size._experience import Experience, remembered
 from ramify.size.base import SizePolicy
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _FIRST, _LAST = 24, 512  # steps between two visits to drafters that are behind
 _VISIT = 3  # steps of a visit
-_REFUSED = 8  # steps before a visit that was too dear is thought of again
+_REFUSED = 32  # steps before a visit that was too dear is thought of again: its price takes a third of a small model's step
 _KEPT = 64  # steps that wait to be watched, at most
 PLAIN = -1  # where no drafter pays
 
@@ -138,14 +138,13 @@ def _made(cls: Any, **options: Any) -> Drafter:
         ) from problem
 
 
-def _kept(out: Any) -> Any:
+def _kept(out: Any) -> StepOut:
     """What a step says of its rows, but for their logits: `out` holds views that the next step overwrites."""
-    kept = copy(out)
-    for name in ("argmax", "top", "lse", "topk_ids", "topk_values", "drawn"):
-        if (rows := getattr(out, name, None)) is not None:
-            setattr(kept, name, rows.copy())
-    kept.logits = None
-    return kept
+    rows = {name: value.copy() for name in _ROWS if (value := getattr(out, name, None)) is not None}
+    return StepOut(**rows)
+
+
+_ROWS = ("argmax", "top", "lse", "topk_ids", "topk_values", "drawn")
 
 
 class _AutoSize(SizePolicy):
