@@ -4,6 +4,8 @@
 //          those rows of the step's tree that its ancestor words name; or over the slots of the row's own interval.
 // Tiling   a work item is (sequence, KV head, kRowBlock packed rows of T * Hq/Hkv); it walks tiles of 64 slots: scores with
 //          slots in the lanes, one softmax update a tile, values with the head dimension in the lanes (gemm.h for both).
+// Plain    tensors of a user's: each tile's rows become a page of keys and one of values (softmax.h) first. Where few rows use a tile, the
+//          next one is asked for meanwhile.
 // Split    few items: also over chunks of 512 positions, each chunk summed from zero and joined in order. The order of
 //          additions is the same either way, so the split never shows.
 // Bits     row_invariance: weights are 2^(s - m) with an integral m, so rescaling is exact and tile borders leave no trace;
@@ -321,14 +323,9 @@ int64_t blocks_of(const AttentionArgs& a, int64_t b) { return (rows_of(a, b) * (
 Item item_at(const AttentionArgs& a, int64_t index) {
   int64_t b = 0;
   for (; index >= a.Hkv * blocks_of(a, b); ++b) index -= a.Hkv * blocks_of(a, b);
-  const int64_t blocks = blocks_of(a, b), first = index % blocks * kRowBlock, all = rows_of(a, b) * (a.Hq / a.Hkv);
-  return {b,
-          index / blocks,
-          first,
-          all - first < kRowBlock ? all - first : kRowBlock,
-          a.row_start ? a.row_start[b] : b * a.T,
-          a.start ? 0 : a.tail_offset[b],
-          a.prefix_len[b]};
+  const int64_t blocks = blocks_of(a, b), first = index % blocks * kRowBlock, left = rows_of(a, b) * (a.Hq / a.Hkv) - first;
+  const int64_t query = a.row_start ? a.row_start[b] : b * a.T, tail = a.start ? 0 : a.tail_offset[b];
+  return {b, index / blocks, first, left < kRowBlock ? left : kRowBlock, query, tail, a.prefix_len[b]};
 }
 
 int64_t chunks_of(const AttentionArgs& a, int64_t b) {

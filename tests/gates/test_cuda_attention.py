@@ -73,8 +73,7 @@ def test_dense_rows_are_copied_in_words(place, D, page):
     assert all(torch.equal(a, b) for a, b in zip(check(place, case, copies=True), want))
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
+any_tree = given(
     prefix=st.lists(st.integers(0, 140), min_size=1, max_size=3),
     T=st.integers(1, 70),
     group=st.sampled_from([1, 2, 3, 8]),
@@ -86,6 +85,10 @@ def test_dense_rows_are_copied_in_words(place, D, page):
     dtype=st.sampled_from([BF16, F16]),
     seed=st.integers(0, 99),
 )
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@any_tree
 def test_any_shape(place, prefix, T, group, Hkv, D, tree, page, window, dtype, seed):
     rows = [(T * (b + 1) + seed) % (T + 1) for b in range(len(prefix))]
     case = attention_case(prefix, T, group * Hkv, Hkv, D, dtype=dtype, tree=tree, tail_rows=rows, page=page, seed=seed)

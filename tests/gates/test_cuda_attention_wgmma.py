@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import ramify
 from ramify import native_cuda, ops, reference
 from ramify.ops import _cuda
-from ramify.testing.tensors import TREES, attention_case, intervals, padded, poisoned, unseen_slots
+from ramify.testing.tensors import attention_case, intervals, padded, poisoned, unseen_slots
 
 BF16, F16 = torch.bfloat16, torch.float16
 FIXTURE = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -57,17 +57,7 @@ def takes(kernel, D, packed):
     return kernel == "rows" or D < 256 or packed <= 16
 
 
-SHAPES = [  # prefix lengths, rows, Hq, Hkv, D, tree, tail_rows, page
-    ([0], 1, 1, 1, 64, "chain", None, None),
-    ([37], 1, 8, 1, 128, "chain", None, None),
-    ([1, 64], 7, 4, 2, 64, "random", None, None),
-    ([63, 65], 33, 6, 2, 96, "bushy", [33, 0], None),
-    ([511, 512, 513, 0, 700], 5, 4, 2, 64, "random", [5, 1, 4, 5, 2], 16),
-    ([129], 70, 3, 1, 128, "chain", [64], 64),
-    ([20], 256, 1, 1, 64, "random", None, None),
-    ([100], 7, 2, 1, 256, "bushy", None, 64),
-    ([70], 65, 2, 1, 256, "bushy", None, None),
-]
+SHAPES = [*trees.SHAPES[:-1], ([100], 7, 2, 1, 256, "bushy", None, 64), ([70], 65, 2, 1, 256, "bushy", None, None)]
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
@@ -81,18 +71,7 @@ def test_against_reference(place, kernel, dtype, shape):
 
 
 @FIXTURE
-@given(
-    prefix=st.lists(st.integers(0, 140), min_size=1, max_size=3),
-    T=st.integers(1, 70),
-    group=st.sampled_from([1, 2, 3, 8]),
-    Hkv=st.integers(1, 2),
-    D=st.sampled_from([64, 96]),
-    tree=st.sampled_from(TREES),
-    page=st.sampled_from([None, 1, 16, 64]),
-    window=st.one_of(st.none(), st.integers(1, 150)),
-    dtype=st.sampled_from([BF16, F16]),
-    seed=st.integers(0, 99),
-)
+@trees.any_tree
 def test_any_shape(place, kernel, prefix, T, group, Hkv, D, tree, page, window, dtype, seed):
     rows = [(T * (b + 1) + seed) % (T + 1) for b in range(len(prefix))]
     case = case_of(prefix, T, group * Hkv, Hkv, D, dtype=dtype, tree=tree, tail_rows=rows, page=page, seed=seed)

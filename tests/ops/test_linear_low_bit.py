@@ -11,6 +11,7 @@ from ramify.quant import Format, QuantizedWeight
 from ramify.quant.formats import ALL
 from ramify.quant.packing import packed
 from ramify.quant.weight import pack_nibbles
+from ramify.testing.linear import low_bit_weight
 from ramify.testing.tensors import levels, padded, poisoned, running, runs, threads
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -20,22 +21,6 @@ NAMES = [form.name for form in ALL]
 
 def modes(form):
     return ("exact",) if form.kind == "fp8" else ("int8", "int8-group", "exact")
-
-
-def make_weight(name, N, K, scale_dtype=F16, perm=False, seed=0):
-    """Random codes, integers of every value there is; for int4, K is cut to whole groups."""
-    g, form = torch.Generator().manual_seed(seed), Format.parse(name)
-    if form.kind == "int4":
-        K = max(form.group, K // form.group * form.group)
-        codes = pack_nibbles(torch.randint(0, 16, (N, K), generator=g))
-    elif form.kind == "int8":
-        codes = torch.randint(-128, 128, (N, K), generator=g, dtype=torch.int8)
-    else:
-        codes = torch.randn(N, K, generator=g).to(torch.float8_e4m3fn)
-    groups = form.scale_shape(N, K)
-    scale = (torch.rand(groups, generator=g) + 0.1).mul(0.01).to(scale_dtype)
-    zero = (torch.rand(groups, generator=g) * 20 - 2).half() if form.zero_point else None
-    return QuantizedWeight(form, codes, scale, zero, torch.randperm(K, generator=g).int() if perm else None)
 
 
 def make(M, weight, dtype=F32, seed=0):
@@ -78,7 +63,7 @@ def test_against_reference(backend, level, name, perm):
     shapes = [(1, 1, 1), (2, 31, 33), (3, 16, 64), (5, 96, 130), (7, 48, 260), (9, 33, 384), (17, 200, 700), (64, 70, 128), (70, 33, 1030)]
     for i, (M, N, K) in enumerate(shapes):
         for j, scale_dtype in enumerate((F16, BF16, F32)):
-            weight = make_weight(name, N, K, scale_dtype, perm, seed=i)
+            weight = low_bit_weight(name, N, K, scale_dtype, perm, seed=i)
             for how in modes(weight.format):
                 x, bias, residual = make(M, weight, BF16 if (i + j) % 3 == 2 else F32, seed=M)
                 epilogue = [{}, {"bias": bias}, {"bias": bias, "activation": "silu", "residual": residual}][(i + j) % 3]
@@ -91,7 +76,7 @@ def test_against_reference(backend, level, name, perm):
 def test_row_is_its_own(level, name):
     """Row r of an M-row call has the bits of the call on row r alone, on one thread and on two."""
     for N, K in ((33, 140), (95, 520)):
-        weight = make_weight(name, N, K, seed=N)
+        weight = low_bit_weight(name, N, K, seed=N)
         x, bias, residual = make(max(ROWS), weight, seed=N)
         for how in modes(weight.format):
             given = {"bias": bias, "activation": "silu", "activations": how}
@@ -107,7 +92,7 @@ def test_row_is_its_own(level, name):
 @pytest.mark.parametrize("level", levels())
 def test_many_rows(level):
     """More rows than a panel serves at once."""
-    weight = make_weight("int4-g32", 40, 160)
+    weight = low_bit_weight("int4-g32", 40, 160)
     x, *_ = make(512, weight)
     for how in modes(weight.format):
         with running("cpu", level):
@@ -148,7 +133,7 @@ def test_every_fp8_code(level):
 @pytest.mark.parametrize("how", ["int8", "int8-group", "exact"])
 def test_rows_that_are_not_finite(backend, level, how):
     """They are NaN, all of them, and their neighbours and rows of zeros are not."""
-    weight = make_weight("int4-g64-zp", 48, 192)
+    weight = low_bit_weight("int4-g64-zp", 48, 192)
     x, *_ = make(9, weight)
     x[1, 5], x[4, 100], x[6, 0], x[7] = torch.nan, torch.inf, -torch.inf, 0
     with running(backend, level):
@@ -176,7 +161,7 @@ def test_quantize_rows():
 def test_as_a_layer_of_a_step(level, how, name, prologue):
     """The fused layer that a captured step calls: prologue, row count through a pointer, residual in place, row statistics."""
     native, M, N, K, topk = backends.native(), 6, 1100, 192, 5
-    weight = make_weight(name, N, K, perm=name == "int8")
+    weight = low_bit_weight(name, N, K, perm=name == "int8")
     g = torch.Generator().manual_seed(3)
     x, gain = torch.randn(M, 2 * K if prologue == "silu_mul" else K, generator=g), torch.randn(K, generator=g)
     out = torch.randn(M + 1, N, generator=g)
@@ -207,7 +192,7 @@ def test_as_a_layer_of_a_step(level, how, name, prologue):
 
 
 def test_packs_once():
-    weight = make_weight("int4-g64", 40, 128)
+    weight = low_bit_weight("int4-g64", 40, 128)
     x, *_ = make(2, weight)
     ops.linear(x, weight)
     first = packed(weight)
@@ -237,7 +222,7 @@ def test_formats_of_the_table():
 
 
 def test_says_what_it_does_not_take():
-    weight, fp8, x = make_weight("int4-g32", 5, 64), make_weight("fp8", 5, 64), torch.randn(3, 64)
+    weight, fp8, x = low_bit_weight("int4-g32", 5, 64), low_bit_weight("fp8", 5, 64), torch.randn(3, 64)
     bad = [
         (ValueError, "weight is [5, 64]; takes [N, K] with K = 60, as in x", (x[:, :60], weight), {}),
         (ValueError, 'activations is "int4"; takes "int8" or "int8-group" or "exact"', (x, weight), {"activations": "int4"}),

@@ -26,6 +26,11 @@ def test_size(files):
     assert sum(path.stat().st_size for path in files) < LARGEST_TREE
 
 
+def test_nothing_compiled_is_kept(files):
+    made = {".cubin", ".ptx", ".fatbin", ".o", ".so", ".a", ".pyc", ".whl", ".gz"}
+    assert [str(path.relative_to(ROOT)) for path in files if path.suffix in made] == []
+
+
 def test_sources_are_short(files):
     sources = [path for path in files if path.suffix in {".py", ".cpp", ".h", ".cu", ".cuh"}]
     long = {str(path.relative_to(ROOT)): n for path in sources if (n := len(path.read_text().splitlines())) > LONGEST_FILE}
