@@ -20,6 +20,7 @@ _HOME = {
     "TokenTree": "tree",
     "UnsupportedModelError": "errors",
     "backend": "backends",
+    "debug": "backends",
     "drafter": "registry",
     "explain": "floors",
     "generate": "decode.generate",

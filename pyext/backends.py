@@ -79,7 +79,7 @@ class Kernel:
             if name in sizes and sizes[name] not in taken:
                 values = f"{taken[0]} to {taken[-1]}" if isinstance(taken, range) else listed(map(short, taken))
                 return f"{name} is {short(sizes[name])}, takes {values}"
-        if _invariant and self.backend != "cpu" and not self.row_invariant:
+        if invariant() and self.backend != "cpu" and not self.row_invariant:
             return NOT_INVARIANT
         return missing(self.backend)
 
@@ -151,7 +151,7 @@ OPS = tuple(dict.fromkeys(row.op for row in TABLE))
 
 _native: ModuleType | None = None
 _forced: str | None = None
-_invariant = False
+_on = {"row_invariant": False, "debug": os.environ.get("RAMIFY_DEBUG", "0") not in ("", "0")}
 _environment_read = False
 _chosen: dict[tuple, str] = {}
 _said: set[tuple] = set()
@@ -178,7 +178,21 @@ class backend:
         _force(self._before)
 
 
-class row_invariant:
+class _Switch:
+    """A setting of the process that is on or off, for good or until a `with` block ends."""
+
+    def __init__(self, on: bool) -> None:
+        self._name = type(self).__name__
+        self._before, _on[self._name] = _on[self._name], flag("on", on, self._name)
+
+    def __enter__(self) -> "_Switch":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        _on[self._name] = self._before
+
+
+class row_invariant(_Switch):
     """On a GPU run only kernels in which a row's bits are its own: `ramify.row_invariant(True)`, or until a `with` block ends.
 
     A token then has the same bits alone as in a tree, a batch or a longer step: the order of every sum is fixed by the row and by the shape
@@ -188,25 +202,24 @@ class row_invariant:
     on one ISA level: nothing changes there.
     """
 
-    def __init__(self, on: bool) -> None:
-        self._before = _invariant
-        _set_invariant(flag("on", on, "row_invariant"))
 
-    def __enter__(self) -> "row_invariant":
-        return self
+class debug(_Switch):
+    """Look at what is in a GPU's tensors as well: `ramify.debug(True)`, or until a `with` block ends. RAMIFY_DEBUG=1 does it from outside.
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        _set_invariant(self._before)
+    Lengths, page tables, parents, ancestor bits, ids, positions: a call of an op with a bad one raises the ValueError that it raises on
+    the CPU, where values are always looked at. It costs every call a copy to the host and a wait. Without it our kernels take what points
+    outside a tensor as not there. Recorded steps of a model make their own values and are never looked at.
+    """
 
 
 def invariant() -> bool:
     """Whether `ramify.row_invariant` is on."""
-    return _invariant
+    return _on["row_invariant"]
 
 
-def _set_invariant(on: bool) -> None:
-    global _invariant
-    _invariant = on
+def looks(device: str) -> bool:
+    """Whether ops look at what is in tensors of this device."""
+    return device == "cpu" or _on["debug"]
 
 
 def forced() -> str | None:
@@ -225,7 +238,7 @@ def choose(op: str, device: str, dtype: torch.dtype, **sizes: Any) -> str:
 
     Raises ValueError when a forced backend cannot. The first fallback of an op and dtype to the reference is logged.
     """
-    key = (op, device, dtype, _invariant, *sizes.items())
+    key = (op, device, dtype, invariant(), *sizes.items())
     name = _chosen.get(key)
     if name is None:
         name = _chosen[key] = _decide(op, device, dtype, sizes)
@@ -240,7 +253,7 @@ def reasons(op: str, device: str, dtype: torch.dtype, sizes: Mapping[str, Any]) 
         if row.op == op and nearer:
             why = row.why_not(device, dtype, sizes)
             rows[row.backend] = NOT_INVARIANT if why and rows.get(row.backend) == NOT_INVARIANT else why  # it would take the call
-    plain = NOT_INVARIANT if _invariant and device != "cpu" else ""
+    plain = NOT_INVARIANT if invariant() and device != "cpu" else ""
     return {name: rows.get(name, "no such kernel") for name in BACKENDS[:-1]} | {"reference": plain}
 
 

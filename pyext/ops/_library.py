@@ -60,8 +60,8 @@ class Op:
     name: "rms_norm", or "rms_norm.residual" for an overload. arguments: the schema of the inputs, of which the first is a tensor.
     outputs: names of the output tensors. check(*inputs) raises for what the op does not take and returns shape and dtype of each
     output; every way into the op goes through it once: the public function, both torch forms and the fake. It sees shapes, dtypes
-    and numbers; values(*inputs) raises for what is in the tensors, and is asked on the CPU only: elsewhere the answer would cost a
-    synchronisation.
+    and numbers; values(*inputs) raises for what is in the tensors, and is asked on the CPU, elsewhere under `ramify.debug`: the answer
+    costs a synchronisation there.
     sizes(*inputs): what the backend table has to know, dtype= at least. reference(*inputs) returns the outputs;
     cpu(outputs, *inputs) and cuda(outputs, *inputs) fill them, and share no memory between the two; so does the function of that name
     in ops._triton, where `triton` names one.
@@ -147,8 +147,8 @@ class Op:
     def _run(self, outs: Outputs, inputs: tuple) -> None:
         if outs[0].numel() == 0:
             return
-        if self._values is not None and outs[0].device.type == "cpu":
-            self._values(*inputs)
+        if self._values is not None and backends.looks(outs[0].device.type):
+            self._values(*_on_host(inputs))
         backend = backends.choose(self.name, outs[0].device.type, **self._sizes(*inputs))
         kernel = self._kernels.get(backend)
         if kernel is not None:
@@ -216,11 +216,22 @@ class InPlaceOp:
         _check_written(self.name, [name for _, name in self._written], [inputs[i] for i, _ in self._written])
         if out is not None and out.numel() == 0:
             return out
-        if self._values is not None and inputs[0].device.type == "cpu":
-            self._values(*inputs)
+        if self._values is not None and backends.looks(inputs[0].device.type):
+            self._values(*_on_host(inputs))
         kernel = self._kernels.get(backends.choose(self.name, inputs[0].device.type, **self._sizes(*inputs))) or self._reference
         kernel(*inputs) if out is None else kernel(out, *inputs)
         return out
+
+
+def _on_host(inputs: tuple) -> tuple:
+    """The inputs for a look at their values."""
+    return inputs if inputs[0].device.type == "cpu" else _copied(inputs)
+
+
+def _copied(inputs: tuple) -> tuple:
+    """On the CPU. Of activations and caches, floats of three axes or more, the shape is enough."""
+    shape_only = [isinstance(x, Tensor) and x.ndim > 2 and x.is_floating_point() for x in inputs]
+    return tuple([x.to("meta") if only else x.cpu() if isinstance(x, Tensor) else x for x, only in zip(inputs, shape_only)])
 
 
 def launcher(name: str, on: Callable[[tuple], Tensor]) -> Callable[..., None]:

@@ -8,7 +8,7 @@ from ramify.checks import one_of
 from ramify.ops import _cuda, _native
 from ramify.ops._checks import FLOATS, INDICES, INT32, INT64, Results, Shapes
 from ramify.ops._library import Op
-from ramify.ops.verify import check_tree
+from ramify.ops.verify import check_rows, check_tree
 
 MODES = ("det", "iid", "wor")
 
@@ -74,8 +74,9 @@ def _check_verify_sample(
     check("seed", seed, "B", INT64)
     check("position", position, "B", INDICES)
     one_of("mode", how, MODES, "verify_sample")
-    if 0 in logits.shape[1:]:
-        raise check.fail(f"logits is {list(logits.shape)}", "one row and one column or more")
+    check_rows(check, "logits", logits.shape[1])
+    if logits.shape[2] == 0:
+        raise check.fail(f"logits is {list(logits.shape)}", "one column or more")
     if how != "det":
         if q is None:
             raise check.fail(f'q is None and mode is "{how}"', "float32 [B, T, V]", "Give what the children were drawn from.")

@@ -10,6 +10,7 @@ from ramify.checks import INT64_MAX, whole
 from ramify.ops import _cuda, _native
 from ramify.ops._checks import FLOATS, INDICES, INT32, Results, Shapes
 from ramify.ops._library import Op
+from ramify.tree import MAX_ROWS
 
 
 class RowStats(NamedTuple):
@@ -74,9 +75,14 @@ def _check_verify_greedy(tokens: Tensor, parents: Tensor, argmax: Tensor, n_rows
     check("parents", parents, "B T", INDICES)
     check("argmax", argmax, "B T", INDICES)
     check("n_rows", n_rows, "B", INT32)
-    if tokens.shape[1] == 0:
-        raise check.fail("tokens has no rows", "one or more a sequence")
+    check_rows(check, "tokens", tokens.shape[1])
     return ((tokens.shape, torch.int32), (n_rows.shape, torch.int32), (n_rows.shape, torch.int32))
+
+
+def check_rows(check: Shapes, name: str, T: int) -> None:
+    """A tree has one row or more, and no more than every kernel takes."""
+    if not 1 <= T <= MAX_ROWS:
+        raise check.fail(f"{name} has {T} rows a sequence", f"1 to {MAX_ROWS}", "Lower the rows of the tree.")
 
 
 def check_tree(op: str, parents: Tensor, n_rows: Tensor) -> None:

@@ -60,7 +60,8 @@ def verify_greedy(tokens: Tensor, parents: Tensor, argmax: Tensor, n_rows: Tenso
 
 def residual_sample(p: Tensor, q: Tensor, u: Tensor) -> Tensor:
     """Draw from norm([p - q]_+), or from p where nothing is left, by inverse CDF. p, q [R, V], u [R] in [0, 1). Returns ids int64 [R]."""
-    return torch.stack([torch.tensor(_draw(_residual(p[r], q[r]), float(u[r])), device=p.device) for r in range(len(p))])
+    ids = [_draw(_residual(p[r], q[r]), float(u[r])) for r in range(len(p))]
+    return torch.tensor(ids, dtype=torch.int64, device=p.device)
 
 
 def verify_sample(

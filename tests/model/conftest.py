@@ -10,6 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ramify import backends
+from ramify.cache.mirror import wait
+from ramify.model import device_steps
 from ramify.testing import emulator
 from ramify.testing.device_model import device_model
 from ramify.testing.tiny_models import FAMILIES, write_tiny_model
@@ -71,6 +73,18 @@ class Engine:
             yield
         finally:
             torch.cuda.set_sync_debug_mode(before)
+
+    def counted_waits(self, monkeypatch):
+        """A list that grows by one whenever a step waits for the device; only there may anything wait under `waits("error")`."""
+        counted = []
+
+        def once(device):
+            counted.append(device)
+            with self.waits("default"):
+                wait(device)
+
+        monkeypatch.setattr(device_steps, "wait", once)
+        return counted
 
     def load(self, folder, weights=None):
         return device_model(folder, self.dtype, self.device, weights)

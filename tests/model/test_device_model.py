@@ -16,7 +16,6 @@ import torch
 
 import ramify
 from ramify import backends
-from ramify.cache.mirror import wait
 from ramify.model import device_steps
 from ramify.model.checkpoint import Checkpoint
 from ramify.reference.model import forward
@@ -248,23 +247,10 @@ def test_a_replay_asks_the_device_nothing(engine, folders, monkeypatch):
     with engine.no_answers(monkeypatch):
         for call in calls:
             call.run()
-    waits = counted_waits(engine, monkeypatch)
+    waits = engine.counted_waits(monkeypatch)
     with engine.waits("error"):
         model.forward(tree, cache.of([0, 1]), topk=3, taps=(1,))
     assert len(waits) == 1
-
-
-def counted_waits(engine, monkeypatch):
-    """A list that grows by one whenever a step waits for the device; only there may it wait under engine.waits("error")."""
-    waits = []
-
-    def once(device):
-        waits.append(device)
-        with engine.waits("default"):
-            wait(device)
-
-    monkeypatch.setattr(device_steps, "wait", once)
-    return waits
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -272,17 +258,15 @@ def test_a_text_waits_once_a_step(engine, folders, temperature, monkeypatch):
     """Drafting, its tables, sampling, verification and commits need nothing of the device but what each step brings back."""
     if engine.name == "triton":
         pytest.skip("minutes, and nothing of the loop is other than in the other engines")
-    model, prompts = engine.load(folders["llama"]), [[1, 2, 3] * 3, [5, 6]]
-    common = {"method": "token_recycling", "size": "fixed:rows_each=5", "temperature": temperature, "seed": 2}
-    tokens = 3 if engine.slow else 24
-    ramify.generate(model, prompts, max_new_tokens=tokens, **common)  # records the steps
-    ran, run = [], device_steps.DeviceStep.run
+    model, ran, run = engine.load(folders["llama"]), [], device_steps.DeviceStep.run
+    how = {"method": "token_recycling", "size": "fixed:rows_each=5", "temperature": temperature, "max_new_tokens": 3 if engine.slow else 24}
+    ramify.generate(model, [[1, 2, 3] * 3, [5, 6]], **how)  # records the steps
     monkeypatch.setattr(device_steps.DeviceStep, "run", lambda step, *args: (ran.append(step), run(step, *args)))
-    waits = counted_waits(engine, monkeypatch)
+    waits = engine.counted_waits(monkeypatch)
     with engine.waits("error"):
-        outs = ramify.generate(model, prompts, max_new_tokens=tokens, **common)
+        outs = ramify.generate(model, [[1, 2, 3] * 3, [5, 6]], **how)
     steps = max(out.stats.steps for out in outs)
-    assert len(waits) == len(ran) and steps <= len(ran) <= steps + len(prompts)  # and one for each prompt that was read
+    assert len(waits) == len(ran) and steps <= len(ran) <= steps + 2  # and one for each prompt that was read
 
 
 def test_eager_equals_replayed(engine, folders):

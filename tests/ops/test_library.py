@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ramify import backends, floors, ops, reference
-from ramify.ops._library import _Checked
 from ramify.quant import Format, QuantizedWeight
 from ramify.testing.tensors import attention_case
 
@@ -387,36 +386,3 @@ def test_no_rows():
     assert ops.linear(x[:0], torch.ones(5, 8)).shape == (0, 5) and ops.row_stats(x[:0]).lse.shape == (0,)
     none = [t[:, :0] if t.ndim > 1 else t for t in case.tensors[:1] + case.tensors[3:6]]
     assert ops.tree_attention(none[0], case.k, case.v, *none[1:], case.prefix_len).shape == (2, 0, 4, 64)
-
-
-def test_a_check_is_made_once_for_inputs_that_agree(monkeypatch):
-    """In shape, strides, dtype, device and numbers; a refusal is never remembered as a pass, and not every shape is remembered."""
-    seen = []
-
-    def check(x, y, eps):
-        seen.append(eps)
-        if y is not None and x.shape != y.shape:
-            raise ValueError("no")
-        return ((x.shape, x.dtype),)
-
-    checked, x, y = _Checked(check), torch.ones(2, 4), torch.ones(2, 4)
-    for value in (x, x + 1, x.clone()):
-        assert checked((value, y, 2.0)) == (((2, 4), torch.float32),)
-    assert len(seen) == 1
-    others = [
-        (x[:1], y[:1], 2.0),
-        (x.t().contiguous().t(), y, 2.0),
-        (x.double(), y, 2.0),
-        (x, y.to("meta"), 2.0),
-        (x, y, 3.0),
-        (x, None, 2.0),
-    ]
-    for count, inputs in enumerate(others, 2):
-        assert checked(inputs)[0] == (inputs[0].shape, inputs[0].dtype) and len(seen) == count
-    for _ in range(2):
-        with pytest.raises(ValueError, match="no"):
-            checked((x, y[:1], 2.0))
-    monkeypatch.setattr(_Checked, "most", 3)
-    for rows in range(1, 9):
-        checked((torch.ones(rows, 4), None, 2.0))
-    assert len(checked._seen) <= 3

@@ -1,9 +1,12 @@
 """linear over int8, int4 and fp8 weights: against the reference in double, and every row against itself alone, bit for bit."""
 
+import math
 from ctypes import addressof, c_int32
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import ramify
 from ramify import backends, ops, reference
@@ -69,6 +72,22 @@ def test_against_reference(backend, level, name, perm):
                 epilogue = [{}, {"bias": bias}, {"bias": bias, "activation": "silu", "residual": residual}][(i + j) % 3]
                 with running(backend, level):
                     check(x, weight, how, **epilogue, dot=level == "avx512_bf16")
+
+
+@pytest.mark.parametrize(("backend", "level"), runs("linear", activations="int8"))
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    name=st.sampled_from(NAMES), lead=st.lists(st.integers(1, 6), min_size=1, max_size=2), N=st.integers(1, 100), K=st.integers(1, 300),
+    scales=st.sampled_from([F16, BF16, F32]), perm=st.booleans(), dtype=st.sampled_from([F32, BF16]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_shape(backend, level, name, lead, N, K, scales, perm, dtype, seed):
+    weight = low_bit_weight(name, N, K, scales, perm, seed=seed % 9)
+    how = modes(weight.format)[seed % len(modes(weight.format))]
+    x, bias, residual = make(math.prod(lead), weight, dtype, seed)
+    with running(backend, level):
+        check(
+            x.reshape(*lead, -1), weight, how, bias, "silu" if seed % 2 else None, residual.reshape(*lead, -1), dot=level == "avx512_bf16"
+        )
 
 
 @pytest.mark.parametrize("level", levels())

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ramify import ops, reference
 from ramify.sampling.rng import SAMPLE, uniform
-from ramify.testing.tensors import padded, poisoned, running, runs, sample_case
+from ramify.testing.tensors import TREES, padded, poisoned, running, runs, sample_case
 
 I32, BF16, F32 = torch.int32, torch.bfloat16, torch.float32
 
@@ -25,6 +27,37 @@ def test_against_reference(backend, level, mode, B, T, V, dtype):
         assert torch.equal(path, want[0]) and torch.equal(count, want[1]) and torch.equal(bonus, want[2])
         lengths |= set(count.tolist())
     assert T < 10 or len(lengths) > 1  # the trees were neither always nor never accepted
+
+
+@pytest.mark.parametrize(("backend", "level"), runs("verify_sample"))
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    B=st.integers(1, 5), T=st.integers(1, 24), V=st.integers(25, 400), mode=st.sampled_from(["det", "iid", "wor"]),
+    tree=st.sampled_from(TREES), dtype=st.sampled_from([F32, BF16]), wide=st.booleans(), seed=st.integers(0, 999),
+)  # fmt: skip
+def test_any_tree(backend, level, B, T, V, mode, tree, dtype, wide, seed):
+    logits, tokens, parents, *rest, q = sample_case(B, T, V, seed, dtype, mode, tree)
+    if wide:
+        tokens, parents = tokens.long(), parents.long()
+    with running(backend, level):
+        got = ops.verify_sample(logits, tokens, parents, *rest, q, mode=mode)
+    assert all(torch.equal(a, b) for a, b in zip(got, reference.verify_sample(logits, tokens, parents, *rest, q, mode=mode)))
+
+
+@pytest.mark.parametrize(("backend", "level"), runs("residual_sample"))
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(R=st.integers(0, 6), V=st.integers(1, 3000), zeros=st.booleans(), seed=st.integers(0, 999))
+def test_any_residual(backend, level, R, V, zeros, seed):
+    g = torch.Generator().manual_seed(seed)
+    p, q = (torch.rand(R, V, generator=g) for _ in "pq")
+    if zeros:
+        p *= torch.rand(R, V, generator=g) < 0.2
+        p[:, seed % V] = 0.5
+    u = torch.rand(R, generator=g, dtype=torch.float64)
+    with running(backend, level):
+        ids = ops.residual_sample(padded(p), padded(q), u)
+    want = reference.residual_sample(p.double(), q.double(), u)
+    assert torch.equal(ids.long(), want)
 
 
 def test_a_chain_of_one_row_is_plain_sampling():
@@ -70,6 +103,14 @@ def test_says_what_it_does_not_take():
         (ValueError, "n_rows[0] is 9; takes 1 to 4", {"n_rows": good["n_rows"] * 0 + 9}),
         (ValueError, "parents[0, 0] is 0; takes -1", {"parents": good["parents"].contiguous() + 1}),
         (ValueError, "tokens is [2, 3]", {"tokens": good["tokens"][:, :3]}),
+        (
+            ValueError,
+            "logits has 257 rows a sequence; takes 1 to 256",
+            {
+                **{name: torch.zeros(2, 257, dtype=I32) for name in ("tokens", "parents")},
+                "logits": torch.zeros(2, 257, 9),
+            },
+        ),
     ]
     for kind, said, change in bad:
         with pytest.raises(kind) as error:

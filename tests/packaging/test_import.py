@@ -86,6 +86,7 @@ PUBLIC = [
         "TokenTree",
         "UnsupportedModelError",
         "backend",
+        "debug",
         "drafter",
         "explain",
         "generate",

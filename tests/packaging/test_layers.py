@@ -20,7 +20,7 @@ FLOORS = (
     {"hf", "zoo"},
     {"convert"},
     {"testing"},
-    {"cli", "docs", "__main__", "__init__"},
+    {"cli", "docs", "results", "__main__", "__init__"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ABOVE = {
