@@ -163,7 +163,7 @@ def scratch_bytes(args: ctypes.Structure) -> int:
 
 def with_scratch(args: ctypes.Structure) -> torch.Tensor:
     """Allocate the call's scratch and set its pointer. Keep the result alive as long as the arguments."""
-    buffer = torch.empty(max(1, scratch_bytes(args)) + 64, dtype=torch.uint8)
+    buffer = torch.empty(max(1, scratch_bytes(args)) + 64, dtype=torch.uint8, device="cpu")
     args.scratch = (buffer.data_ptr() + 63) // 64 * 64
     return buffer
 
@@ -192,7 +192,7 @@ def pack_weight(weight: torch.Tensor) -> torch.Tensor:
     """Weight [N, K], f32 or bf16, dense rows -> panels of 32 features (csrc/common/layouts.h), flat, zero-padded."""
     N, K = weight.shape
     even = K + K % 2 if weight.dtype == torch.bfloat16 else K
-    out = torch.empty(-(-N // PANEL) * PANEL * even, dtype=weight.dtype)
+    out = torch.empty(-(-N // PANEL) * PANEL * even, dtype=weight.dtype, device="cpu")
     run(PackArgs(weight=weight.data_ptr(), dtype=DTYPES[weight.dtype], N=N, K=K, stride=weight.stride(0), out=out.data_ptr()))
     return out
 

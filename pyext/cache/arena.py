@@ -32,12 +32,12 @@ class Arena:
         L, Hkv, D, dtype = config.num_layers, config.num_kv_heads, config.head_dim, page_format.dtype
         self.page_elements = Hkv * PAGE * D
         # zeros, not empty: a value that nobody wrote is multiplied by an exact 0 and must not be NaN
-        self.k, self.v = (torch.zeros(L, pages, self.page_elements, dtype=dtype) for _ in range(2))
-        self.draft_k, self.draft_v = (torch.zeros(L, draft_pages, self.page_elements, dtype=dtype) for _ in range(2))
+        self.k, self.v = (torch.zeros(L, pages, self.page_elements, dtype=dtype, device="cpu") for _ in range(2))
+        self.draft_k, self.draft_v = (torch.zeros(L, draft_pages, self.page_elements, dtype=dtype, device="cpu") for _ in range(2))
         self.free_pages = list(range(pages - 1, -1, -1))
-        self.source = torch.zeros(draft_pages * PAGE, dtype=torch.int32)
+        self.source = torch.zeros(draft_pages * PAGE, dtype=torch.int32, device="cpu")
         self.target = torch.zeros_like(self.source)
-        self.pending = torch.zeros(1, dtype=torch.int32)
+        self.pending = torch.zeros(1, dtype=torch.int32, device="cpu")
         self._source, self._target, self._pending = self.source.numpy(), self.target.numpy(), self.pending.numpy()
         self.programs: dict = {}
         kernels = native()

@@ -21,7 +21,7 @@ class Mirror:
         for name, (shape, dtype) in arrays.items():
             places[name] = size
             size += -(-int(np.prod(shape)) * dtype.itemsize // _ALIGNED) * _ALIGNED
-        self._host = torch.zeros(max(size, 1), dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._host = torch.zeros(max(size, 1), dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
         self._device = torch.zeros(max(size, 1), dtype=torch.uint8, device=device)
         self.host: dict[str, np.ndarray] = {}
         self.device: dict[str, Tensor] = {}

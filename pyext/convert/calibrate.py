@@ -68,14 +68,14 @@ class Stream:
     def __init__(self, checkpoint: Checkpoint, texts: Sequence[Sequence[int]]) -> None:
         self.config = checkpoint.config
         embed = checkpoint.stored("embed")
-        self.hidden = [embed[torch.tensor(ids)].float() for ids in texts]
+        self.hidden = [embed[torch.tensor(ids, device="cpu")].float() for ids in texts]
         longest = max(map(len, texts))
         self._rope = rope_tables(self.config.rope, self.config.head_dim, longest)
-        self._distance = torch.arange(longest)[:, None] - torch.arange(longest)
+        self._distance = torch.arange(longest, device="cpu")[:, None] - torch.arange(longest, device="cpu")
 
     def hessian(self, layer: int, stage: Sequence[str], w: Mapping[str, Tensor]) -> Tensor:
         """2 X^T X / tokens of the inputs X of one stage, f32 [K, K]. w: the layer's tensors by short name, low-bit ones where done."""
-        total, tokens = torch.zeros(0), 0
+        total, tokens = torch.zeros(0, dtype=torch.float32, device="cpu"), 0
         for x in self._inputs(layer, stage, w):
             product = x.t() @ x
             total = product if tokens == 0 else total.add_(product)

@@ -105,7 +105,7 @@ class CustomGenerate:
         drafter = build_drafter(target, self.method, self.drafter)
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
-        stream = None if self.streamer is None else lambda index, tokens, text: self.streamer.put(torch.tensor(tokens))
+        stream = None if self.streamer is None else lambda index, tokens, text: self.streamer.put(torch.tensor(tokens, device="cpu"))
         self.outputs = decode(target, requests, drafter, build_size(self.size, drafter), verifier=_judge, stream=stream)
         if self.streamer is not None:
             self.streamer.end()

@@ -16,7 +16,7 @@ _BLOCK = 1024  # positions worked out at least at a time
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     """Radians per position of each feature pair, f32 [head_dim / 2], scaled as `rope.kind` says."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
     frequency = 1.0 / (rope.theta**exponent)
     if rope.kind == "linear":
         return frequency / rope.factor
@@ -27,7 +27,7 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
 
 def rope_tables(rope: RopeConfig, head_dim: int, positions: int) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every position below `positions`: two f32 tensors [positions, head_dim / 2], contiguous."""
-    angles = torch.arange(positions, dtype=torch.float32)[:, None] * rope_frequencies(rope, head_dim)
+    angles = torch.arange(positions, dtype=torch.float32, device="cpu")[:, None] * rope_frequencies(rope, head_dim)
     return angles.cos(), angles.sin()
 
 
@@ -40,14 +40,16 @@ class RopeTable:
     def __init__(self, rope: RopeConfig, head_dim: int, positions: int):
         self.positions, self.ready = positions, 0
         self._frequency = rope_frequencies(rope, head_dim)
-        self.cos, self.sin = torch.empty(2, positions, head_dim // 2)  # memory that nobody has written takes no room yet
+        self.cos, self.sin = torch.empty(
+            2, positions, head_dim // 2, dtype=torch.float32, device="cpu"
+        )  # memory that nobody has written takes no room yet
 
     def reach(self, positions: int) -> None:
         """Make the rows below `positions` ready."""
         if positions <= self.ready:
             return
         end = min(self.positions, max(-(-positions // _BLOCK) * _BLOCK, 2 * self.ready))
-        angles = torch.arange(self.ready, end, dtype=torch.float32)[:, None] * self._frequency
+        angles = torch.arange(self.ready, end, dtype=torch.float32, device="cpu")[:, None] * self._frequency
         torch.cos(angles, out=self.cos[self.ready : end])
         torch.sin(angles, out=self.sin[self.ready : end])
         self.ready = end

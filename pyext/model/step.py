@@ -143,7 +143,7 @@ class _Capture:
         self.outputs: dict[str, np.ndarray] = {}
         self.taps: dict[int, np.ndarray] = {}
         self._keep: list = []
-        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._scratch = torch.empty(0, dtype=torch.uint8, device="cpu")
         c, rows = config, plan.rows
         self.q_size, self.kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         self.x = self._buffer(rows, c.hidden_size)
@@ -249,8 +249,8 @@ class _Capture:
     def head(self) -> None:
         rows, k, parts = self.plan.rows, self.plan.topk, self.weights.lm_head
         logits, top, lse = self._buffer(rows, self.config.vocab_size), self._buffer(rows), self._buffer(rows)
-        argmax = torch.zeros(rows, dtype=torch.int32)
-        ids, values = torch.zeros(rows, k, dtype=torch.int32), self._buffer(rows, k)
+        argmax = torch.zeros(rows, dtype=torch.int32, device="cpu")
+        ids, values = torch.zeros(rows, k, dtype=torch.int32, device="cpu"), self._buffer(rows, k)
         self.linear(
             self.x,
             parts,
@@ -278,7 +278,7 @@ class _Capture:
         self.taps[i] = out.numpy()
 
     def _buffer(self, *shape: int) -> torch.Tensor:
-        tensor = torch.zeros(*shape)
+        tensor = torch.zeros(*shape, dtype=torch.float32, device="cpu")
         self._keep.append(tensor)
         return tensor
 
@@ -291,7 +291,7 @@ class _Capture:
         """One scratch for all calls: they run one after another."""
         users = [args for args in self.calls if hasattr(args, "scratch")]
         size = max(native.scratch_bytes(args) for args in users) if users else 0
-        self._scratch = torch.empty(size + 64, dtype=torch.uint8)
+        self._scratch = torch.empty(size + 64, dtype=torch.uint8, device="cpu")
         address = (self._scratch.data_ptr() + 63) // 64 * 64
         for args in users:
             args.scratch = address

@@ -111,7 +111,9 @@ class Settings:
         rows = [part.shape[0] for part in parts]
         bias = None
         if any(b is not None for b in biases):
-            bias = torch.cat([torch.zeros(n) if b is None else b.float() for n, b in zip(rows, biases, strict=True)])
+            bias = torch.cat(
+                [torch.zeros(n, dtype=torch.float32, device="cpu") if b is None else b.float() for n, b in zip(rows, biases, strict=True)]
+            )
         dense = [part for part in parts if isinstance(part, Tensor)]
         if len(dense) == len(parts):
             return (self.hold(torch.cat([part.to(self.dtype) for part in dense]), bias),)

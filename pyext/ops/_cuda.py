@@ -138,7 +138,7 @@ def _run_linear(
     args.variant = n.VARIANTS["few rows" if invariant() else LINEAR_VARIANT]
     slices, panels, scratch, tickets = -(-args.K // args.slice), -(-N // PANEL), None, None
     if slices > 1:  # in blocks of up to 256 outputs and 64 rows
-        scratch = torch.empty(slices * -(-N // 256) * 256 * min(-(-M // 64) * 64, LINEAR_ROWS), device=x.device)
+        scratch = torch.empty(slices * -(-N // 256) * 256 * min(-(-M // 64) * 64, LINEAR_ROWS), dtype=torch.float32, device=x.device)
         tickets = n.tickets(x.device, panels * (LINEAR_ROWS // 32))
         args.scratch, args.tickets = scratch.data_ptr(), tickets.data_ptr()
     n.run(args, rows, result, bias, residual, *weight, scratch, tickets)
@@ -328,7 +328,7 @@ def _attend(args: ctypes.Structure, outs: Outputs, q: Tensor, k: Tensor, v: Tens
     args.type, args.page, args.pages = n.TYPES[q.dtype], k.shape[1], k.shape[0]
     for name, x, axes in (("q", q, "bth"), ("out", result, "bth"), ("lse", lse, "bt"), ("k", k, "bsh"), ("v", v, "bsh")):
         _place(args, name, x, axes)
-    scratch = torch.empty(max(1, n.library().attention_scratch(ctypes.addressof(args)) // 4), device=q.device)
+    scratch = torch.empty(max(1, n.library().attention_scratch(ctypes.addressof(args)) // 4), dtype=torch.float32, device=q.device)
     args.scratch = scratch.data_ptr()
     n.run(args, q, result, lse, k, v, *rest, scratch)
     if result is not out:

@@ -44,13 +44,12 @@ class _Checked:
 
     def __call__(self, inputs: tuple) -> Any:
         key = tuple([(x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in inputs])
-        try:
-            return self._seen[key]
-        except KeyError:
+        results = self._seen.get(key, self)  # self: not seen; None is what a check may return
+        if results is self:
             results = self.check(*inputs)
-        if len(self._seen) >= self.most:
-            self._seen.clear()
-        self._seen[key] = results
+            if len(self._seen) >= self.most:
+                self._seen.clear()
+            self._seen[key] = results
         return results
 
 

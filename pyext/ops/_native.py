@@ -154,8 +154,8 @@ def row_stats(outs: Outputs, logits: Tensor) -> None:
 def topk_logits(outs: Outputs, logits: Tensor, k: int) -> None:
     """The k largest of each row: values, ids."""
     R = logits.shape[0]
-    values, ids = torch.empty(R, k), torch.empty(R, k, dtype=torch.int32)
-    _stats(logits, torch.empty(R, dtype=torch.int32), torch.empty(R), torch.empty(R), values, ids)
+    values, ids = _f32(R, k), _i32(R, k)
+    _stats(logits, _i32(R), _f32(R), _f32(R), values, ids)
     outs[0].copy_(values)
     outs[1].copy_(ids)
 
@@ -180,7 +180,7 @@ def tree_attention(
     out, lse = outs
     B, T, Hq, D = q.shape
     ancestors = ancestors.contiguous()
-    depth = torch.empty(B, T, dtype=torch.int32)
+    depth = _i32(B, T)
     n.check_words(ancestors, tail_rows, depth)
     offset, rows = _whole_tails(B, T)
     args = n.AttentionArgs(B=B, T=T, Hq=Hq, Hkv=tail_k.shape[2], D=D, scale=scale, window=window, sink=sink)
@@ -206,7 +206,7 @@ def tree_attention(
 @lru_cache(maxsize=64)
 def _whole_tails(B: int, T: int) -> tuple[Tensor, Tensor]:
     """Where each sequence's tail begins among B * T rows, and T for each: read only."""
-    return torch.arange(0, B * T, T, dtype=torch.int32), torch.full((B,), T, dtype=torch.int32)
+    return torch.arange(0, B * T, T, dtype=torch.int32, device="cpu"), torch.full((B,), T, dtype=torch.int32, device="cpu")
 
 
 def interval_attention(outs: Outputs, q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float) -> None:
@@ -239,7 +239,7 @@ def attention_colsum(
         args.page_table, args.table_stride, args.page = page_table.data_ptr(), page_table.stride(0), k.shape[1]
     args.lse, args.lse_stride_b, args.lse_stride_t = lse.data_ptr(), *lse.stride()[:2]
     args.prefix_len, args.tail_rows = prefix_len.data_ptr(), n.pointer(tail_rows)
-    depth = torch.arange(T, dtype=torch.int32).expand(B, T).contiguous()
+    depth = torch.arange(T, dtype=torch.int32, device="cpu").expand(B, T).contiguous()
     if ancestors is not None and window:
         n.check_words(ancestors.contiguous(), tail_rows, depth)
     args.depth = depth.data_ptr()
@@ -326,7 +326,7 @@ def verify_sample(
 
 def _walk(outs: Outputs, args: Structure, tokens: Tensor, parents: Tensor, n_rows: Tensor) -> None:
     tokens, parents, n_rows = ids32(tokens), ids32(parents), n_rows.contiguous()
-    results = [out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype) for out in outs]
+    results = [out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format) for out in outs]
     args.B, args.T = tokens.shape
     args.tokens, args.parents, args.n_rows = tokens.data_ptr(), parents.data_ptr(), n_rows.data_ptr()
     args.path, args.count, args.bonus = (result.data_ptr() for result in results)
@@ -338,7 +338,7 @@ def _walk(outs: Outputs, args: Structure, tokens: Tensor, parents: Tensor, n_row
 def residual_sample(outs: Outputs, p: Tensor, q: Tensor, u: Tensor) -> None:
     """Ids of draws from what p has more than q."""
     n = native()
-    u, ids = u.contiguous(), outs[0] if outs[0].is_contiguous() else torch.empty(outs[0].shape, dtype=outs[0].dtype)
+    u, ids = u.contiguous(), outs[0] if outs[0].is_contiguous() else _i32(*outs[0].shape)
     args = n.ResidualArgs(rows=p.shape[0], V=p.shape[1], dtype=n.DTYPES[p.dtype], p=p.data_ptr(), p_stride=p.stride(0))
     args.q, args.q_stride, args.u, args.ids = q.data_ptr(), q.stride(0), u.data_ptr(), ids.data_ptr()
     _run_with_scratch(args)
@@ -362,6 +362,15 @@ def _run_with_scratch(args: Structure) -> None:
     del scratch  # named, so that it lives until here
 
 
+def _f32(*shape: int) -> Tensor:
+    """Memory for a kernel to write. Whatever torch's defaults are: a buffer of another dtype or device would be overrun."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def _i32(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.int32, device="cpu")
+
+
 def _rows(x: Tensor) -> Tensor:
     """x [..., K] as f32 [M, K]; a view where strides and dtype allow."""
     return x.reshape(-1, x.shape[-1]).float()
@@ -371,7 +380,7 @@ def _target(out: Tensor) -> Tensor:
     """f32 rows [M, N] for a kernel to write: `out` itself where it is such a thing, else a buffer."""
     if out.dtype == torch.float32 and out.is_contiguous():
         return out.view(-1, out.shape[-1])
-    return torch.empty(out.numel() // out.shape[-1], out.shape[-1])
+    return _f32(out.numel() // out.shape[-1], out.shape[-1])
 
 
 def _store(rows: Tensor, out: Tensor) -> None:

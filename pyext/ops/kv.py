@@ -96,7 +96,7 @@ def _check_slots(op: str, name: str, counts: Tensor, most: int, length: Tensor, 
 
 def _check_path(path: Tensor, count: Tensor, T: int) -> None:
     """Accepted rows are rows of the tail."""
-    used = torch.arange(path.shape[1]) < count[:, None]
+    used = torch.arange(path.shape[1], device="cpu") < count[:, None]
     wrong = used & ((path < 0) | (path >= T))
     if wrong.any():
         b, i = wrong.nonzero()[0].tolist()

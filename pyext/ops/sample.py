@@ -101,7 +101,7 @@ def _check_values(logits, tokens, parents, n_rows, temperature, seed, position, 
         raise ValueError(f"verify_sample: position is {position.tolist()}; takes 0 or more.")
     if q is None:
         return
-    row, V = torch.arange(tokens.shape[1]), q.shape[2]
+    row, V = torch.arange(tokens.shape[1], device="cpu"), q.shape[2]
     wrong = (row > 0) & (row < n_rows[:, None]) & ((tokens < 0) | (tokens >= V))  # the root was not drawn
     if wrong.any():
         b, i = wrong.nonzero()[0].tolist()

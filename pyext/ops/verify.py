@@ -88,7 +88,7 @@ def check_rows(check: Shapes, name: str, T: int) -> None:
 def check_tree(op: str, parents: Tensor, n_rows: Tensor) -> None:
     """n_rows and parents, on the CPU, make trees."""
     T = parents.shape[1]
-    row = torch.arange(T)
+    row = torch.arange(T, device="cpu")
     for b, n in enumerate(n_rows.tolist()):
         if not 1 <= n <= T:
             raise ValueError(f"{op}: n_rows[{b}] is {n}; takes 1 to {T}.")

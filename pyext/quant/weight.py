@@ -51,7 +51,7 @@ class QuantizedWeight:
         if self.perm is not None:
             _dtype("perm", self.perm, (torch.int32,))
             _shape("perm", self.perm, (K,))
-            if not torch.equal(self.perm.long().sort().values.cpu(), torch.arange(K)):
+            if not torch.equal(self.perm.long().sort().values.cpu(), torch.arange(K, device="cpu")):
                 raise ValueError(f"QuantizedWeight: perm is not a permutation; takes every input 0 to {K - 1} once.")
 
     @property
