@@ -33,7 +33,7 @@ def headline(root: Path) -> str:
 
 
 def _best_ways(doc: dict[str, Any]) -> str:
-    """A line for each kind of decoding, its fastest way in each cell."""
+    """A line for each kind of decoding, its fastest way in each cell; of methods also how they stand to plain decoding."""
     rows = [row for row in doc["rows"] if row["status"] == "ok"]
     columns = list(dict.fromkeys(_column(row) for row in rows))
     formats = list(dict.fromkeys(name.partition(", ")[2] for name in (row["provider"] for row in rows) if name.startswith("ramify plain")))
@@ -44,6 +44,7 @@ def _best_ways(doc: dict[str, Any]) -> str:
     for kind in formats:
         end = f", {kind}" if kind else ""
         kinds[f"ramify plain{end}"] = lambda name, end=end: name == f"ramify plain{end}"
+        kinds[f"ramify auto, the default{end}"] = lambda name, end=end: name == f"ramify auto{end}"
         kinds[f"ramify, its fastest method{end}"] = lambda name, kind=kind: (
             name.startswith("ramify ") and not name.startswith("ramify plain") and name.partition(", ")[2] == kind
         )
@@ -53,8 +54,13 @@ def _best_ways(doc: dict[str, Any]) -> str:
         for column in columns:
             found = [row for row in rows if mine(row["provider"]) and _column(row) == column]
             best = max(found, key=lambda row: row["tokens_per_second"], default=None)
-            named = f" ({best['provider'].removeprefix('ramify ').partition(',')[0]})" if best and "method" in title else ""
-            cells.append(f"{best['tokens_per_second']:.0f}{named}" if best else "-")
+            if best is None:
+                cells.append("-")
+                continue
+            over = [f"{best['over_plain']:.2f}x"] if "over_plain" in best and title.startswith("ramify") and "plain" not in title else []
+            named = [best["provider"].removeprefix("ramify ").partition(",")[0]] if "method" in title else []
+            beside = f" ({', '.join(over + named)})" if over or named else ""
+            cells.append(f"{best['tokens_per_second']:.0f}{beside}")
         lines.append([title, *cells])
     return f"{_where(doc)}\n\n{table(['tokens a second', *columns], lines)}"
 

@@ -126,6 +126,10 @@ def describe(found: Sequence[Measured], temperature: float) -> str:
     return "\n".join([table(heading, rows), "", *_remarks(found, temperature)])
 
 
+_RESTLESS = 0.5
+"""Spread of plain decoding from which on the machine was too busy for any verdict."""
+
+
 def _remarks(found: Sequence[Measured], temperature: float) -> list[str]:
     plain = found[0]
     parted = [each for each in found if each.parts_from(plain) is not None]
@@ -134,13 +138,17 @@ def _remarks(found: Sequence[Measured], temperature: float) -> list[str]:
         lines.append("Sampled: a lossless method keeps the distribution of the text; only some keep the text of a seed as well.")
     if bad := wrong(found, temperature):
         lines.append(f"check failed: {', '.join(bad)} should have given the text of plain decoding.")
-    best = max(found, key=lambda each: each.tokens_per_second)
+    idle = [each.name for each in found[1:] if each.tokens_per_step <= 1]
+    if idle:
+        lines.append(f"{', '.join(idle)}: no step brought more than a token; guessing did not pay here, and so was given up.")
+    best = max((each for each in found if each is plain or each.name not in idle), key=lambda each: each.tokens_per_second)
     same = "same text" if best.parts_from(plain) is None else "another text"
     times = _ratio(best.tokens_per_second, plain.tokens_per_second)
     if best is plain:
         lines.append("verdict: plain is the fastest here")
-    elif not best.beats(plain):
-        lines.append(f"verdict: open; the median of {best.name} is {times:.2f}x that of plain, {same}, and their runs overlap")
+    elif not best.beats(plain) or plain.spread > _RESTLESS:
+        why = "their runs overlap" if not best.beats(plain) else f"those of plain lie {plain.spread:.0%} apart"
+        lines.append(f"verdict: open; the median of {best.name} is {times:.2f}x that of plain, {same}, and {why}")
     else:
         lines.append(f"verdict: {best.name}, {times:.2f}x plain, {same}")
     return lines

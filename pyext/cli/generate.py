@@ -196,7 +196,7 @@ def check_drafter(drafter: str | None, methods: list[str]) -> None:
 
 def read_prompt(args: argparse.Namespace) -> str:
     """The prompt: the argument, the last word after --method where none is left, or standard input for "-". UTF-8, whatever the locale."""
-    if args.prompt is None and len(args.method) > 1:
+    if args.prompt is None and len(args.method) > 1 and args.method[-1] not in drafters.names():
         args.prompt = args.method.pop()
     if args.prompt is None:
         raise ValueError(

@@ -1,7 +1,8 @@
 """How an op reaches torch: one `define` gives it a functional form, an out form, a fake and a backend to run on.
 
 The classic `torch.library.Library` is used because it costs a third of `custom_op` per call and needs no torch at build time.
-No gradient is registered: ops are for inference, and one that is asked for a gradient says so.
+No gradient is registered: ops are for inference. The public functions say so when a backward pass comes; torch.ops' own forms leave a
+gradient out, as torch warns, and forward-mode tangents are 0.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -42,10 +42,11 @@ def tree_attention(
     window: a row at position p sees keys above p - window; a row's position is prefix_len + its ancestors without itself.
     sink: with a window, the first slots that stay visible. tail_rows int32 [B]: rows in use; the others give 0 and -inf.
 
-    Returns o [B, T, Hq, D] in q's dtype (, lse float32 [B, T, Hq], natural logarithm, with return_lse). Slots that no row sees
-    may hold anything. A row that sees a score, scale * q k, which is NaN or beyond float32 is NaN, in o and lse. Raises ValueError
-    for shapes and values, lengths and bits included where the tensors are on the CPU; TypeError for dtypes. Source: arXiv
-    2305.09781; the softmax is the integer-reference one that makes rows independent.
+    Returns o [B, T, Hq, D] in q's dtype (, lse float32 [B, T, Hq], natural logarithm, with return_lse). Slots of the prefix that no row
+    sees may hold anything; a value of the tail that is NaN or infinite reaches every row of its sequence. A row that sees a score,
+    scale * q k, which is NaN or beyond float32 is NaN, in o and lse. Raises ValueError for shapes and values, lengths and bits included
+    where the tensors are on the CPU or under ramify.debug; TypeError for dtypes. Source: arXiv 2305.09781; the softmax is the
+    integer-reference one that makes rows independent.
     """
     tensor("tree_attention", "q", q)
     D = math.prod(q.shape[-1:]) or 1  # no D, or one of 0, is for the check to refuse

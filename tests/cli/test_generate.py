@@ -3,11 +3,12 @@
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 import ramify
-from ramify.cli import main
+from ramify.cli import compare, main
 from ramify.registry import drafter
 from ramify.testing import FakeModel, FakeTokenizer
 
@@ -85,6 +86,30 @@ def test_table_of_a_comparison(model, capsys):
     assert code == 0 and lines[-1].startswith("verdict: ")
 
 
+@pytest.mark.parametrize(
+    ("runs", "said"),
+    [
+        ({"plain": (1.0, [10, 11]), "a": (1.5, [14, 15])}, "verdict: a, 1.38x plain, same text"),
+        (
+            {"plain": (1.0, [10, 11]), "a": (1.5, [9, 15])},
+            "the median of a is 1.14x that of plain, same text, and their runs",
+        ),
+        ({"plain": (1.0, [2, 11]), "a": (1.5, [90, 95])}, "and those of plain lie 138% apart"),
+        ({"plain": (1.0, [10, 11]), "a": (1.0, [90, 95])}, "verdict: plain is the fastest here"),
+        ({"plain": (1.0, [10, 11]), "a": (1.0, [90, 95]), "b": (2.0, [20, 21])}, "a: no step brought more than a token"),
+    ],
+)
+def test_verdicts(runs, said):
+    """A method that drafted nothing is never the fastest, and no verdict stands on runs that lie far apart."""
+    stats = {"steps": 5, "seconds": dict.fromkeys(("draft", "forward", "verify", "commit"), 1.0)}
+    found = [compare.Measured(name, True) for name in runs]
+    for each, (per_step, rates) in zip(found, runs.values()):
+        for rate in rates:
+            numbers = SimpleNamespace(tokens_per_second=float(rate), tokens_per_step=per_step, **stats)
+            each.outs.append(SimpleNamespace(stats=numbers, token_ids=[1, 2], text="x"))
+    assert said in compare.describe(found, 0.0)
+
+
 def test_default_methods_are_those_that_can_run(model, capsys):
     code, out, _ = run(capsys, "--compare", "--model", "somewhere", "--json", "--repeat", "1", "--max-new-tokens", "4", PROMPT)
     names = [each["name"] for each in json.loads(out)["methods"]]
@@ -119,6 +144,7 @@ def test_prompt_from_standard_input(model, capsys, monkeypatch):
         (["--method", "", "plain", "--", PROMPT], "without --compare"),
         (["--method", "plain", ""], "empty"),
         (["--method", "plain"], "PROMPT is missing"),
+        (["--compare", "--method", "plain", "token_recycling"], "PROMPT is missing"),
         ([], "PROMPT is missing"),
         (["--max-new-tokens", "0", "--method", "plain", PROMPT], "max_new_tokens is 0"),
         (["--max-new-tokens", "5000", "--method", "plain", PROMPT], "5000"),

@@ -137,11 +137,11 @@ def test_headline(tmp_path):
         "ramify one, int8": 70.0,
     }
     row = document()["rows"][0]
-    rows = [{**row, "provider": name, "tokens_per_second": speed} for name, speed in speeds.items()]
+    rows = [{**row, "provider": name, "tokens_per_second": speed, "over_plain": speed / 50} for name, speed in speeds.items()]
     rows.append({**row, "provider": "ramify plain, int8", "tokens_per_second": 65.0, "shape": {"model": "zoo", "temperature": 0.8}})
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     (tmp_path / "benchmarks/results/end_to_end.json").write_text(json.dumps(document(rows=rows)))
     text = docs.headline(tmp_path)
     assert "| transformers, its fastest way | 12 | - |" in text and "| ramify plain | 50 | - |" in text
-    assert "| ramify, its fastest method | 60 (one) | - |" in text
-    assert "| ramify plain, int8 | - | 65 |" in text and "| ramify, its fastest method, int8 | 70 (one) | - |" in text
+    assert "| ramify, its fastest method | 60 (1.21x, one) | - |" in text and "| ramify auto, the default | - | - |" in text
+    assert "| ramify plain, int8 | - | 65 |" in text and "| ramify, its fastest method, int8 | 70 (1.40x, one) | - |" in text
