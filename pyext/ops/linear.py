@@ -69,8 +69,9 @@ def linear(
     """activation(x W^T + bias) + residual, rounded once.
 
     x [..., K], weight [N, K], bias [N], residual [..., N], each of any float dtype; activation None or "silu". Sums run in
-    float32 or wider. On a GPU the product of a plain weight is cuBLAS's, rounded before bias and residual are added. Returns [..., N] in x's dtype. On the CPU a plain weight is repacked in every call: pass a PackedWeight
-    when there are many. Raises ValueError for shapes and an unknown activation, TypeError for dtypes.
+    float32 or wider. Returns [..., N] in x's dtype. On the CPU a plain weight is repacked in every call: pass a PackedWeight
+    when there are many. On a GPU the product with a plain weight is cuBLAS's, rounded before bias and residual are added. Raises
+    ValueError for shapes and an unknown activation, TypeError for dtypes.
 
     A QuantizedWeight is packed at its first use on the CPU. `activations` says how it takes x: "int8" rounds a row to int8 with
     one scale (the default for int8 and int4 on the CPU), "int8-group" with one scale for every group of the weight (128 inputs

@@ -351,8 +351,19 @@ def calls():
             ops.tree_attention(*case.tensors, **case.options, window=window, sink=2)
         tree = {"ancestors": case.ancestors, "page_table": case.page_table}
         ops.attention_colsum(case.q, case.k, lse, case.prefix_len, window=window, sink=2, **tree)
-    for variant, T in ((_cuda.COLUMNS, 3), (_cuda.COLUMNS, 20), (_cuda.ROWS, 66)):  # of sm_90a
-        case = attention_case([130], T, 1, 1, 64, dtype=BF16, page=16, tree="random", seed=1)
+    for D in (96, 128, 256):  # each head size is a kernel of its own
+        case = attention_case([70], 5, 2, 1, D, dtype=BF16, tree="random", seed=1)
+        ops.tree_attention(*case.tensors, **case.options)
+        with ramify.row_invariant(True):
+            ops.tree_attention(*case.tensors, **case.options)
+    for variant, T, D in (
+        (_cuda.COLUMNS, 3, 64),
+        (_cuda.COLUMNS, 20, 64),
+        (_cuda.COLUMNS, 3, 256),
+        (_cuda.ROWS, 66, 64),
+        (_cuda.ROWS, 66, 256),
+    ):
+        case = attention_case([130], T, 1, 1, D, dtype=BF16, page=16, tree="random", seed=1)  # of sm_90a
         _cuda.VARIANT = variant
         ops.tree_attention(*(t.contiguous() for t in case.tensors), **case.options)
         _cuda.VARIANT = _cuda.AUTOMATIC
