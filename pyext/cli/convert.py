@@ -2,7 +2,10 @@
 
 import argparse
 import json
-from collections.abc import Iterable
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +29,7 @@ def add_parser(commands: Any) -> None:
     add("--calibration-tokens", type=int, default=16384, metavar="N", help="tokens of it to use at most (default 16384)")
     add("--head", default="int8", metavar="FORMAT", help='format of the head once loaded, or "none" to leave it (default int8)')
     add("--evaluate", type=Path, metavar="FILE", help="measure perplexity on this text before and after; the zoo has its own")
-    add("--force", action="store_true", help="replace OUT where it is a checkpoint folder")
+    add("--force", action="store_true", help="replace OUT where it is a checkpoint folder and holds nothing else")
     add("--json", action="store_true", help="print one JSON object and nothing else")
     parser.set_defaults(run=run)
 
@@ -35,20 +38,40 @@ def run(args: argparse.Namespace) -> int:
     """Convert, with a progress bar on a terminal."""
     from ramify.convert import convert
 
-    made = convert(
-        args.source,
-        args.out,
-        to=args.to,
-        method=args.method,
-        calibration=args.calibration,
-        head=None if args.head == "none" else args.head,
-        evaluate=args.evaluate,
-        force=args.force,
-        calibration_tokens=args.calibration_tokens,
-        progress=progress,
-    )
+    with signals_as_exits():
+        made = convert(
+            args.source,
+            args.out,
+            to=args.to,
+            method=args.method,
+            calibration=args.calibration,
+            head=None if args.head == "none" else args.head,
+            evaluate=args.evaluate,
+            force=args.force,
+            calibration_tokens=args.calibration_tokens,
+            progress=progress,
+        )
     print(json.dumps(made.record(), indent=2) if args.json else describe(made))
     return 0
+
+
+@contextmanager
+def signals_as_exits() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP raise SystemExit (128 + the signal), so that what was begun is removed, as it is on Ctrl-C."""
+
+    def leave(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one must not break off the removal
+        raise SystemExit(128 + number)
+
+    in_main = threading.current_thread() is threading.main_thread()  # no other thread may set handlers
+    ours = [each for each in (signal.SIGTERM, signal.SIGHUP) if in_main and signal.getsignal(each) is signal.SIG_DFL]
+    for each in ours:
+        signal.signal(each, leave)
+    try:
+        yield
+    finally:
+        for each in ours:
+            signal.signal(each, signal.SIG_DFL)
 
 
 def progress(layers: Iterable[int]) -> Iterable[int]:

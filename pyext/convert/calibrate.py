@@ -22,6 +22,12 @@ STAGES = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 WINDOW = 512
 """Tokens of a calibration text that see each other."""
 
+TOKENS = 16384
+"""Of a calibration text that are read where nobody says how many."""
+
+ZOO_TEXT = "Python standard library sources"
+"""What a zoo model is calibrated on where no text is given."""
+
 
 def windows(tokenizer: Tokenizer | None, text: str | Path | None, is_zoo: bool, limit: int) -> list[list[int]]:
     """Calibration text as lists of at most WINDOW ids, `limit` ids in all.

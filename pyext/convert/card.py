@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ramify.convert import calibrate
+
 if TYPE_CHECKING:
     from ramify.convert.convert import Conversion
 
@@ -81,6 +83,8 @@ def _evaluated(made: "Conversion") -> str:
 def _command(made: "Conversion", base: str) -> str:
     source = made.source if made.source.startswith("zoo") else base
     parts = [source, "OUT", f"--to {made.format}", f"--method {made.method}"]
-    if made.method == "gptq" and not made.source.startswith("zoo"):
+    if made.calibration not in (None, calibrate.ZOO_TEXT):
         parts.append("--calibration FILE")
+    if made.calibration_tokens not in (0, calibrate.TOKENS):
+        parts.append(f"--calibration-tokens {made.calibration_tokens}")
     return " ".join([*parts, f"--head {made.head or 'none'}"])

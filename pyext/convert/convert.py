@@ -27,7 +27,7 @@ from torch import Tensor
 from ramify.checks import one_of, whole
 from ramify.convert import calibrate
 from ramify.convert.card import card
-from ramify.convert.folder import NewFolder, refuse
+from ramify.convert.folder import KEPT_FILES, NewFolder, refuse
 from ramify.errors import UnsupportedModelError
 from ramify.model.checkpoint import Checkpoint
 from ramify.model.config import read_json
@@ -39,11 +39,6 @@ from ramify.model.weights import Settings, Weights
 from ramify.quant import METHODS, Format, QuantizedWeight, quantize
 from ramify.quant.sources.ramify import config_of, stored
 from ramify.zoo import corpus
-
-KEPT_FILES = (
-    *("generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template*", "LICENSE*", "NOTICE*", "USE_POLICY*"),
-)
 
 HELD_OUT_CHARACTERS = 4500
 """Of each held-out module that a zoo model is judged on: about 21,000 tokens in all."""
@@ -85,7 +80,7 @@ def convert(
     head: str | None = "int8",
     evaluate: str | Path | None = None,
     force: bool = False,
-    calibration_tokens: int = 16384,
+    calibration_tokens: int = calibrate.TOKENS,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Conversion:
     """Write a low-bit copy of a checkpoint folder (or "zoo", "zoo-drafter"): q, k, v, o, gate, up and down of every layer.
@@ -107,9 +102,11 @@ def convert(
     if method == "hqq":
         one_of("to", format.kind, ("int4",), 'convert: method "hqq"')
     whole("calibration_tokens", calibration_tokens, 2, "convert")
-    refuse(out, force)
+    if calibration is not None and method != "gptq":
+        raise ValueError(f'convert: calibration is given; method "{method}" takes none. Leave it out, or take method "gptq".')
     if out.exists() and folder.resolve().is_relative_to(out.resolve()):
         raise ValueError(f"convert: OUT {out} holds the checkpoint that is read; takes another folder.")
+    refuse(out, force)
     _refuse_quantised(folder)
     checkpoint = Checkpoint(folder, finite=True, name=str(source) if is_zoo else None)
     _check_groups(checkpoint, format, head_format)
@@ -118,7 +115,7 @@ def convert(
     judged = _judged(evaluate, is_zoo)
     made = Conversion(str(source), str(out), format.name, method, None if head_format is None else head_format.name)
     if texts:
-        made.calibration = "Python standard library sources" if calibration is None else _named(calibration)
+        made.calibration = calibrate.ZOO_TEXT if calibration is None else _named(calibration)
         made.calibration_tokens = sum(map(len, texts))
     with NewFolder(out, force) as new, torch.no_grad():  # made first: what cannot be written is told before the work
         if judged:

@@ -2,10 +2,12 @@
 
 import json
 import os
+import platform
+import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,39 +16,60 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ramify.errors import CheckpointError
 from ramify.model.checkpoint import INDEX, SINGLE
+from ramify.model.config import read_json
 
 SHARD = 2_000_000_000
 """Bytes of tensors in one safetensors file; also what is kept in memory before it is written."""
+
+KEPT_FILES = (
+    *("generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template*", "LICENSE*", "NOTICE*", "USE_POLICY*"),
+)
+"""Files of a checkpoint that a copy of it holds unchanged."""
+
+CHECKPOINT_FILES = (*KEPT_FILES, "*.safetensors", "*.json", "README*", "*.md", "*.model", "*.jinja", ".gitattributes")
+"""What --force may delete: a folder that holds anything else is more than a checkpoint."""
 
 
 class NewFolder:
     """`with NewFolder(out, force) as folder:` writes; leaving the block puts it in place, leaving it by an exception removes it.
 
-    Raises ValueError where `out` exists without `force`, or with it is no checkpoint folder that could be replaced, and where it cannot
+    Removes first what runs that were killed on this machine have left beside `out`. Raises ValueError where `out` exists without
+    `force`, whether from the start or only at the end, or with it is no checkpoint folder that could be replaced, and where it cannot
     be written: no such place, no permission, a full disk.
     """
 
     def __init__(self, out: Path, force: bool = False) -> None:
-        self.out = out
+        self.out, self.force = out, force
         refuse(out, force)
-        self.path = out.parent / f".{out.name}.{os.getpid()}.{time.monotonic_ns():x}.part"
+        self.path = out.parent / f".{out.name}.{os.getpid()}@{platform.node()}.{time.monotonic_ns():x}.part"
+        self._old = self.path.with_suffix(".old")
+        self._parents: list[Path] = []
         self._waiting: dict[str, Tensor] = {}
         self._shards: list[list[str]] = []
         self._bytes = 0
 
     def __enter__(self) -> "NewFolder":
-        with self._writing():
-            self.path.mkdir(parents=True)
+        try:
+            with self._writing():
+                self._parents = [folder for folder in self.path.parents if not folder.exists()]
+                _remove_leftovers(self.out)
+                self.path.mkdir(parents=True)
+        except BaseException:
+            self._remove()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             if kind is None:
+                refuse(self.out, self.force)  # again: the work took long enough for others to write here
                 with self._writing():
                     self._put_in_place()
         finally:
-            shutil.rmtree(self.path, ignore_errors=True)
+            self._remove()
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Keep a tensor for the current shard, and write the shard first where it would become too large."""
@@ -101,24 +124,76 @@ class NewFolder:
             raise ValueError(f"convert: OUT {self.out} cannot be written ({reason}); takes a new folder in a place that can be.") from None
 
     def _put_in_place(self) -> None:
-        if not self.out.exists():
-            self.path.rename(self.out)
+        if not self.force or not self.out.exists():
+            self.path.rename(self.out)  # the system refuses where a file, a link or a folder with files has come since the check
             return
-        old = self.path.with_suffix(".old")
-        self.out.rename(old)
         try:
+            self.out.rename(self._old)
             self.path.rename(self.out)
         except BaseException:
-            old.rename(self.out)
+            if not self.out.exists():
+                self._old.rename(self.out)
             raise
-        shutil.rmtree(old)
+
+    def _remove(self) -> None:
+        """What has not been put in place, what it replaced, and the folders above it that were made for it and hold nothing."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self.out.exists():
+            shutil.rmtree(self._old, ignore_errors=True)
+        with suppress(OSError):  # one that holds something, OUT above all
+            for folder in self._parents:
+                folder.rmdir()
 
 
 def refuse(out: Path, force: bool) -> None:
     """ValueError where `out` must not be written."""
+    if out.is_symlink():
+        raise ValueError(
+            f"convert: OUT {out} is a symbolic link to {out.readlink()}; takes a folder. Name the folder itself, or another one."
+        )
     if not out.exists():
         return
     if not force:
         raise ValueError(f"convert: OUT {out} exists; takes a new folder. Name another one, or give --force to replace it.")
-    if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
-        raise ValueError(f"convert: OUT {out} is no checkpoint folder, so --force does not replace it. Name another one.")
+    reason = _no_checkpoint(out)
+    if reason:
+        raise ValueError(f"convert: OUT {out} is no checkpoint folder, so --force does not replace it: {reason}. Name another one.")
+
+
+def _no_checkpoint(folder: Path) -> str:
+    """Why --force must not delete this; empty for a folder that is empty, or holds a checkpoint and nothing else."""
+    if not folder.is_dir():
+        return "it is a file"
+    held = sorted(folder.iterdir())
+    if not held:
+        return ""
+    try:
+        config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    except CheckpointError:
+        config = {}
+    if not config.keys() & {"model_type", "architectures", "quantization_config"}:
+        return "it has no config.json of a model"
+    if not any(each.name.endswith((".safetensors", ".safetensors.index.json")) for each in held):
+        return "it has no safetensors"
+    other = [each.name for each in held if not each.is_file() or not any(each.match(pattern) for pattern in CHECKPOINT_FILES)]
+    return f"it holds {other[0]} besides" if other else ""
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Delete what processes of this machine that are no more had begun to write as `out`, and what they had put aside for a new one."""
+    name = re.compile(rf"\.{re.escape(out.name)}\.(\d+)@{re.escape(platform.node())}\.[0-9a-f]+\.(part|old)")
+    for each in out.parent.iterdir() if out.parent.is_dir() else ():
+        found = name.fullmatch(each.name)
+        if found and not _lives(int(found[1])) and (found[2] == "part" or out.exists()):  # else it is the only one left
+            shutil.rmtree(each, ignore_errors=True)
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process has this number."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True

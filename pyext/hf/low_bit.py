@@ -1,7 +1,6 @@
 """LowBitLinear: a linear layer of a torch model whose weight is a QuantizedWeight."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +42,7 @@ class LowBitLinear(nn.Module):
         self.register_buffer("weight_zero", torch.empty(groups, dtype=torch.float16, device=device) if format.zero_point else None)
         self.register_buffer("weight_perm", torch.empty(K, dtype=torch.int32, device=device) if perm else None)
         self.bias = nn.Parameter(torch.empty(N, dtype=dtype, device=device), requires_grad=False) if bias else None
-        self._made: tuple[tuple[Any, ...], QuantizedWeight] | None = None
+        self._made: QuantizedWeight | None = None
 
     @classmethod
     def of(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> "LowBitLinear":
@@ -57,11 +56,14 @@ class LowBitLinear(nn.Module):
 
     @property
     def quantized(self) -> QuantizedWeight:
-        """The weight. The same object until a buffer is replaced, so that what kernels pack of it is packed once."""
-        buffers = tuple(getattr(self, name) for name in FIELDS.values())
-        if self._made is None or any(a is not b for a, b in zip(self._made[0], buffers)):
-            self._made = buffers, QuantizedWeight(self.format, *buffers)
-        return self._made[1]
+        """The weight. The same object until a buffer is replaced, so that what kernels pack of it is packed once until it changes."""
+        buffers = {part: getattr(self, name) for part, name in FIELDS.items()}
+        if self._made is None or any(getattr(self._made, part) is not buffer for part, buffer in buffers.items()):
+            self._made = QuantizedWeight(self.format, **buffers)
+            for part, tensor in self._made.state_dict().items():
+                if tensor is not buffers[part]:  # a copy, of one that was made in inference mode
+                    setattr(self, FIELDS[part], tensor)
+        return self._made
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype."""

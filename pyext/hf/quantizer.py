@@ -15,11 +15,19 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ramify.errors import CheckpointError
 from ramify.hf.low_bit import LowBitLinear
 from ramify.quant import Format, quantize
 from ramify.quant.sources.ramify import FIELDS, VERSION, Ramify, method_of
+from ramify.quant.weight import CODES, SCALES
 
 METHODS = ("ramify_w4", "ramify_w8")
+
+DTYPES = {
+    **{torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3"},
+    **{torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"},
+}
+"""As headers of safetensors write them."""
 
 
 class RamifyConfig(QuantizationConfigMixin):
@@ -58,7 +66,7 @@ class RamifyQuantizer(HfQuantizer):
         if not self.pre_quantized:  # what stays dense is written down, so that the saved folder loads alike
             config.modules_to_not_convert = sorted({*config.modules_to_not_convert, *get_keys_to_not_convert(model)})
         source = Ramify(vars(config))
-        stored = _stored_names(kwargs.get("checkpoint_files")) if self.pre_quantized else set()
+        stored = _Stored(kwargs.get("checkpoint_files"), str(model.base_model_prefix)) if self.pre_quantized else None
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and source.covers(name):
                 form, N, K = source.format_of(name), module.out_features, module.in_features
@@ -67,9 +75,21 @@ class RamifyQuantizer(HfQuantizer):
                         f'RamifyConfig: layer "{name}" has {K} inputs; {form.name} takes multiples of {form.group}. '
                         "Choose a smaller group, or name it in modules_to_not_convert."
                     )
-                perm = any(other.endswith(f"{name}.weight_perm") for other in stored)
+                perm = stored is not None and stored.check(name, form)
                 layer = LowBitLinear(form, N, K, module.bias is not None, perm, module.weight.dtype, device="meta")
                 model.set_submodule(name, layer)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        for name, layer in model.named_modules():
+            if not (self.pre_quantized and isinstance(layer, LowBitLinear)) or any(buffer.is_meta for buffer in layer.buffers()):
+                continue  # on meta: it lies on a disk until it is used
+            try:
+                layer.quantized  # noqa: B018 (it is made, and raises where the tensors make no weight)
+            except (ValueError, TypeError) as problem:
+                raise ValueError(f'from_pretrained: layer "{name}": {problem} Fetch the checkpoint again.') from None
+            for part in ("weight_scale", "weight_zero"):
+                if (tensor := getattr(layer, part)) is not None and not bool(tensor.isfinite().all()):
+                    raise _wrong(f"{name}.{part}", "holds NaN or infinity; takes finite numbers")
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """Dense weights of layers that are low-bit in the model."""
@@ -112,13 +132,38 @@ class _Quantize(ConversionOps):
         return named
 
 
-def _stored_names(files: Any) -> set[str]:
-    """Names of all tensors in the safetensors of a checkpoint."""
-    names: set[str] = set()
-    for file in files or ():
-        with safe_open(str(file), framework="pt") as shard:
-            names |= set(shard.keys())
-    return names
+class _Stored:
+    """The headers of a checkpoint's safetensors. No files, no complaints: then the tensors come from elsewhere."""
+
+    def __init__(self, files: Any, base: str) -> None:
+        """base: the prefix of names that a model with a head has and one without has not."""
+        self.base = base
+        self.dtypes: dict[str, str] = {}
+        for file in files or ():
+            with safe_open(str(file), framework="pt") as shard:
+                self.dtypes |= {name: shard.get_slice(name).get_dtype() for name in shard.keys()}  # noqa: SIM118
+
+    def check(self, layer: str, form: Format) -> bool:
+        """Whether the layer has an order of inputs. CheckpointError for a tensor that is missing or would be cast in silence."""
+        taken = {"weight": (DTYPES[CODES[form.kind]],), "weight_scale": tuple(DTYPES[scale] for scale in SCALES)}
+        if form.zero_point:
+            taken["weight_zero"] = ("F16",)
+        for part, dtypes in taken.items():
+            came = self._dtype(f"{layer}.{part}")
+            if came is None and self.dtypes:
+                raise _wrong(f"{layer}.{part}", f"is missing; the layer is {form.name}")
+            if came is not None and came not in dtypes:
+                raise _wrong(f"{layer}.{part}", f"is {came}; the layer is {form.name}, which takes {' or '.join(dtypes)}")
+        return self._dtype(f"{layer}.weight_perm") is not None
+
+    def _dtype(self, name: str) -> str | None:
+        """As the file writes it. A name may lack the base's prefix, here or in the file, or have one more."""
+        short = f".{name.removeprefix(f'{self.base}.')}"
+        return self.dtypes.get(name) or next((dtype for other, dtype in self.dtypes.items() if f".{other}".endswith(short)), None)
+
+
+def _wrong(tensor: str, says: str) -> CheckpointError:
+    return CheckpointError(f'from_pretrained: tensor "{tensor}" {says}. Fetch the checkpoint again.')
 
 
 for _method in METHODS:

@@ -198,5 +198,9 @@ class Weights:
             )
         weights.final_norm = settings.on_device(checkpoint.stored("final_norm").float().contiguous())
         head = checkpoint.tensor("lm_head") if "lm_head" in checkpoint.names else embed
-        weights.lm_head = settings.fuse([head], [None], settings.head)
+        try:
+            weights.lm_head = settings.fuse([head], [None], settings.head)
+        except ValueError as problem:
+            which = checkpoint.source_name("lm_head" if "lm_head" in checkpoint.names else "embed")
+            raise ValueError(f"load: {which}: {problem}") from None
         return weights

@@ -1,7 +1,10 @@
 """From the canonical low-bit weight to the bytes that the CPU kernels read: the "low bit" rows of csrc/common/layouts.h."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
 from ramify.quant.formats import BLOCK, Format
@@ -15,10 +18,16 @@ UNIT = 16
 
 
 def packed(weight: QuantizedWeight) -> Tensor:
-    """The weight's bytes for the CPU kernels, uint8, flat; made once and kept with the weight."""
-    if "cpu" not in weight._packed:
-        weight._packed["cpu"] = pack_panels(weight.format, weight.codes, weight.scale, weight.zero)
-    return weight._packed["cpu"]
+    """The weight's bytes for the CPU kernels, uint8, flat; kept with the weight until one of its tensors is replaced or changed.
+
+    A graph of torch.compile keeps the bytes that it was made with.
+    """
+    tensors = weight.codes, weight.scale, weight.zero
+    compiling = torch.compiler.is_compiling()
+    marks = None if compiling else [_mark(tensor) for tensor in tensors]
+    if weight._packed is None or (not compiling and weight._packed[1] != marks):
+        weight._packed = tensors, marks, pack_panels(weight.format, *tensors)
+    return weight._packed[2]
 
 
 def packed_bytes(form: Format, N: int, K: int, scale_dtype: torch.dtype) -> int:
@@ -71,3 +80,11 @@ def _poisoned(codes: Tensor, scale: Tensor, group: int) -> Tensor:
     scale = scale.repeat_interleave(BLOCK, 0)[: len(codes)]
     nan = functional.pad(nan, (0, -nan.shape[1] % BLOCK)).view(len(codes), -1, BLOCK).any(-1)
     return scale.masked_fill(nan, torch.nan)
+
+
+def _mark(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    """Unequal once a tensor that still exists is replaced or changed in place; always for one of inference mode, which counts none."""
+    if tensor is None:
+        return None
+    address = 0 if isinstance(tensor, FakeTensor) else tensor.data_ptr()
+    return id(tensor), address, object() if tensor.is_inference() else tensor._version

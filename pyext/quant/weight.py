@@ -22,6 +22,9 @@ class QuantizedWeight:
     float32, [N, K / group], [N, 1] for a whole row, [ceil(N / 128), ceil(K / 128)] for fp8 blocks. zero: float16 [N, K / group]
     for int4 with zero points, whole or fractional; otherwise None, and the zero is 8 for int4, 0 for the rest. perm: int32 [K] or
     None: column j of the codes multiplies input perm[j] (act-order). Raises ValueError for shapes, TypeError for dtypes.
+
+    A tensor may be replaced or changed in place: its version counter tells. Tensors of inference mode, which have none, are copied
+    once; a change through `.data` is not seen.
     """
 
     format: Format
@@ -29,8 +32,8 @@ class QuantizedWeight:
     scale: Tensor
     zero: Tensor | None = None
     perm: Tensor | None = None
-    _packed: dict[Any, Tensor] = field(default_factory=dict, repr=False)
-    """Kernel-ready bytes, made by the first op that needs them."""
+    _packed: tuple[tuple[Tensor | None, ...], Any, Tensor] | None = field(default=None, init=False, repr=False)
+    """Kernel-ready bytes behind the tensors that they were made of and their state then: what `packing.packed` has made."""
 
     def __post_init__(self) -> None:
         f, wanted = self.format, CODES[self.format.kind]
@@ -53,6 +56,10 @@ class QuantizedWeight:
             _shape("perm", self.perm, (K,))
             if not torch.equal(self.perm.long().sort().values.cpu(), torch.arange(K, device="cpu")):
                 raise ValueError(f"QuantizedWeight: perm is not a permutation; takes every input 0 to {K - 1} once.")
+        for name, tensor in self.state_dict().items():
+            if tensor.is_inference():
+                with torch.inference_mode(False):
+                    setattr(self, name, tensor.clone())
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -104,6 +107,27 @@ def test_interrupted(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("ramify.cli.convert.progress", stop)
     assert run(capsys, "zoo-drafter", tmp_path / "out", "--method", "rtn", "--evaluate", __file__)[0] == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_ended_by_a_signal(tmp_path, name):
+    """It removes what it had begun, parents too, before it leaves."""
+    code = f"""if True:
+        import os, signal, sys
+        import ramify.cli.convert
+        from ramify.cli import main
+
+        def layers(numbers):
+            print(os.listdir({str(tmp_path / "new")!r}), flush=True)
+            os.kill(os.getpid(), signal.{name})
+            return numbers
+
+        ramify.cli.convert.progress = layers
+        sys.exit(main(["convert", "zoo-drafter", {str(tmp_path / "new" / "out")!r}, "--method", "rtn", "--evaluate", {__file__!r}]))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ".part" in done.stdout and (done.returncode, done.stderr) == (128 + getattr(signal, name), "")
     assert list(tmp_path.iterdir()) == []
 
 

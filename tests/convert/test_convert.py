@@ -129,13 +129,23 @@ def test_the_card(source, tmp_path):
     for part in (
         f"GPTQ, calibrated on {made.calibration_tokens:,} tokens",
         f"| perplexity | {made.before.perplexity:.3f} | {made.after.perplexity:.3f} |",
-        "ramify convert model OUT --to int4-g64 --method gptq --calibration FILE --head int8",
+        "ramify convert model OUT --to int4-g64 --method gptq --calibration FILE --calibration-tokens ",
+        f" --calibration-tokens {made.calibration_tokens} --head int8`",
     ):
         assert part in text
     assert str(tmp_path) not in text
     convert(write(tmp_path / "named", {**CONFIG, "_name_or_path": "someone/model-7b"}), tmp_path / "b")
     assert "base_model: someone/model-7b" in (tmp_path / "b" / "README.md").read_text()
     assert "was not measured" in (tmp_path / "b" / "README.md").read_text()
+
+
+def test_the_card_of_a_zoo_model(tmp_path):
+    """Its own text needs no word; somebody's own does, and so does a number of tokens."""
+    for calibration, says in ((TEXT, "--calibration FILE --calibration-tokens 300"), (None, "--calibration-tokens 300")):
+        made = convert("zoo-drafter", tmp_path / "out", calibration=calibration, calibration_tokens=300, evaluate=TEXT[:99], force=True)
+        assert made.calibration_tokens == 300
+        command = f"convert zoo-drafter OUT --to int4-g64 --method gptq {says} --head int8`"
+        assert command in (tmp_path / "out" / "README.md").read_text()
 
 
 def dense(folder):
@@ -324,6 +334,8 @@ def poison(tensors):
         (None, {"method": "awq"}, ValueError, 'convert: method is "awq"; takes "rtn" or "hqq" or "gptq"'),
         (None, {"method": "gptq"}, ValueError, "calibration is missing.*--calibration FILE"),
         (None, {"method": "hqq", "to": "int8"}, ValueError, 'convert: method "hqq": to is "int8"; takes "int4"'),
+        (None, {"to": "int8", "calibration": TEXT}, ValueError, 'calibration is given; method "rtn" takes none'),
+        (None, {"method": "hqq", "calibration": TEXT}, ValueError, 'calibration is given; method "hqq" takes none'),
         (None, {"calibration_tokens": 1, "calibration": TEXT}, ValueError, "calibration_tokens is 1; takes 2 or more"),
         (None, {"evaluate": "", "method": "rtn"}, ValueError, "no token to predict"),
     ],
@@ -343,6 +355,8 @@ def test_refuses_groups_that_do_not_fit(tmp_path):
     narrow = write(tmp_path / "narrow", {**CONFIG, "hidden_size": 192, "num_attention_heads": 2, "intermediate_size": 256})
     with pytest.raises(ValueError, match=r'"lm_head\.weight" has K = 192; int4-g128'):
         convert(narrow, tmp_path / "b", to="int8", head="int4-g128")
+    with pytest.raises(ValueError, match=r"^load: lm_head\.weight: .*K = 192; int4-g128"):
+        ramify.load(narrow, weights="int4-g32", head="int4-g128")
 
 
 def test_refuses_quantised_input(source, tmp_path):

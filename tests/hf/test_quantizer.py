@@ -5,12 +5,12 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 import ramify
 from ramify.hf import LowBitLinear, RamifyConfig
-from ramify.quant import QuantizedWeight
+from ramify.quant import Format, QuantizedWeight, quantize
 
 SIZES = {
     "vocab_size": 61,
@@ -120,6 +120,90 @@ def test_refusals(dense):
         RamifyConfig("int5")
     with pytest.raises(ValueError, match=r'down_proj" has 192 inputs; int4-g128 takes multiples of 128'):
         load(dense["llama"], quantization_config=RamifyConfig("int4-g128"))
+
+
+LAYER = "model.layers.1.mlp.down_proj"
+
+
+def changed(folder, change):
+    """The folder after `change` of its tensors."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def poison(part):
+    """Something that makes no weight into the last number of a tensor."""
+
+    def change(tensors):
+        tensors[f"{LAYER}.{part}"].view(-1)[-1] = torch.nan
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "says"),
+    [
+        ("int8", lambda t: t.pop(f"{LAYER}.weight_scale"), rf'tensor "{LAYER}\.weight_scale" is missing; the layer is int8'),
+        ("int4-g64-zp", lambda t: t.pop(f"{LAYER}.weight_zero"), rf'"{LAYER}\.weight_zero" is missing'),
+        ("fp8", lambda t: t.pop(f"{LAYER}.weight"), rf'"{LAYER}\.weight" is missing'),
+        (
+            "int8",
+            lambda t: t.update({f"{LAYER}.weight": torch.ones(128, 192)}),
+            rf'"{LAYER}\.weight" is F32; the layer is int8, which takes I8',
+        ),
+        ("fp8", lambda t: t.update({f"{LAYER}.weight": torch.ones(128, 192).half()}), rf'"{LAYER}\.weight" is F16'),
+        ("int8", lambda t: t.update({f"{LAYER}.weight_scale": torch.ones(128, 1).int()}), rf'"{LAYER}\.weight_scale" is I32'),
+        ("int8", poison("weight_scale"), rf'"{LAYER}\.weight_scale" holds NaN or infinity'),
+        ("int4-g64-zp", poison("weight_zero"), rf'"{LAYER}\.weight_zero" holds NaN or infinity'),
+        ("int8", lambda t: t.update({f"{LAYER}.weight_perm": torch.zeros(192).int()}), rf'layer "{LAYER}": .*perm is not a permutation'),
+    ],
+)
+def test_damage_is_named(dense, tmp_path, form, change, says):
+    """Nothing is made up for what is missing, and nothing cast to codes."""
+    load(dense["llama"], quantization_config=RamifyConfig(form)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=says) as caught:
+        load(changed(tmp_path, change))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_base_model_of_a_folder(dense, tmp_path):
+    """Its names lack the prefix of the folder's, and the other way round."""
+    model = load(dense["llama"], quantization_config=RamifyConfig("int8"))
+    model.save_pretrained(tmp_path / "whole")
+    want = model.model(TOKENS).last_hidden_state
+    base = AutoModel.from_pretrained(tmp_path / "whole")
+    assert torch.equal(base(TOKENS).last_hidden_state, want)
+    base.save_pretrained(tmp_path / "base")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "base").model(TOKENS).last_hidden_state, want)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj\.weight_scale"):
+        AutoModel.from_pretrained(changed(tmp_path / "whole", lambda t: t.pop(f"{LAYER}.weight_scale")))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_layer_computes_with_what_it_holds(inference):
+    """After a state is loaded into it, after a change in place and after `.data =`; with tensors of inference mode as well."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 128, generator=g)
+
+    def made():
+        return LowBitLinear.of(quantize(torch.randn(64, 128, generator=g), Format("int4", 64)))
+
+    with torch.inference_mode(inference):
+        layer, other = made(), made()
+        first = layer(x)
+        assert not torch.equal(first, other(x)) and layer.quantized is layer.quantized
+        layer.load_state_dict(other.state_dict())
+        assert torch.equal(layer(x), other(x))
+        layer.weight_scale.mul_(2)
+        assert torch.equal(layer(x), 2 * other(x))
+        layer.weight_scale.data = layer.weight_scale * 2
+        assert torch.equal(layer(x), 4 * other(x))
+        layer.weight_scale = other.weight_scale.clone()
+        assert torch.equal(layer(x), other(x))
+        layer.weight_scale.mul_(2)
+        assert torch.equal(layer(x), 2 * other(x))
 
 
 def test_casts_leave_codes_and_scales(dense):

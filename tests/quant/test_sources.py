@@ -133,6 +133,10 @@ def ct(**weights):
     return {**CT, "config_groups": {"group_0": {**group, "weights": {**group["weights"], **weights}}}}
 
 
+def torchao(packing):
+    return {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4", "_data": {"int4_packing_format": packing}}}}
+
+
 @pytest.mark.parametrize(
     ("config", "says"),
     [
@@ -149,6 +153,8 @@ def ct(**weights):
         (ct(strategy="tensor_group"), "tensor_group"),
         ({**CT, "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24-bitmask"),
         ({**CT, "transform_config": {"config_groups": {"a": 1}}}, "transform_config"),
+        (torchao("tile_packed_to_4d"), "int4_packing_format tile_packed_to_4d; takes plain.*another quantisation"),
+        (torchao({"_type": "Int4PackingFormat", "_data": "TILE_PACKED_TO_4D"}), "int4_packing_format tile_packed_to_4d"),
         ({"quant_method": "ramify_w4", "format": "int5"}, "format int5; takes int8, int4-g32"),
         ({"quant_method": "ramify_w4", "format": "int8"}, "ramify_w8 for the format int8"),
         ({"quant_method": "ramify_w8", "format": "int8", "version": 2}, "version 2"),
@@ -178,6 +184,9 @@ def test_layers_that_are_refused():
     config, tensors, _ = opened("torchao-int8")
     refused(config, {**tensors, "proj._weight_zero_point": torch.ones(16, 1, dtype=torch.int8)}, "8-bit codes with zero points")
     refused(config, {**tensors, "proj._weight_act_pre_scale": torch.ones(256)}, "act_pre_scale")
+    tiles = {"proj._weight_qdata": torch.ones(2, 2, 32, 4, dtype=torch.int32), "proj._weight_scale_and_zero": torch.ones(4, 16, 2)}
+    refused(config, tiles, "codes packed in words .tile_packed_to_4d.*Fetch another quantisation")
+    assert source_of(torchao({"_data": "PLAIN"})) and source_of({**config, "quant_type": "int8_weight_only"})
     config, tensors, _ = opened("torchao-fp8")
     refused(config, {**tensors, "proj._weight_scale": torch.ones(16, 2)}, "2 float8 scales a row")
 
@@ -233,6 +242,23 @@ def test_damage_is_named(name):
         refused(config, {**tensors, key: wrong}, key, CheckpointError)
     N, K = expected.shape
     refused(config, tensors, rf"makes a weight \[{N}, {K}\]; config.json makes it \[{N + 8}, {K}\]", CheckpointError, (N + 8, K))
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_scales_are_finite(name, bad):
+    config, tensors, _ = opened(name)
+    [key] = [key for key in tensors if key in ("proj.scales", "proj.weight_scale", "proj._weight_scale")]
+    poisoned = tensors[key].clone()
+    poisoned.view(-1)[-1] = bad
+    refused(config, {**tensors, key: poisoned}, f'tensor "{key}" holds NaN or infinity', CheckpointError)
+
+
+@pytest.mark.parametrize("part", ["scale", "zero"])
+def test_own_scales_and_zeros_are_finite(part):
+    weight = made(Format("int4", 32, zero_point=True))
+    getattr(weight, part)[3, 1] = torch.inf
+    refused(config_of(weight.format), stored("proj", weight), f'"proj.weight_{part}" holds NaN or infinity', CheckpointError)
 
 
 def test_orders_that_make_no_sense():

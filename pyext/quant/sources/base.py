@@ -101,8 +101,14 @@ class Parts:
         return tensor
 
     def scale(self, name: str, *shape: int | None) -> Tensor:
-        """A tensor of scales, kept in its own dtype."""
-        return self.take(name, SCALES, *shape)
+        """A tensor of scales, all of them finite, kept in its own dtype."""
+        return self.finite(name, self.take(name, SCALES, *shape))
+
+    def finite(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor, if it holds no NaN and no infinity."""
+        if not bool(tensor.isfinite().all()):
+            raise self.wrong(name, "holds NaN or infinity; takes finite numbers")
+        return tensor
 
     def wrong(self, name: str, says: str) -> CheckpointError:
         """The error that says what is wrong with a tensor."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ramify.quant.formats import BLOCK, Format
 from ramify.quant.sources.base import Names, Parts, Source, count_groups, group_order, group_size, int4, int8, nibbles, refuse
-from ramify.quant.weight import SCALES, QuantizedWeight, pack_nibbles
+from ramify.quant.weight import QuantizedWeight, pack_nibbles
 
 PACKED, PLAIN = "pack-quantized", ("int-quantized", "float-quantized", "naive-quantized")
 UNUSED = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
@@ -138,7 +138,7 @@ class _Scheme:
         N, K = codes.shape
         if self.strategy == "block":
             form = Format("fp8", BLOCK)
-            return QuantizedWeight(form, codes, parts.take("weight_scale", SCALES, *form.scale_shape(N, K)))
+            return QuantizedWeight(form, codes, parts.scale("weight_scale", *form.scale_shape(N, K)))
         scale = self.scale(parts, N, K)
         if scale.shape[1] != 1:
             raise parts.beyond(f"has {scale.shape[1]} fp8 scales a row; takes one, or blocks of {BLOCK}")

@@ -14,7 +14,9 @@ from ramify.quant.weight import QuantizedWeight, pack_nibbles
 
 INT = (torch.int32,)
 V1_OFFSET = {4: 0x11111111, 8: 0x01010101}
-"""Version 1 files store zero - 1 in every field, by subtracting this from whole words; adding it back undoes the borrows too."""
+"""Version 1 files store zero - 1 in every field. GPTQModel, whose convention this is, subtracts this from whole words, so that a zero
+of 0 borrows from the field above it; adding it to whole words undoes the borrows as well. Fields that were written one by one, modulo
+2^bits, read the same but beside a zero of 0, where the carry makes the next zero one too large."""
 
 
 class Gptq(Source):

@@ -47,7 +47,7 @@ class Ramify(Source):
         N, K = parts.sized(codes.shape[0], codes.shape[1] * (2 if form.kind == "int4" else 1))
         groups = form.scale_shape(N, K)
         scale = parts.scale("weight_scale", *groups)
-        zero = parts.take("weight_zero", (torch.float16,), *groups) if form.zero_point else None
+        zero = parts.finite("weight_zero", parts.take("weight_zero", (torch.float16,), *groups)) if form.zero_point else None
         return QuantizedWeight(form, codes, scale, zero, parts.look("weight_perm", (torch.int32,), K))
 
 

@@ -5,11 +5,14 @@ int8 [N, K] with scales [N, groups] and int8 zeros (Int8Tensor, IntxUnpackedToIn
 [N, K / 2] of signed nibbles, lowest first, with scales and float zeros [groups, N] (Int4Tensor). Pickled checkpoints are not read.
 """
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ramify.quant.formats import Format
-from ramify.quant.sources.base import Parts, Source, int4, int8
+from ramify.quant.sources.base import Parts, Source, int4, int8, refuse
 from ramify.quant.weight import SCALES, QuantizedWeight, pack_nibbles
 
 BYTES = (torch.int8, torch.uint8)
@@ -22,7 +25,16 @@ class Torchao(Source):
     needed = ("_weight_qdata", "_weight_scale")
     optional = ("_weight_zero_point", "_weight_act_quant_scale", "_weight_act_quant_zero_point")
 
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        for packing in _packings(config.get("quant_type")):
+            if packing != "plain":
+                raise refuse("int4_packing_format", packing, "plain")
+
     def _read(self, parts: Parts) -> QuantizedWeight:
+        packed = parts.get(f"{parts.prefix}._weight_qdata")
+        if packed is not None and packed.dtype == torch.int32:
+            raise parts.beyond("has codes packed in words (tile_packed_to_4d, plain_int32); takes int4 codes in bytes (plain)")
         if parts.get(f"{parts.prefix}._weight_act_pre_scale") is not None:
             raise parts.beyond("scales its inputs (act_pre_scale); takes weights alone")
         codes = parts.take("_weight_qdata", (*BYTES, FP8), None, None)
@@ -45,6 +57,15 @@ class Torchao(Source):
             return int8(parts, codes, scale, zero)
         unsigned = None if zero is None else zero.to(torch.int16) + 8
         return int4(parts, pack_nibbles(codes + 8), scale, unsigned)
+
+
+def _packings(settings: Any) -> Iterator[str]:
+    """Every int4_packing_format, in small letters, that lies anywhere in the settings: a string, or an enum as {"_data": its name}."""
+    for key, value in settings.items() if isinstance(settings, Mapping) else ():
+        if key == "int4_packing_format":
+            yield str(value.get("_data") if isinstance(value, Mapping) else value).lower()
+        else:
+            yield from _packings(value)
 
 
 def _plain(parts: Parts, codes: Tensor, zero: Tensor) -> QuantizedWeight:
