@@ -13,6 +13,12 @@ def power2(i):
 
 
 @triton.jit
+def counted(at, most):
+    """The length at `at`, held to 0..most: it is data on a device, which no check has seen."""
+    return tl.minimum(tl.maximum(tl.load(at), 0), most)
+
+
+@triton.jit
 def load_tile(rows, d, live, D: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """Rows of D values at the pointers `rows`, [len(rows), BLOCK]; zeros beyond D and, with MASKED, where not live."""
     at = rows[:, None] + d[None, :]

@@ -7,7 +7,7 @@ order. No atomics: a slot's sum belongs to one program. Traffic: D * itemsize by
 import triton
 import triton.language as tl
 
-from ramify.kernels._softmax import load_tile, positions_seen
+from ramify.kernels._softmax import counted, load_tile, positions_seen
 from ramify.kernels.attention import LOG2E, work_type
 
 
@@ -27,10 +27,10 @@ def _colsum(
     BLOCK: tl.constexpr,  # D, rounded up to a power of two
 ):  # fmt: skip
     h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    n = tl.minimum(tl.load(prefix_len + b), slots)
+    n = counted(prefix_len + b, slots)
     used = T
     if USED:
-        used = tl.minimum(tl.load(tail_rows + b), T)
+        used = counted(tail_rows + b, T)
     slot, d, i = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS), tl.arange(0, BLOCK), tl.arange(0, ROWS)
     live = slot < n
     if WINDOW:

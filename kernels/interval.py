@@ -29,7 +29,7 @@ def _interval_attention(
     d, j = tl.arange(0, BLOCK), tl.arange(0, KEYS)
     t = r // group
     live = t < T
-    low = tl.maximum(tl.load(start + b * start_stride + t, mask=live, other=0), 0)
+    low = tl.minimum(tl.maximum(tl.load(start + b * start_stride + t, mask=live, other=0), 0), S)
     high = tl.minimum(tl.load(end + b * end_stride + t, mask=live, other=0), S)
     any_key = low < high
     first = tl.min(tl.where(any_key, low, 0x7FFFFFFF), 0)  # slots that some row sees: [first, last)
