@@ -167,7 +167,7 @@ def config(rows, D, itemsize, masked=False):
     if rows <= 32:
         return (16 if rows <= 16 else 32), keys, 4, 3
     if arch() // 10 in (9, 10):
-        return (64, keys, 8, 3) if D > 128 or masked else (64, keys, 4, 3) if rows <= 64 else (128, keys, 8, 3)
+        return (64, min(keys, 16 if masked else 64), 8, 3) if D > 128 else (64, keys, 8, 3) if masked else (64, keys, 4, 3) if rows <= 64 else (128, keys, 8, 3)
     return 64, min(keys, 16 if D > 128 else 64), 8, 3
 
 

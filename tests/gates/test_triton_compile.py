@@ -164,6 +164,7 @@ CASES = {
     "attention_colsum T1 D128": (lambda: attention_colsum(1, 128), (MMA,)),
     "attention_colsum T64 D256": (lambda: attention_colsum(64, 256), (MMA,)),
     "attention_colsum T16 D96 f32": (lambda: attention_colsum(16, 96, F32), ()),
+    "attention_colsum T16 D256 f32": (lambda: attention_colsum(16, 256, F32), ()),
     "attention_colsum T16 D64 f16 paged window": (lambda: attention_colsum(16, 64, F16, 64), (MMA,)),
     "interval_attention D128": (lambda: interval_attention(512, 128), (WIDE, "LDGSTS")),
     **{f"linear {form} M{M}": (lambda form=form, M=M: linear(form, M), ("HMMA", "LDGSTS")) for form, M in LOW_BIT},
@@ -182,6 +183,7 @@ CASES = {
     "tree_attention T64 D128": (lambda: tree_attention(64, 128), (WIDE, "LDGSTS")),
     "tree_attention T64 D256": (lambda: tree_attention(64, 256), (WIDE, "LDGSTS")),
     "tree_attention T16 D128 paged window": (lambda: tree_attention(16, 128, page=64, window=1024), (WIDE, "LDGSTS")),
+    "tree_attention T64 D256 paged window": (lambda: tree_attention(64, 256, page=64, window=1024), (WIDE, "LDGSTS")),
     "tree_attention T16 D128 f32": (lambda: tree_attention(16, 128, F32), ("LDGSTS",)),
     "tree_attention T1 D256 f32": (lambda: tree_attention(1, 256, F32), ("LDGSTS",)),
 }
