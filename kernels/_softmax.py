@@ -30,6 +30,14 @@ def load_tile(rows, d, live, D: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.co
 
 
 @triton.jit
+def again(rows, at, d, live, D: tl.constexpr, BLOCK: tl.constexpr, AGAIN: tl.constexpr):
+    """`rows`, which lie at the pointers `at`; with AGAIN read once more, so that no compiler holds them in registers across a loop."""
+    if AGAIN:
+        rows = tl.load(at[:, None] + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0, volatile=True).to(rows.dtype)
+    return rows
+
+
+@triton.jit
 def step(q, keys, values, seen, m, mass, acc, scale, MASKED: tl.constexpr):
     """Add a tile of keys to the running softmax of q's rows: reference m, sum of weights mass, weighted values acc.
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.runtime.driver import driver
 
-from ramify.kernels._softmax import NOTHING, counted, join, load_tile, positions_seen, step
+from ramify.kernels._softmax import NOTHING, again, counted, join, load_tile, positions_seen, step
 
 LOG2E = 1.4426950408889634
 FUSED, LINES = 8, 4  # chunks that `_join` adds at a time, and its rows a program
@@ -35,6 +35,7 @@ def _tree_attention(
     PAGE: tl.constexpr,  # slots of a page; 0: no pages
     ROWS: tl.constexpr,  # packed rows of one program
     KEYS: tl.constexpr,  # keys of a tile; divides 64
+    AGAIN: tl.constexpr,  # rows are read again for every tile
     BLOCK: tl.constexpr,  # D, rounded up to a power of two
 ):  # fmt: skip
     blocks = tl.cdiv(T * group, ROWS)
@@ -54,7 +55,8 @@ def _tree_attention(
     d, j = tl.arange(0, BLOCK), tl.arange(0, KEYS)
     t = r // group
     live = t < used
-    rows = load_tile(q + b * q_stride_b + t * q_stride_t + (h * group + r % group) * q_stride_h, d, live, D, BLOCK, True).to(WORK)
+    row_at = q + b * q_stride_b + t * q_stride_t + (h * group + r % group) * q_stride_h
+    rows = load_tile(row_at, d, live, D, BLOCK, True).to(WORK)
     word_at = ancestors + b * word_stride_b + t * word_stride_t
     m = tl.full([ROWS], NOTHING, tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
@@ -78,6 +80,7 @@ def _tree_attention(
         keys = load_tile(k + page * k_stride_b + slot * k_stride_s + h * k_stride_h, d, there, D, BLOCK, WINDOW or PAGE > 0)
         values = load_tile(v + page * v_stride_b + slot * v_stride_s + h * v_stride_h, d, there, D, BLOCK, WINDOW or PAGE > 0)
         seen = inside[None, :] & live[:, None]
+        rows = again(rows, row_at, d, live, D, BLOCK, AGAIN)
         m, mass, acc = step(rows, keys.to(WORK), values.to(WORK), seen, m, mass, acc, scale, WINDOW)
     for lo in range(rest, end, KEYS):
         at = lo + j
@@ -85,6 +88,7 @@ def _tree_attention(
         keys = load_tile(k + page * k_stride_b + slot * k_stride_s + h * k_stride_h, d, there, D, BLOCK, True)
         values = load_tile(v + page * v_stride_b + slot * v_stride_s + h * v_stride_h, d, there, D, BLOCK, True)
         seen = (at[None, :] < end) & (at[None, :] >= start[:, None])
+        rows = again(rows, row_at, d, live, D, BLOCK, AGAIN)
         m, mass, acc = step(rows, keys.to(WORK), values.to(WORK), seen, m, mass, acc, scale, True)
     for lo in range(0, own, KEYS):
         at = lo + j
@@ -95,6 +99,7 @@ def _tree_attention(
         if WINDOW:
             key_at = n + positions_seen(ancestors + b * word_stride_b + at * word_stride_t, at < own, words) - 1
             seen = seen & ((key_at[None, :] >= start[:, None]) | (key_at[None, :] < sink))
+        rows = again(rows, row_at, d, live, D, BLOCK, AGAIN)
         m, mass, acc = step(rows, keys.to(WORK), values.to(WORK), seen & (at[None, :] < own), m, mass, acc, scale, True)
 
     row = ((c * tl.num_programs(2) + b) * tl.num_programs(1) + h) * (T * group) + r
@@ -167,8 +172,15 @@ def config(rows, D, itemsize, masked=False):
     if rows <= 32:
         return (16 if rows <= 16 else 32), keys, 4, 3
     if arch() // 10 in (9, 10):
-        return (64, min(keys, 16 if masked else 64), 8, 3) if D > 128 else (64, keys, 8, 3) if masked else (64, keys, 4, 3) if rows <= 64 else (128, keys, 8, 3)
+        if D > 128:
+            return 64, min(keys, 16 if masked else 64), 8, 3
+        return (64, keys, 8, 3) if masked else (64, keys, 4, 3) if rows <= 64 else (128, keys, 8, 3)
     return 64, min(keys, 16 if D > 128 else 64), 8, 3
+
+
+def again_of(D, itemsize):
+    """Whether a program reads its rows again for every tile: f32 rows of more than 128 features, held, are 256 registers a thread."""
+    return itemsize == 4 and D > 128
 
 
 def work_type(q, k):
@@ -199,7 +211,7 @@ def tree_attention(q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, s
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *tail_k.stride()[:3], *tail_v.stride()[:3], *ancestors.stride()[:2],
         page_table.stride(0) if paged else 0, T, ancestors.shape[2], slots, k.shape[0], chunk, splits, group, window, sink, scale * LOG2E,
         D=D, WORK=kind, USED=tail_rows is not None, WINDOW=window > 0, PAGE=k.shape[1] if paged else 0,
-        ROWS=rows, KEYS=keys, BLOCK=block, num_warps=warps, num_stages=stages,
+        ROWS=rows, KEYS=keys, AGAIN=again_of(D, itemsize), BLOCK=block, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     _join[(triton.cdiv(T * group, LINES), Hkv, B)](
         part, stats, prefix_len, used, out, lse, *out.stride()[:3], *lse.stride()[:2], T, slots, chunk, splits, group,
