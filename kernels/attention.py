@@ -168,7 +168,7 @@ def config(rows, D, itemsize, masked=False):
     """
     keys = min(64, 16384 // (triton.next_power_of_2(D) * itemsize))
     if itemsize == 4:
-        return 16, max(keys // 2, 16), 8, 2
+        return 16, max(keys // 2, 16), 8, 1 if masked and D > 128 else 2
     if rows <= 32:
         return (16 if rows <= 16 else 32), keys, 4, 3
     if arch() // 10 in (9, 10):
