@@ -13,6 +13,12 @@ def power2(i):
 
 
 @triton.jit
+def counted(at, most):
+    """The length at `at`, held to 0..most: it is data on a device, which no check has seen."""
+    return tl.minimum(tl.maximum(tl.load(at), 0), most)
+
+
+@triton.jit
 def load_tile(rows, d, live, D: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """Rows of D values at the pointers `rows`, [len(rows), BLOCK]; zeros beyond D and, with MASKED, where not live."""
     at = rows[:, None] + d[None, :]
@@ -21,6 +27,14 @@ def load_tile(rows, d, live, D: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.co
     if D < BLOCK:
         return tl.load(at, mask=(d < D)[None, :], other=0.0)
     return tl.load(at)
+
+
+@triton.jit
+def again(rows, at, d, live, D: tl.constexpr, BLOCK: tl.constexpr, AGAIN: tl.constexpr):
+    """`rows`, which lie at the pointers `at`; with AGAIN read once more, so that no compiler holds them in registers across a loop."""
+    if AGAIN:
+        rows = tl.load(at[:, None] + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0, volatile=True).to(rows.dtype)
+    return rows
 
 
 @triton.jit

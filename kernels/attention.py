@@ -6,6 +6,7 @@ Tiling   a program = (sequence, KV head, block of the T * Hq/Hkv rows that share
 Schedule the grid covers the cache's capacity and lengths are read on the device, where chunks beyond them return at once: no plan
          on the host, no synchronisation, safe in a CUDA graph.
 Masks    whole tiles of the prefix run without mask code; only the tail reads ancestor words, one int64 per row and 64 keys.
+Outside  lengths are held to their tensors; slots of a page that does not exist are not read: zeros stand for them, as on CUDA.
 Softmax  in log2 units over an integral reference m: a weight is 2^frac(s) * 2^(floor(s) - m), so moving the reference is exact and
          neither tiles nor chunks show in a weight (row invariance; the sums inside one tl.dot are the hardware's).
 Traffic  2 * D * itemsize bytes a key and block of rows; partials: 4 * D bytes a row and chunk, at most a quarter of a bf16 cache.
@@ -15,18 +16,18 @@ import triton
 import triton.language as tl
 from triton.runtime.driver import driver
 
-from ramify.kernels._softmax import NOTHING, join, load_tile, positions_seen, step
+from ramify.kernels._softmax import NOTHING, again, counted, join, load_tile, positions_seen, step
 
 LOG2E = 1.4426950408889634
 FUSED, LINES = 8, 4  # chunks that `_join` adds at a time, and its rows a program
 
 
-@triton.jit(do_not_specialize=["T", "words", "slots", "window", "sink"])
+@triton.jit(do_not_specialize=["T", "words", "slots", "pages", "window", "sink"])
 def _tree_attention(
     q, k, v, tail_k, tail_v, ancestors, prefix_len, tail_rows, page_table, part, stats,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     tk_stride_b, tk_stride_t, tk_stride_h, tv_stride_b, tv_stride_t, tv_stride_h, word_stride_b, word_stride_t, table_stride,
-    T, words, slots, chunk, splits, group, window, sink, scale,
+    T, words, slots, pages, chunk, splits, group, window, sink, scale,
     D: tl.constexpr,  # head size
     WORK: tl.constexpr,  # dtype of both products' operands
     USED: tl.constexpr,  # tail_rows is given, else all T rows are in use
@@ -34,14 +35,15 @@ def _tree_attention(
     PAGE: tl.constexpr,  # slots of a page; 0: no pages
     ROWS: tl.constexpr,  # packed rows of one program
     KEYS: tl.constexpr,  # keys of a tile; divides 64
+    AGAIN: tl.constexpr,  # rows are read again for every tile
     BLOCK: tl.constexpr,  # D, rounded up to a power of two
 ):  # fmt: skip
     blocks = tl.cdiv(T * group, ROWS)
     c, h, b = tl.program_id(0) // blocks, tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    n = tl.minimum(tl.load(prefix_len + b), slots)
+    n = counted(prefix_len + b, slots)
     used = T
     if USED:
-        used = tl.minimum(tl.load(tail_rows + b), T)
+        used = counted(tail_rows + b, T)
     first_row = tl.program_id(0) % blocks * ROWS
     tail = c == splits - 1
     if first_row >= used * group:
@@ -53,7 +55,8 @@ def _tree_attention(
     d, j = tl.arange(0, BLOCK), tl.arange(0, KEYS)
     t = r // group
     live = t < used
-    rows = load_tile(q + b * q_stride_b + t * q_stride_t + (h * group + r % group) * q_stride_h, d, live, D, BLOCK, True).to(WORK)
+    row_at = q + b * q_stride_b + t * q_stride_t + (h * group + r % group) * q_stride_h
+    rows = load_tile(row_at, d, live, D, BLOCK, True).to(WORK)
     word_at = ancestors + b * word_stride_b + t * word_stride_t
     m = tl.full([ROWS], NOTHING, tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
@@ -73,17 +76,19 @@ def _tree_attention(
     for lo in range(begin, middle, KEYS):
         at = lo + j
         inside = at < middle  # of a whole tile all are, and neither this nor `seen` is looked at
-        page, slot = _place_of(at, inside, b, page_table + b * table_stride, PAGE)
-        keys = load_tile(k + page * k_stride_b + slot * k_stride_s + h * k_stride_h, d, inside, D, BLOCK, WINDOW)
-        values = load_tile(v + page * v_stride_b + slot * v_stride_s + h * v_stride_h, d, inside, D, BLOCK, WINDOW)
+        page, slot, there = _place_of(at, inside, b, page_table + b * table_stride, pages, PAGE)
+        keys = load_tile(k + page * k_stride_b + slot * k_stride_s + h * k_stride_h, d, there, D, BLOCK, WINDOW or PAGE > 0)
+        values = load_tile(v + page * v_stride_b + slot * v_stride_s + h * v_stride_h, d, there, D, BLOCK, WINDOW or PAGE > 0)
         seen = inside[None, :] & live[:, None]
+        rows = again(rows, row_at, d, live, D, BLOCK, AGAIN)
         m, mass, acc = step(rows, keys.to(WORK), values.to(WORK), seen, m, mass, acc, scale, WINDOW)
     for lo in range(rest, end, KEYS):
         at = lo + j
-        page, slot = _place_of(at, at < end, b, page_table + b * table_stride, PAGE)
-        keys = load_tile(k + page * k_stride_b + slot * k_stride_s + h * k_stride_h, d, at < end, D, BLOCK, True)
-        values = load_tile(v + page * v_stride_b + slot * v_stride_s + h * v_stride_h, d, at < end, D, BLOCK, True)
+        page, slot, there = _place_of(at, at < end, b, page_table + b * table_stride, pages, PAGE)
+        keys = load_tile(k + page * k_stride_b + slot * k_stride_s + h * k_stride_h, d, there, D, BLOCK, True)
+        values = load_tile(v + page * v_stride_b + slot * v_stride_s + h * v_stride_h, d, there, D, BLOCK, True)
         seen = (at[None, :] < end) & (at[None, :] >= start[:, None])
+        rows = again(rows, row_at, d, live, D, BLOCK, AGAIN)
         m, mass, acc = step(rows, keys.to(WORK), values.to(WORK), seen, m, mass, acc, scale, True)
     for lo in range(0, own, KEYS):
         at = lo + j
@@ -94,6 +99,7 @@ def _tree_attention(
         if WINDOW:
             key_at = n + positions_seen(ancestors + b * word_stride_b + at * word_stride_t, at < own, words) - 1
             seen = seen & ((key_at[None, :] >= start[:, None]) | (key_at[None, :] < sink))
+        rows = again(rows, row_at, d, live, D, BLOCK, AGAIN)
         m, mass, acc = step(rows, keys.to(WORK), values.to(WORK), seen & (at[None, :] < own), m, mass, acc, scale, True)
 
     row = ((c * tl.num_programs(2) + b) * tl.num_programs(1) + h) * (T * group) + r
@@ -104,12 +110,13 @@ def _tree_attention(
 
 
 @triton.jit
-def _place_of(at, live, b, table, PAGE: tl.constexpr):
-    """(page, or sequence b without pages; slot in it) of the positions `at`, int64."""
+def _place_of(at, live, b, table, pages, PAGE: tl.constexpr):
+    """(page, or sequence b without pages; slot in it), int64, of the positions `at`; whether one is live and its page exists."""
     page, slot = b, at.to(tl.int64)
     if PAGE > 0:
         page, slot = tl.load(table + at // PAGE, mask=live, other=0).to(tl.int64), (at % PAGE).to(tl.int64)
-    return page, slot
+        live = live & (page >= 0) & (page < pages)
+    return page, slot, live
 
 
 @triton.jit(do_not_specialize=["T", "slots"])
@@ -123,10 +130,10 @@ def _join(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    n = tl.minimum(tl.load(prefix_len + b), slots)
+    n = counted(prefix_len + b, slots)
     used = T
     if USED:
-        used = tl.minimum(tl.load(tail_rows + b), T)
+        used = counted(tail_rows + b, T)
     r = tl.program_id(0) * LINES + tl.arange(0, LINES)
     t, d, i = r // group, tl.arange(0, BLOCK), tl.arange(0, FUSED)
     m, mass, acc = tl.full([LINES], NOTHING, tl.float32), tl.zeros([LINES], tl.float32), tl.zeros([LINES, BLOCK], tl.float32)
@@ -161,12 +168,19 @@ def config(rows, D, itemsize, masked=False):
     """
     keys = min(64, 16384 // (triton.next_power_of_2(D) * itemsize))
     if itemsize == 4:
-        return 16, max(keys // 2, 16), 8, 2
+        return 16, max(keys // 2, 16), 8, 1 if masked and D > 128 else 2
     if rows <= 32:
         return (16 if rows <= 16 else 32), keys, 4, 3
     if arch() // 10 in (9, 10):
-        return (64, keys, 8, 3) if D > 128 or masked else (64, keys, 4, 3) if rows <= 64 else (128, keys, 8, 3)
+        if D > 128:
+            return 64, min(keys, 16 if masked else 64), 8, 3
+        return (64, keys, 8, 3) if masked else (64, keys, 4, 3) if rows <= 64 else (128, keys, 8, 3)
     return 64, min(keys, 16 if D > 128 else 64), 8, 3
+
+
+def again_of(D, itemsize):
+    """Whether a program reads its rows again for every tile: f32 rows of more than 128 features, held, are 256 registers a thread."""
+    return itemsize == 4 and D > 128
 
 
 def work_type(q, k):
@@ -195,9 +209,9 @@ def tree_attention(q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, s
     _tree_attention[(splits * triton.cdiv(T * group, rows), Hkv, B)](
         q, k, v, tail_k, tail_v, ancestors, prefix_len, used, page_table if paged else prefix_len, part, stats,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *tail_k.stride()[:3], *tail_v.stride()[:3], *ancestors.stride()[:2],
-        page_table.stride(0) if paged else 0, T, ancestors.shape[2], slots, chunk, splits, group, window, sink, scale * LOG2E,
+        page_table.stride(0) if paged else 0, T, ancestors.shape[2], slots, k.shape[0], chunk, splits, group, window, sink, scale * LOG2E,
         D=D, WORK=kind, USED=tail_rows is not None, WINDOW=window > 0, PAGE=k.shape[1] if paged else 0,
-        ROWS=rows, KEYS=keys, BLOCK=block, num_warps=warps, num_stages=stages,
+        ROWS=rows, KEYS=keys, AGAIN=again_of(D, itemsize), BLOCK=block, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     _join[(triton.cdiv(T * group, LINES), Hkv, B)](
         part, stats, prefix_len, used, out, lse, *out.stride()[:3], *lse.stride()[:2], T, slots, chunk, splits, group,

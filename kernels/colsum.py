@@ -7,7 +7,7 @@ order. No atomics: a slot's sum belongs to one program. Traffic: D * itemsize by
 import triton
 import triton.language as tl
 
-from ramify.kernels._softmax import load_tile, positions_seen
+from ramify.kernels._softmax import counted, load_tile, positions_seen
 from ramify.kernels.attention import LOG2E, work_type
 
 
@@ -27,10 +27,10 @@ def _colsum(
     BLOCK: tl.constexpr,  # D, rounded up to a power of two
 ):  # fmt: skip
     h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    n = tl.minimum(tl.load(prefix_len + b), slots)
+    n = counted(prefix_len + b, slots)
     used = T
     if USED:
-        used = tl.minimum(tl.load(tail_rows + b), T)
+        used = counted(tail_rows + b, T)
     slot, d, i = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS), tl.arange(0, BLOCK), tl.arange(0, ROWS)
     live = slot < n
     if WINDOW:
@@ -61,8 +61,13 @@ def _colsum(
 
 
 def config(rows, D, itemsize):
-    """(ROWS, SLOTS, warps) of packed rows a KV head, head size and bytes of an operand."""
-    return (16, 16, 8) if itemsize == 4 else (16 if rows <= 16 or D > 128 else 32, 64, 8 if D > 128 else 4)
+    """(ROWS, SLOTS, warps, stages) of packed rows a KV head, head size and bytes of an operand.
+
+    Stages ahead make the compiler hold the f32 keys of a loop in registers, 256 a thread at head size 256: one stage leaves them shared.
+    """
+    if itemsize == 4:
+        return 16, 16, 8, 1 if D > 128 else 3
+    return 16 if rows <= 16 or D > 128 else 32, 64, 8 if D > 128 else 4, 3
 
 
 def attention_colsum(q, k, lse, prefix_len, ancestors, page_table, scale, window, sink, tail_rows, out):
@@ -70,12 +75,12 @@ def attention_colsum(q, k, lse, prefix_len, ancestors, page_table, scale, window
     (B, T, Hq, D), Hkv, slots = q.shape, k.shape[2], out.shape[2]
     paged, tree = page_table is not None, ancestors is not None
     kind, itemsize = work_type(q, k)
-    rows, tile, warps = config(T * (Hq // Hkv), D, itemsize)
+    rows, tile, warps, stages = config(T * (Hq // Hkv), D, itemsize)
     _colsum[(triton.cdiv(slots, tile), Hkv, B)](
         q, k, lse, prefix_len, prefix_len if tail_rows is None else tail_rows, ancestors if tree else prefix_len,
         page_table if paged else prefix_len, out, *q.stride()[:3], *k.stride()[:3], *lse.stride()[:2],
         *(ancestors.stride()[:2] if tree else (0, 0)), page_table.stride(0) if paged else 0, *out.stride()[:2],
         T, ancestors.shape[2] if tree else 1, slots, k.shape[0], Hq // Hkv, window, sink, scale * LOG2E,
         D=D, WORK=kind, USED=tail_rows is not None, WINDOW=window > 0, TREE=tree, PAGE=k.shape[1] if paged else 0,
-        ROWS=rows, SLOTS=tile, BLOCK=triton.next_power_of_2(D), num_warps=warps,
+        ROWS=rows, SLOTS=tile, BLOCK=triton.next_power_of_2(D), num_warps=warps, num_stages=stages,
     )  # fmt: skip

@@ -30,9 +30,9 @@ def _rms_norm(
     tl.store(out + r * out_stride + col, (h * scale * w).to(out.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def _rope(
-    x, cos, sin, positions, out, x_stride_t, x_stride_h, out_stride_t, out_stride_h, table_stride, heads, half, D,
+    x, cos, sin, positions, out, x_stride_t, x_stride_h, out_stride_t, out_stride_h, table_stride, P, heads, half, D,
     HEADS: tl.constexpr,  # heads of one program
     HALF: tl.constexpr,  # half the turned features, rounded up to a power of two
     REST: tl.constexpr,  # features that pass unchanged, rounded up; 0: none
@@ -42,8 +42,9 @@ def _rope(
     col = tl.arange(0, HALF)[None, :]
     live = (h < heads) & (col < half)
     position = tl.load(positions + t).to(tl.int64)
-    c = tl.load(cos + position * table_stride + col, mask=col < half, other=0.0)
-    s = tl.load(sin + position * table_stride + col, mask=col < half, other=0.0)
+    known = (position >= 0) & (position < P)  # a position outside the tables reads nothing and gives NaN
+    c = tl.load(cos + position * table_stride + col, mask=known & (col < half), other=float("nan"))
+    s = tl.load(sin + position * table_stride + col, mask=known & (col < half), other=float("nan"))
     from_x, to_out = x + t * x_stride_t + h * x_stride_h, out + t * out_stride_t + h * out_stride_h
     first = tl.load(from_x + col, mask=live, other=0.0).to(tl.float32)
     second = tl.load(from_x + half + col, mask=live, other=0.0).to(tl.float32)
@@ -149,11 +150,11 @@ def rms_norm(x, weight, residual, out, summed, eps):
 
 def rope(x, cos, sin, positions, out):
     """out [M, H, D] = heads of x turned by their row's position [M]."""
-    (M, heads, D), half = x.shape, cos.shape[1]
+    (M, heads, D), (P, half) = x.shape, cos.shape
     tile = min(triton.next_power_of_2(heads), 8)
     rest = D - 2 * half
     _rope[(M, triton.cdiv(heads, tile))](
-        x, cos, sin, positions, out, x.stride(0), x.stride(1), out.stride(0), out.stride(1), cos.stride(0), heads, half, D,
+        x, cos, sin, positions, out, x.stride(0), x.stride(1), out.stride(0), out.stride(1), cos.stride(0), P, heads, half, D,
         HEADS=tile, HALF=triton.next_power_of_2(max(half, 1)), REST=triton.next_power_of_2(rest) if rest else 0, num_warps=4,
     )  # fmt: skip
 

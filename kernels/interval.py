@@ -9,8 +9,8 @@ its rows sees. Tiles that all of them see run without mask code. No split over k
 import triton
 import triton.language as tl
 
-from ramify.kernels._softmax import NOTHING, load_tile, step
-from ramify.kernels.attention import LOG2E, config, work_type
+from ramify.kernels._softmax import NOTHING, again, load_tile, step
+from ramify.kernels.attention import LOG2E, again_of, config, work_type
 
 
 @triton.jit(do_not_specialize=["T", "S"])
@@ -22,6 +22,7 @@ def _interval_attention(
     WORK: tl.constexpr,  # dtype of both products' operands
     ROWS: tl.constexpr,  # packed rows of one program
     KEYS: tl.constexpr,  # keys of a tile
+    AGAIN: tl.constexpr,  # rows are read again for every tile
     BLOCK: tl.constexpr,  # D, rounded up to a power of two
 ):  # fmt: skip
     h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -29,7 +30,7 @@ def _interval_attention(
     d, j = tl.arange(0, BLOCK), tl.arange(0, KEYS)
     t = r // group
     live = t < T
-    low = tl.maximum(tl.load(start + b * start_stride + t, mask=live, other=0), 0)
+    low = tl.minimum(tl.maximum(tl.load(start + b * start_stride + t, mask=live, other=0), 0), S)
     high = tl.minimum(tl.load(end + b * end_stride + t, mask=live, other=0), S)
     any_key = low < high
     first = tl.min(tl.where(any_key, low, 0x7FFFFFFF), 0)  # slots that some row sees: [first, last)
@@ -41,7 +42,8 @@ def _interval_attention(
     rest = whole + tl.maximum(to_all - whole, 0) // KEYS * KEYS
 
     head = h * group + r % group
-    rows = load_tile(q + b * q_stride_b + t.to(tl.int64) * q_stride_t + head * q_stride_h, d, live, D, BLOCK, True).to(WORK)
+    row_at = q + b * q_stride_b + t.to(tl.int64) * q_stride_t + head * q_stride_h
+    rows = load_tile(row_at, d, live, D, BLOCK, True).to(WORK)
     m = tl.full([ROWS], NOTHING, tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -50,6 +52,7 @@ def _interval_attention(
         at = (lo + j).to(tl.int64)
         keys = load_tile(from_k + at * k_stride_s, d, live, D, BLOCK, False).to(WORK)
         values = load_tile(from_v + at * v_stride_s, d, live, D, BLOCK, False).to(WORK)
+        rows = again(rows, row_at, d, live, D, BLOCK, AGAIN)
         m, mass, acc = step(rows, keys, values, live[:, None], m, mass, acc, scale, False)
     for part in range(2):  # what lies before and behind the tiles that all rows see
         from_slot, to_slot = tl.where(part == 0, begin, rest), tl.where(part == 0, whole, last)
@@ -59,6 +62,7 @@ def _interval_attention(
             used = tl.max(seen.to(tl.int32), 0) > 0  # 0 * NaN is NaN: what nobody sees must not reach the products
             keys = load_tile(from_k + at * k_stride_s, d, used, D, BLOCK, True).to(WORK)
             values = load_tile(from_v + at * v_stride_s, d, used, D, BLOCK, True).to(WORK)
+            rows = again(rows, row_at, d, live, D, BLOCK, AGAIN)
             m, mass, acc = step(rows, keys, values, seen, m, mass, acc, scale, True)
     saw = mass != 0
     mass = tl.where(saw, mass, 1.0)
@@ -95,7 +99,8 @@ def interval_attention(q, k, v, start, end, scale, out, lse):
     _interval_attention[(triton.cdiv(T * group, rows), Hkv, B)](
         q, k, v, start, end, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], start.stride(0), end.stride(0),
         *out.stride()[:3], *lse.stride()[:2], T, S, group, scale * LOG2E,
-        D=D, WORK=kind, ROWS=rows, KEYS=keys, BLOCK=triton.next_power_of_2(D), num_warps=warps, num_stages=stages,
+        D=D, WORK=kind, ROWS=rows, KEYS=keys, AGAIN=again_of(D, itemsize), BLOCK=triton.next_power_of_2(D),
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 

@@ -85,13 +85,14 @@ def _draw(
     heat = tl.load(temperature + b)
     if heat > 0:
         index = tl.load(position + b).to(tl.int64)
-        parent = tl.load(parents + b * parent_stride + t).to(tl.int64)
-        while parent >= 0:
+        row, parent = t, tl.load(parents + b * parent_stride + t).to(tl.int64)
+        while (parent >= 0) & (parent < row):  # a parent stands before its child, so this ends and stays in the tree
             index += 1
-            parent = tl.load(parents + b * parent_stride + parent).to(tl.int64)
+            row = parent
+            parent = tl.load(parents + b * parent_stride + row).to(tl.int64)
         target = uniform(tl.load(seed + b), index, SAMPLE, index * 0) * total
         chunk, last = _holder(share, c, target, 0.0)
-        chunk = tl.where(chunk == _BIG, last, chunk)
+        chunk = tl.maximum(tl.where(chunk == _BIG, last, chunk), 0)  # of no weight at all (NaN, say) nothing is drawn: -1
         before = tl.sum(tl.where(c < chunk, share, 0.0), 0)
         col = chunk * BLOCK + tl.arange(0, BLOCK)
         token, last = _holder(_weights(x + b * stride_b + t * stride_t, col, V, heat, top), col, target, before)
@@ -217,7 +218,7 @@ def _residual_draw(
     share = tl.where(nothing, whole, share)
     target = tl.load(u + r).to(tl.float64) * tl.sum(share, 0)
     chunk, last = _holder(share, c, target, 0.0)
-    chunk = tl.where(chunk == _BIG, last, chunk)
+    chunk = tl.maximum(tl.where(chunk == _BIG, last, chunk), 0)  # of no weight at all (NaN, say) nothing is drawn: -1
     before = tl.sum(tl.where(c < chunk, share, 0.0), 0)
     col = chunk * BLOCK + tl.arange(0, BLOCK)
     w = tl.load(p + r * p_stride + col, mask=col < V, other=0.0).to(tl.float64)
