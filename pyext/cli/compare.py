@@ -126,8 +126,9 @@ def describe(found: Sequence[Measured], temperature: float) -> str:
     return "\n".join([table(heading, rows), "", *_remarks(found, temperature)])
 
 
-_RESTLESS = 0.5
-"""Spread of plain decoding from which on the machine was too busy for any verdict."""
+def _restless(plain: Measured) -> str:
+    """Why no verdict stands on runs of plain decoding that lie this far apart: the machine was too busy."""
+    return f"those of plain lie {plain.spread:.0%} apart" if plain.spread > 0.5 else ""
 
 
 def _remarks(found: Sequence[Measured], temperature: float) -> list[str]:
@@ -146,9 +147,8 @@ def _remarks(found: Sequence[Measured], temperature: float) -> list[str]:
     times = _ratio(best.tokens_per_second, plain.tokens_per_second)
     if best is plain:
         lines.append("verdict: plain is the fastest here")
-    elif not best.beats(plain) or plain.spread > _RESTLESS:
-        why = "their runs overlap" if not best.beats(plain) else f"those of plain lie {plain.spread:.0%} apart"
-        lines.append(f"verdict: open; the median of {best.name} is {times:.2f}x that of plain, {same}, and {why}")
+    elif doubt := "their runs overlap" if not best.beats(plain) else _restless(plain):
+        lines.append(f"verdict: open; the median of {best.name} is {times:.2f}x that of plain, {same}, and {doubt}")
     else:
         lines.append(f"verdict: {best.name}, {times:.2f}x plain, {same}")
     return lines
