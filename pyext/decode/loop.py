@@ -42,7 +42,6 @@ def decode(
     clock = Clock()
     drafter.bind(model, requests)
     size.bind(model, requests)
-    wants = drafter.wants
     cache = model.new_cache([r.capacity for r in requests]) if cache is None else cache
     live = list(range(len(outs)))
     try:
@@ -56,6 +55,7 @@ def decode(
                 roots = [out.ids[-1] for out in group.outs]
                 tree = _proposed(drafter, live, roots, rows) if max(rows) > 1 else TokenTree.roots(roots)
             with clock.forward:
+                wants = drafter.wants
                 wanted = {"taps": wants.taps, "topk": wants.topk, "logits": wants.logits or group.needs_logits}
                 out = model.forward(tree, group.view, **wanted, **group.draws())
             with clock.verify:

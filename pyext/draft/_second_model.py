@@ -1,8 +1,8 @@
 """A draft model and its cache, kept in step with the target's text.
 
-The text of a slot is what its cache holds plus `pending` tokens; the newest token is the next root and belongs to neither. A step feeds
-pending tokens as a chain above the root, so catching up costs no forward of its own. Rows that were run and then accepted are committed;
-accepted rows that were never run (the last guess of a chain) become pending.
+The newest token of a slot's text is the next root; what stands before it and is not in the cache yet is pending. A step feeds pending
+tokens as a chain above the root, so catching up costs no forward of its own. Rows that were run and then accepted are committed;
+accepted rows that were never run (the last guess of a chain) are pending then, and so is everything that others drafted.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class SecondModel:
         self.limit = model.config.max_positions
         self.capacities = [min(r.capacity, self.limit) for r in requests]
         self.cache: Any = None  # made by the first begin: a drafter that only watches needs none
-        self.pending: dict[int, list[int]] = {}
+        self.text: dict[int, list[int]] = {}
         self._length: dict[int, int] = {}  # committed tokens
         self._run: dict[int, Guessing] = {}
         self._view: Any = None  # of the slots in _run
@@ -68,13 +68,20 @@ class SecondModel:
         if self.cache is None:
             self.cache = self.model.new_cache(self.capacities)
         for slot, prompt in zip(slots, prompts, strict=True):
-            self.pending[slot], self._length[slot] = list(prompt[:-1]), 0
+            self.text[slot], self._length[slot] = list(prompt), 0
 
     def end(self, slots: Sequence[int]) -> None:
-        """Free these slots; those that never began or have ended are left alone."""
-        ended = [slot for slot in slots if self.pending.pop(slot, None) is not None]
-        if ended:
-            self.cache.free(ended if self.pending else range(len(self.capacities)))
+        """Free these slots; those that never began or have ended are left alone. A slot may begin again."""
+        ended = [slot for slot in slots if self.text.pop(slot, None) is not None]
+        if ended and self.text:
+            self.cache.free(ended)
+        elif ended:
+            self.cache.free(range(len(self.capacities)))
+            self.cache = None
+
+    def pending(self, slot: int) -> list[int]:
+        """What stands before the next root and not in the cache."""
+        return self.text[slot][self._length[slot] : -1]
 
     def start(self, slots: Sequence[int], roots: Sequence[int], rows: Sequence[int]) -> list[Guessing]:
         """Open a tree for every slot that may guess: more than one row allowed, and positions left in the draft model."""
@@ -82,7 +89,7 @@ class SecondModel:
         able = [i for i, slot in enumerate(slots) if rows[i] > 1 and self._room(slot, rows[i])]
         self._prefill([slots[i] for i in able], few=_FEW)
         for i in able:
-            self._run[slots[i]] = Guessing(slots[i], self.pending[slots[i]], roots[i])
+            self._run[slots[i]] = Guessing(slots[i], self.pending(slots[i]), roots[i])
         self._view = self.cache.of(list(self._run)) if able else None
         return list(self._run.values())
 
@@ -116,41 +123,41 @@ class SecondModel:
             t.fed = len(t.tokens)
         return out, [at[t.slot] for t in grown]
 
-    def settle(self, slots: Sequence[int], emitted: Sequence[list[int]], roots: Sequence[int], paths: Sequence[Any] | None) -> None:
-        """Follow what was emitted. paths: accepted nodes when the verified tree is the one that was run, None when it is another's."""
+    def follow(self, slots: Sequence[int], emitted: Sequence[list[int]]) -> None:
+        """Take down what was emitted after a tree that was another drafter's, or none: all of it is pending."""
+        for slot, tokens in zip(slots, emitted, strict=True):
+            self.text[slot] += tokens
+
+    def settle(self, slots: Sequence[int], emitted: Sequence[list[int]], paths: Sequence[Any]) -> None:
+        """Take down what was emitted after the tree that was run; its accepted rows (paths: nodes of the proposal) are committed."""
         keep = {slot: _NOTHING for slot in self._run}
-        for i, slot in enumerate(slots):
-            if not len(emitted[i]):
-                continue
+        for slot, path in zip(slots, paths, strict=True):
             guessing = self._run.get(slot)
-            new = [roots[i], *emitted[i][:-1]]  # what the text has gained that a cache may hold
-            if guessing is None or paths is None:
-                self.pending[slot] += new
+            if guessing is None or not len(path):
                 continue
             rows = list(range(guessing.head + 1))
-            for node in paths[i][1:]:
+            for node in path[1:]:
                 row = guessing.row_of.get(int(node))
                 if row is None:
                     break
                 rows.append(row)
             keep[slot] = np.array(rows, np.int32)
             self._length[slot] += len(rows)
-            self.pending[slot] = new[len(rows) - guessing.head :]
-        if paths is not None and self._view is not None:
+        self.follow(slots, emitted)
+        if self._view is not None:
             self._view.commit(list(keep.values()))
         self._run.clear()
         self._view = None
 
     def _room(self, slot: int, rows: int) -> bool:
-        return self._length[slot] + len(self.pending[slot]) + rows < self.limit
+        return len(self.text[slot]) - 1 + rows < self.limit
 
     def _prefill(self, slots: Sequence[int], few: int) -> None:
-        behind = [slot for slot in slots if len(self.pending[slot]) > few and len(self.pending[slot]) < self.limit]
+        behind = {slot: tokens for slot in slots if few < len(tokens := self.pending(slot)) < self.limit}
         if behind:
-            self.model.prefill([self.pending[slot] for slot in behind], self.cache, slots=behind)
-            for slot in behind:
-                self._length[slot] += len(self.pending[slot])
-                self.pending[slot] = []
+            self.model.prefill(list(behind.values()), self.cache, slots=list(behind))
+            for slot, tokens in behind.items():
+                self._length[slot] += len(tokens)
 
 
 class ModelDrafter(Drafter):
@@ -170,32 +177,27 @@ class ModelDrafter(Drafter):
         check_vocabulary(model, loaded_model("model", self.model, self.name))
         self.second = SecondModel(self.model, requests, self.name)
         self.params = [r.params for r in requests]
-        self.text: dict[int, list[int]] = {}
         self.last = None
 
     def begin(self, slots: Sequence[int], prompts: Sequence[list[int]]) -> None:
         """Take the prompts down for the draft model."""
-        for slot, prompt in zip(slots, prompts, strict=True):
-            self.text[slot] = list(prompt)
         self.second.begin(slots, prompts)
 
     def observe(self, slots: Sequence[int], tree: TokenTree, out: Any, verdict: Verdict) -> None:
         """Commit the rows of the draft model that were accepted; what it has not run waits for the next step."""
-        for slot, tokens in zip(slots, verdict.emitted, strict=True):
-            self.text[slot] += tokens
-        roots = tree.tokens[tree.row_start[:-1]].tolist()
-        self.second.settle(slots, verdict.emitted, roots, verdict.path if tree is self.last else None)
+        if tree is self.last:
+            self.second.settle(slots, verdict.emitted, verdict.path)
+        else:
+            self.second.follow(slots, verdict.emitted)
         self.last = None
 
     def end(self, slots: Sequence[int]) -> None:
         """Free the slots."""
-        for slot in slots:
-            self.text.pop(slot, None)
         self.second.end(slots)
 
     def sampling(self, slots: Sequence[int]) -> Sampling:
         """The parameters and texts of these slots, to process the draft model's logits like the target's."""
-        return Sampling([self.params[slot] for slot in slots], [self.text[slot] for slot in slots])
+        return Sampling([self.params[slot] for slot in slots], [self.second.text[slot] for slot in slots])
 
 
 ROOM = MAX_ROWS - _FEW - 1

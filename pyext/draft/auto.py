@@ -2,8 +2,9 @@
 
 The choice is a bandit's with known costs: each drafter has its own measured size policy, which says how many tokens per second its best
 width brings; the best one drafts, the others watch. A drafter nobody has met is expected to be decent and so is tried at once; one that
-fell behind is tried again at growing intervals, within a share of the time. A small model's step is over sooner than four drafters have
-watched it, so they watch later: steps are kept and shown many at a time, or when a drafter's turn comes.
+fell behind is visited again at growing intervals, within a share of the time. A small model's step is over sooner than four drafters have
+watched it. So a drafter sleeps (has not begun, wants nothing) until it is first asked to draft, and again when visits have failed for
+long; those awake watch later: steps are kept and shown many at a time, or when a drafter's turn comes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from ramify.draft.base import Drafter, Wants, drafter
 from ramify.model.step_out import StepOut
 from ramify.registry import drafter as drafters
 from ramify.size._experience import Experience, remembered
+from ramify.size._rest import MOST, Rest
+from ramify.size._cost import CostTable
 from ramify.size.base import SizePolicy
 from ramify.size.measured import Measured
 from ramify.tree import TokenTree
@@ -30,15 +33,16 @@ _FIRST, _LAST = 24, 512  # steps between two visits to drafters that are behind
 _VISIT = 3  # steps of a visit
 _REFUSED = 32  # steps before a visit that was too dear is thought of again: its price takes a third of a small model's step
 _KEPT = 64  # steps that wait to be watched, at most
+_SLEEPY = 4 * _FIRST  # steps between visits from which on a drafter that has failed one sleeps until the next
 PLAIN = -1  # where no drafter pays
 
 
 class Arm:
-    """A drafter and its size policy. seen: how many of the steps that are kept it has watched."""
+    """A drafter and its size policy. awake: whether it has begun. seen: how many of the steps that are kept it has watched."""
 
     def __init__(self, drafter: Drafter) -> None:
         self.drafter, self.size = drafter, Measured(about=f"auto {drafter.name}")
-        self.seen = 0
+        self.awake, self.seen = False, 0
 
     def watch(self, steps: Sequence[tuple]) -> None:
         """Watch the steps that it has not seen."""
@@ -60,7 +64,9 @@ class Auto(Drafter):
     arms: list[Arm] = field(default_factory=list, init=False, repr=False)
     wants: Wants = field(default=Wants(), init=False, repr=False)
     chosen: int = field(default=PLAIN, init=False)
-    _steps: list[tuple] = field(default_factory=list, init=False, repr=False)  # what arms have still to watch
+    _awake: list[Arm] = field(default_factory=list, init=False, repr=False)
+    _steps: list[tuple] = field(default_factory=list, init=False, repr=False)  # what they have still to watch
+    _text: dict[int, list[int]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         between("share", self.share, 0, 1, "auto")
@@ -68,13 +74,7 @@ class Auto(Drafter):
             needs = getattr(cls, "takes_model", "no") == "yes"
             if getattr(cls, "portfolio", False) and not (needs and self.model is None):
                 self.arms.append(Arm(_made(cls, **({"model": self.model} if needs else {}))))
-        wants = [arm.drafter.wants for arm in self.arms]
-        self.wants = Wants(
-            topk=max(w.topk for w in wants),
-            taps=tuple(sorted({layer for w in wants for layer in w.taps})),
-            logits=any(w.logits for w in wants),
-            prompt=any(w.prompt for w in wants),
-        )
+        self._count()
 
     def size_policy(self) -> SizePolicy:
         """The policy that chooses drafter and width together."""
@@ -86,30 +86,41 @@ class Auto(Drafter):
             arm.drafter.bind(model, requests)
 
     def begin(self, slots: Sequence[int], prompts: Sequence[list[int]]) -> None:
-        """Begin everywhere: all watch from the start."""
+        """Begin with those that are awake and those that want to read the prompt; the others sleep until they are asked to draft."""
+        for slot, prompt in zip(slots, prompts, strict=True):
+            self._text[slot] = list(prompt)
         for arm in self.arms:
-            arm.drafter.begin(slots, prompts)
+            if arm.awake or arm.drafter.wants.prompt:
+                self._wake(arm, slots)
 
     def read(self, slot: int, tokens: Sequence[int], out: Any) -> None:
         """Show the prompt to those that want it."""
-        for arm in self.arms:
+        for arm in self._awake:
             if arm.drafter.wants.prompt:
                 arm.drafter.read(slot, tokens, out)
 
     def propose(self, slots: Sequence[int], roots: Sequence[int], rows: Sequence[int]) -> TokenTree:
         """The chosen drafter's tree; the first one's where another size policy than ours asks."""
         arm = self.arms[max(self.chosen, 0)]
-        arm.watch(self._steps)
+        if arm.awake:
+            arm.watch(self._steps)
+        else:
+            self._wake(arm, list(self._text))
         return arm.drafter.propose(slots, roots, rows)
 
     def observe(self, slots: Sequence[int], tree: TokenTree, out: Any, verdict: Verdict) -> None:
-        """The one that drafts sees the step now, the others later."""
-        now = self.arms if self.wants.taps or self.wants.logits else self.arms[self.chosen :][:1] if self.chosen >= 0 else ()
+        """The one that drafts sees the step now, others that are awake see it later."""
+        for slot, tokens in zip(slots, verdict.emitted, strict=True):
+            self._text[slot] += tokens
+        if not self._awake:
+            return
+        now = self._awake if self.wants.taps or self.wants.logits else self.arms[self.chosen :][:1] if self.chosen >= 0 else ()
         for arm in now:
-            arm.watch(self._steps)
-            arm.drafter.observe(slots, tree, out, verdict)
-            arm.seen += 1
-        if len(now) == len(self.arms):
+            if arm.awake:
+                arm.watch(self._steps)
+                arm.drafter.observe(slots, tree, out, verdict)
+                arm.seen += 1
+        if len(now) == len(self._awake):
             self._steps.append(())
         else:
             self._steps.append((list(slots), tree, _kept(out), verdict))
@@ -119,11 +130,39 @@ class Auto(Drafter):
     def end(self, slots: Sequence[int]) -> None:
         """End the slots everywhere."""
         self._catch_up()
-        for arm in self.arms:
+        for arm in self._awake:
             arm.drafter.end(slots)
+        for slot in slots:
+            self._text.pop(slot, None)
+
+    def sleep(self, arm: Arm) -> None:
+        """Let a drafter forget the texts and want nothing, until it is asked to draft again."""
+        if arm.awake and not arm.drafter.wants.prompt:  # who wants to read prompts cannot begin later
+            arm.watch(self._steps)
+            arm.drafter.end(list(self._text))
+            arm.size.reopen()
+            arm.awake = False
+            self._count()
+
+    def _wake(self, arm: Arm, slots: Sequence[int]) -> None:
+        """Begin with the texts of these slots as they stand."""
+        arm.drafter.begin(slots, [self._text[slot] for slot in slots])
+        arm.awake, arm.seen = True, len(self._steps)
+        self._count()
+
+    def _count(self) -> None:
+        """Who is awake, and what they want."""
+        self._awake = [arm for arm in self.arms if arm.awake]
+        wants = [arm.drafter.wants for arm in self._awake]
+        self.wants = Wants(
+            topk=max((w.topk for w in wants), default=0),
+            taps=tuple(sorted({layer for w in wants for layer in w.taps})),
+            logits=any(w.logits for w in wants),
+            prompt=any(arm.drafter.wants.prompt for arm in self.arms),
+        )
 
     def _catch_up(self) -> None:
-        for arm in self.arms:
+        for arm in self._awake:
             arm.watch(self._steps)
             arm.seen = 0
         self._steps.clear()
@@ -152,6 +191,7 @@ class _AutoSize(SizePolicy):
 
     def __init__(self, auto: Auto) -> None:
         self.auto, self.log = auto, Experience()
+        self._rest = Rest()
         self.visit = 0  # steps left of a visit
         self.home, self.next = PLAIN, -1
         self._batch = 0  # for which the drafters were compared last; 0 asks for it anew
@@ -168,6 +208,8 @@ class _AutoSize(SizePolicy):
     def rows(self, live: Sequence[int], lengths: Sequence[int]) -> list[int]:
         """Choose the drafter of most tokens per second, or a visit to another; then its width."""
         batch, log = len(live), self.log
+        if self._rest.covers(batch, self._costs):
+            return [1] * batch
         log.since += 1
         if not self.visit:
             if batch != self._batch:
@@ -177,6 +219,8 @@ class _AutoSize(SizePolicy):
         if self.visit:
             return [self.auto.arms[self.auto.chosen].size.visit(batch)] * batch
         if self.home == PLAIN:
+            log.since -= 1  # a rest counts its steps itself
+            self._rest.begin(max(1, log.wait - log.since), batch, self._costs)
             return [1] * batch
         size = self.auto.arms[self.home].size
         width, self._rate = size.choose(batch), size.rate
@@ -186,22 +230,30 @@ class _AutoSize(SizePolicy):
 
     def observe(self, tree: TokenTree, verdict: Verdict, clock: Clock) -> None:
         """The chosen drafter's policy learns; a visit's loss is written down."""
-        arms, batch, log, rest = self.auto.arms, tree.B, self.log, clock.verify.last + clock.commit.last
-        seconds = clock.draft.last + clock.forward.last + rest
-        log.spent += seconds
-        if self.auto.chosen == PLAIN:
-            arms[0].size.costs.observe(tree.M, clock.forward.last, rest, True)
+        log = self.log
+        if self._rest.left:
+            self._rest.observe(clock, log, self._costs)
             return
-        size = arms[self.auto.chosen].size
+        batch, seconds = tree.B, clock.draft.last + clock.forward.last + clock.verify.last + clock.commit.last
+        log.spent += seconds
+        arm = self.auto.arms[self.auto.chosen]
+        size = arm.size
         size.observe(tree, verdict, clock)
         if not self.visit:
             return
         log.lost += max(0.0, seconds - sum(map(len, verdict.path)) / batch / self._rate)
         self.visit -= 1
         if not self.visit:
-            log.wait = _FIRST if size.decide(batch) > self._rate else min(2 * log.wait, _LAST)
+            paid = size.decide(batch) > self._rate
+            log.wait = _FIRST if paid else min(2 * log.wait, _LAST)
             log.lost += size.costs.thaw if self.home == PLAIN else 0.0
             self._batch, self.auto.chosen = 0, self.home
+            if not paid and log.wait >= _SLEEPY:
+                self.auto.sleep(arm)
+
+    @property
+    def _costs(self) -> CostTable:
+        return self.auto.arms[0].size.costs
 
     def _compare(self, batch: int) -> None:
         """Find the home: the drafter of most tokens per second, or plain decoding where the best of all is to draft nothing."""

@@ -23,7 +23,8 @@ class Wants:
     """What a drafter asks of every target step; the loop passes it on and asks nothing else.
 
     topk: so many most likely ids of every row, as StepOut.topk_ids. taps: layers whose hidden states to keep. logits: whole rows.
-    prompt: also show the rows of the prompt, chunk by chunk, through `read`. Under `auto` a drafter may be shown more than it asked for.
+    prompt: also show the rows of the prompt, chunk by chunk, through `read`. Asked before every step, so it may change between steps.
+    Under `auto` a drafter may be shown more than it asked for, and begins when it is first asked to draft, with the text so far.
     """
 
     topk: int = 0

@@ -22,8 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class _Source:
-    """A text and where each of its n-grams goes on; `cursor` is where the running copy reads next, -1 when none runs."""
+    """A text and where each of its n-grams goes on; `cursor` is where the running copy reads next, -1 when none runs.
 
+    fresh: tokens after it that are not indexed yet; they are when a guess is wanted, and while none is the drafter costs nothing.
+    """
+
+    fresh: list[int]
     text: list[int] = field(default_factory=list)
     after: dict[tuple[int, ...], int] = field(default_factory=dict)
     twice: set[tuple[int, ...]] = field(default_factory=set)
@@ -58,31 +62,27 @@ class PromptLookup(Drafter):
         self._eos = frozenset(model.config.eos_token_ids)
 
     def begin(self, slots: Sequence[int], prompts: Sequence[list[int]]) -> None:
-        """Index each prompt."""
+        """Keep a copy of each prompt."""
         for slot, prompt in zip(slots, prompts, strict=True):
-            self._sources[slot] = _Source()
-            self._extend(self._sources[slot], prompt)
+            self._sources[slot] = _Source(list(prompt))
 
     def propose(self, slots: Sequence[int], roots: Sequence[int], rows: Sequence[int]) -> TokenTree:
         """Chains of the running copies; a sequence without a match is its root alone."""
         return TokenTree.chains(roots, [self._guess(self._sources[slot], n - 1) for slot, n in zip(slots, rows, strict=True)])
 
     def observe(self, slots: Sequence[int], tree: TokenTree, out: Any, verdict: Verdict) -> None:
-        """Index what was emitted, and move or end the running copy."""
+        """Append what was emitted."""
         for slot, tokens in zip(slots, verdict.emitted, strict=True):
-            source = self._sources[slot]
-            self._extend(source, tokens)
-            if source.cursor >= 0:
-                begin = source.cursor
-                source.cursor = begin + len(tokens) if source.text[begin : begin + len(tokens)] == tokens else -1
+            self._sources[slot].fresh += tokens
 
     def end(self, slots: Sequence[int]) -> None:
         """Drop the texts."""
         for slot in slots:
             self._sources.pop(slot, None)
 
-    def _extend(self, source: _Source, tokens: Sequence[int]) -> None:
-        text, after, twice = source.text, source.after, source.twice
+    def _extend(self, source: _Source) -> None:
+        """Index the fresh tokens, and move or end the running copy."""
+        tokens, text, after, twice = source.fresh, source.text, source.after, source.twice
         unique = self.anchor == "unique"
         for token in tokens:
             end = len(text)
@@ -92,10 +92,14 @@ class PromptLookup(Drafter):
                     twice.add(gram)
                 after[gram] = end  # written one token late, so a suffix never matches itself
             text.append(token)
+        if (begin := source.cursor) >= 0:
+            source.cursor = begin + len(tokens) if text[begin : begin + len(tokens)] == tokens else -1
+        source.fresh = []
 
     def _guess(self, source: _Source, count: int) -> list[int]:
         if count < 1:
             return []
+        self._extend(source)
         if source.cursor < 0 or not self.copy_on:
             source.cursor = self._anchor(source)
         if source.cursor < 0:

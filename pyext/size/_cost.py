@@ -47,23 +47,30 @@ class CostTable:
         slope = (self.seconds[-1] - self.seconds[-2]) / (self.rows[-1] - self.rows[-2])
         return np.interp(rows, self.rows, self.seconds) + np.maximum(rows - self.rows[-1], 0) * slope
 
-    def observe(self, rows: int, seconds: float, rest: float = 0.0, plain: bool = False) -> None:
+    def observe(self, rows: int, seconds: float, rest: float = 0.0, plain: bool = False, steps: int = 1) -> None:
         """Move the two nearest buckets a little towards what a step really took. One step counts at most for a factor of two.
 
-        plain: whether it was a step without guesses, one row a sequence.
+        plain: whether it was a step without guesses, one row a sequence. steps: so many of them in a row, `seconds` and `rest` in all;
+        at most `unsettled` where that is not 0.
         """
-        self.rest += _RATE * (rest - self.rest)
-        self._plain = self._plain + 1 if plain else 0
+        self.rest += (1 - (1 - _RATE) ** steps) * (rest / steps - self.rest)
+        self._plain = self._plain + steps if plain else 0
         if 0 < self._plain <= SETTLED:
-            self._excess = seconds - self.at(rows) + (self._excess if self._plain > 1 else 0.0)
+            self._excess = seconds - steps * self.at(rows) + (self._excess if self._plain > steps else 0.0)
             if self._plain == SETTLED:
                 self.thaw += _RARE * (max(0.0, self._excess) - self.thaw)
             return
         k, share = self._place(rows)
         share = min(share, 1.0)
-        factor = (min(max(seconds / self.at(rows), 0.5), 2.0) - 1) * (_RARE if self._plain else _RATE)
+        rate = 1 - (1 - (_RARE if self._plain else _RATE)) ** steps
+        factor = (min(max(seconds / steps / self.at(rows), 0.5), 2.0) - 1) * rate
         self.seconds[k] *= 1 + (1 - share) * factor
         self.seconds[k + 1] *= 1 + share * factor
+
+    @property
+    def unsettled(self) -> int:
+        """Plain steps that are still to come until they cost what plain decoding costs."""
+        return max(0, SETTLED - self._plain)
 
     def _place(self, rows: float) -> tuple[int, float]:
         k = 0

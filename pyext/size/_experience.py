@@ -59,6 +59,11 @@ class Experience:
         self.steps[:k] += steps
         self.steps[k:] *= (1 - _MEMORY) ** steps
 
+    def rested(self, steps: int) -> None:
+        """So many plain steps: they bring a token each, and what wider ones brought grows old."""
+        self.steps[0] += steps
+        self.steps[1:] *= (1 - _MEMORY) ** steps
+
     @property
     def known(self) -> int:
         """How many of WIDTHS the last few dozen steps tell of."""

@@ -5,7 +5,8 @@ prefix. Tokens per second of each width follow from that, the table of step cost
 decoding, is always among the choices. A drafter that was given up is asked again at growing intervals, and all such trials together
 may cost `share` of the time; so a hopeless drafter costs a few percent at most.
 
-The choice stands for a few steps and is then made anew: deciding takes as long as a tenth of a small model's step.
+The choice stands for a few steps and is then made anew: deciding takes as long as a tenth of a small model's step. Where plain decoding
+is the choice, the policy rests (_rest.py).
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import numpy as np
 from ramify.checks import between, show, whole
 from ramify.size._cost import SETTLED, CostTable, cost_table
 from ramify.size._experience import FIRST_WAIT, WIDTHS, Experience, remembered
+from ramify.size._rest import MOST, Rest
 from ramify.size.base import SizePolicy, size_policy
 from ramify.tree import MAX_ROWS, TokenTree
 
@@ -30,7 +32,7 @@ _LAST_WAIT = 256  # steps between trials, after many that failed
 _STAND = 8  # steps that a choice stands, once the first few steps were seen
 _SPELL = SETTLED + 8  # plain steps of a spell, the last of which count
 _NEAR = 0.05  # share of its time that a spell is taken to lose, at least
-_PLAIN_STANDS = 64  # the same for plain decoding, which teaches nothing about the drafter
+_REFUSED = 32  # steps before a trial that was too dear is thought of again
 
 
 @size_policy("measured")
@@ -60,6 +62,7 @@ class Measured(SizePolicy):
         self._widths = [n for n in WIDTHS if n <= self.most]
         self._chosen, self._best, self._wider = 1, 0, 0  # rows of this step; index of the best width; index of the best wider one
         self._stands = 0  # steps for which the choice still stands
+        self._rest = Rest()
         self._spell = 0  # steps left of a spell of plain ones
         self._spells = 0.0  # seconds that the next spell is expected to lose
         self._batch = 0
@@ -83,7 +86,13 @@ class Measured(SizePolicy):
 
     def rows(self, live: Sequence[int], lengths: Sequence[int]) -> list[int]:
         """The best width for every sequence, or a trial's."""
-        return [self.choose(len(live))] * len(live)
+        batch = len(live)
+        if self._rest.covers(batch, self.costs):
+            return [1] * batch
+        width = self.choose(batch)
+        if not (self._best or self._trial) and self._stands:
+            self._begin_rest(batch)
+        return [width] * batch
 
     def choose(self, batch: int) -> int:
         """Rows per sequence of the next step for a batch of this many."""
@@ -100,6 +109,17 @@ class Measured(SizePolicy):
             self._take(self._wider)
             self._trial, e.since = True, 0
         return self._chosen
+
+    def _begin_rest(self, batch: int) -> None:
+        """Decode plainly, unasked, until the next trial is due."""
+        e = self.experience
+        e.since -= 1  # the rest counts its steps itself
+        self._learn()
+        steps = max(e.wait - e.since, _REFUSED) if self._wider else MOST
+        self._rest.begin(int(max(1, min(steps, self._left))), batch, self.costs)
+        e.rested(self._rest.left)
+        self._left -= self._rest.left
+        self._stands = 0
 
     def visit(self, batch: int) -> int:
         """Rows of a step that is there to learn about the drafter, whatever it is expected to bring: the best width above one."""
@@ -132,7 +152,7 @@ class Measured(SizePolicy):
             self._wider = wider = best + 1 + int(rates[best + 1 :].argmax())
             self._loss = max(0.0, float(tokens[wider] / rates[wider] - tokens[wider] / rates[best])) + self._opening() + self._thaw()
         self._batch, self._trial, self._rate, self._chosen = batch, False, float(rates[best]), self._widths[best]
-        self._stands = (_STAND if best else _PLAIN_STANDS) if settled else 0
+        self._stands = _STAND if settled else 0
         return self._rate
 
     @property
@@ -147,6 +167,9 @@ class Measured(SizePolicy):
 
     def observe(self, tree: TokenTree, verdict: "Verdict", clock: "Clock") -> None:
         """Learn from a step that was drafted with the width last chosen."""
+        if self._rest.left:
+            self._rest.observe(clock, self.experience, self.costs)
+            return
         e, draft, forward = self.experience, clock.draft.last, clock.forward.last
         rest = clock.verify.last + clock.commit.last
         self.costs.observe(tree.M, forward, rest, tree.M == tree.B)
@@ -175,6 +198,10 @@ class Measured(SizePolicy):
             e.opening, self._opened = max(0.0, (seconds if self._first is None else self._first) - usual), True
             if self._first is not None:
                 e.drafted(width, seconds)
+
+    def reopen(self) -> None:
+        """The drafter has ended and will begin anew: its next draft is a first one again."""
+        self._first, self._opened = None, False
 
     def _opening(self) -> float:
         """Seconds that the next draft takes beyond the usual."""

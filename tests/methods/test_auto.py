@@ -5,11 +5,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import ramify
 from ramify.draft.auto import Arm, Auto
 from ramify.draft.base import Drafter, Wants
 from ramify.size._cost import BUCKETS, CostTable
 from ramify.size._experience import WIDTHS
+from ramify.size.base import SizePolicy
 from ramify.size.measured import Measured
+from ramify.testing import FakeModel
 from ramify.testing.machine import STEP, Machine, cpu_like, geometric
 from ramify.tree import TokenTree
 from ramify.verify import Verdict
@@ -79,41 +82,133 @@ def test_auto_notices_a_change():
 
 
 class Seeing(Drafter):
-    """Notes what it is shown, and proposes only when it has seen everything before."""
+    """Notes what it is shown, and proposes only when it knows the text and has seen every step since it began."""
 
     name, wants = "seeing", Wants(topk=2)
 
     def __init__(self):
-        self.seen = []
+        self.seen, self.text, self.began = [], None, 0
+
+    def begin(self, slots, prompts):
+        assert self.text is None
+        self.text, self.seen = list(prompts[0]), []
+        self.began += 1
 
     def propose(self, slots, roots, rows):
-        assert len(self.seen) == self.steps()
+        self.check()
         return TokenTree.chains(roots, [[1] * (n - 1) for n in rows])
 
     def observe(self, slots, tree, out, verdict):
         assert out.argmax.tolist() == [row[0] for row in out.topk_ids.tolist()]
         self.seen.append((list(slots), tree.tokens.tolist(), out.topk_ids.tolist(), verdict.emitted))
+        self.text += verdict.emitted[0]
 
     def end(self, slots):
-        assert len(self.seen) == self.steps()
+        self.check()
+        self.text = None
+
+    def check(self):
+        shown = self.steps()
+        assert self.seen == shown[len(shown) - len(self.seen) :]
+        assert self.text == [-1, *(step[3][0][0] for step in shown)]
 
 
-@pytest.mark.parametrize("chosen", [-1, 0, 1])
-def test_all_drafters_of_auto_see_every_step_once(chosen):
-    """At once or later: before it drafts, and before a text ends, each has seen all steps in order, with the values of their time."""
-    auto, shown = Auto(), []
-    arms = [Arm(Seeing()), Arm(Seeing())]
-    for arm in arms:
-        arm.drafter.steps = lambda: len(shown)
-    auto.arms, auto.wants = arms, Wants(topk=2)
-    ids = np.zeros((3, 2), np.int32)
-    for step in range(150):
-        auto.chosen = chosen if step % 50 else 1 - max(chosen, 0)
+def shown_steps(auto, count, choose):
+    """`auto` through so many steps of a text, in each of which choose(step) drafts; returns what was to be seen."""
+    shown, ids = [], np.zeros((3, 2), np.int32)
+    for arm in auto.arms:
+        arm.drafter.steps = lambda: shown
+    auto.begin([0], [[-1]])
+    for step in range(count):
+        auto.chosen = choose(step)
         tree = auto.propose([0], [step], [3]) if auto.chosen >= 0 else TokenTree.roots([step])
         ids[:] = step  # the view that the next step overwrites
         verdict = Verdict([np.array([0], np.int32)], [[step]])
         out = SimpleNamespace(topk_ids=ids[: tree.M], topk_values=None, argmax=ids[: tree.M, 0], logits=ids)
         auto.observe([0], tree, out, verdict)
         shown.append(([0], tree.tokens.tolist(), ids[: tree.M].tolist(), [[step]]))
+    return shown
+
+
+@pytest.mark.parametrize("chosen", [-1, 0, 1])
+def test_all_drafters_of_auto_see_every_step_once(chosen):
+    """At once or later: before it drafts, and before a text ends, each that is awake has seen all steps in order, with their values."""
+    auto = Auto()
+    auto.arms = [Arm(Seeing()), Arm(Seeing())]
+    for arm in auto.arms:
+        arm.awake = True
+    auto._count()
+    assert auto.wants == Wants(topk=2)
+    shown = shown_steps(auto, 150, lambda step: chosen if step % 50 else 1 - max(chosen, 0))
+    seen = [arm.drafter.seen for arm in auto.arms]
     auto.end([0])
-    assert all(arm.drafter.seen == shown for arm in arms)
+    assert all(each == shown for each in seen)
+
+
+def test_drafters_of_auto_sleep_until_they_are_asked():
+    """One that has not begun is shown nothing and wants nothing; it begins with the text so far, as often as it falls asleep."""
+    auto = Auto()
+    auto.arms = [Arm(Seeing()), Arm(Seeing())]
+    auto._count()
+    wanted = []
+
+    def choose(step):
+        if step % 50 == 0:
+            for arm in auto.arms:
+                auto.sleep(arm)
+            wanted.append(auto.wants)
+        return {7: 0, 20: 1, 21: 1, 33: 0}.get(step % 50, -1)
+
+    shown_steps(auto, 170, choose)
+    assert [arm.drafter.began for arm in auto.arms] == [4, 3]
+    auto.end([0])
+    assert [len(arm.drafter.seen) for arm in auto.arms] == [170 - 157, 150 - 120]
+    assert wanted == [Wants()] * 4 and auto.wants == Wants(topk=2)
+
+
+class Restless(SizePolicy):
+    """Asks one drafter of `auto` or none, in turn by chance, and sends them to sleep by chance."""
+
+    def __init__(self, auto):
+        self.auto, self.random, self.slept = auto, np.random.default_rng(0), 0
+
+    def rows(self, live, lengths):
+        if self.random.random() < 0.2:
+            arm = self.auto.arms[self.random.integers(len(self.auto.arms))]
+            self.slept += arm.awake
+            self.auto.sleep(arm)
+        self.auto.chosen = int(self.random.integers(-1, len(self.auto.arms)))
+        return [int(self.random.integers(1, 9)) if self.auto.chosen >= 0 else 1 for _ in live]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_text_under_drafters_that_sleep(batch, temperature):
+    """Whoever sleeps, wakes and drafts, the text is plain decoding's; texts that end while a drafter sleeps leave nothing behind."""
+    model = FakeModel(48, sharpness=2.0)
+    prompts = [[(11 * i + b) % 48 for i in range(2 + 3 * b)] for b in range(batch)]
+    params = {"max_new_tokens": 150, "temperature": temperature, "seed": 3}
+    plain = ramify.generate(model, prompts, method="plain", **params)
+    auto = Auto(model=model.student(0.6))
+    size = Restless(auto)
+    outs = ramify.generate(model, prompts, method=auto, size=size, **params)
+    assert [out.token_ids for out in outs] == [out.token_ids for out in plain]
+    assert size.slept > 3 and len(auto.arms) == 4
+    assert not auto._text and not any(arm.drafter.second.text for arm in auto.arms if arm.drafter.name.startswith("draft_"))
+
+
+def test_hopeless_drafters_fall_asleep():
+    machine, chosen = auto_machine(one=(lambda n: 0, lambda n: 0.0), two=(lambda n: 0, lambda n: 0.0))
+    slept = []
+    auto = machine.policy.auto
+    auto.sleep = lambda arm: slept.append((len(chosen), arm.drafter.name))
+    machine.run(2500)
+    assert {name for _, name in slept} == {"one", "two"} and slept[0][0] > 48
+
+
+def test_a_drafter_that_pays_stays_awake():
+    machine, _ = auto_machine(good=(geometric(0.9), lambda n: 0.0), other=(lambda n: 0, lambda n: 0.0))
+    slept = []
+    machine.policy.auto.sleep = lambda arm: slept.append(arm.drafter.name)
+    machine.run(2500)
+    assert set(slept) == {"other"}

@@ -151,6 +151,11 @@ def test_draft_cache_follows_the_text(method):
         if step == 40:
             made.end([1])
             live = [0, 2]
+        if step == 50:  # `auto` lets drafters sleep: they end, and begin again with the text so far
+            asleep = made.second.cache
+            made.end(live)
+            assert asleep.live == [False] * 3
+            made.begin(live, [text[slot] for slot in live])
         roots, rows = [text[slot][-1] for slot in live], rng.integers(1, 20, len(live)).tolist()
         tree = made.propose(live, roots, rows)
         if step % 3 == 1 or 20 < step < 30:
@@ -161,10 +166,11 @@ def test_draft_cache_follows_the_text(method):
         made.observe(live, tree, None, Verdict(path, emitted))
         for slot, tokens in zip(live, emitted, strict=True):
             text[slot] += tokens
-            assert made.second.cache.tokens[slot] + made.second.pending[slot] == text[slot][:-1]
+            assert made.second.cache.tokens[slot] + made.second.pending(slot) == text[slot][:-1]
             assert made.second._length[slot] == len(made.second.cache.tokens[slot])
+    held = made.second.cache
     made.end([0, 1, 2])
-    assert made.second.cache.live == [False] * 3
+    assert held is not asleep and held.live == [False] * 3
 
 
 def test_drawn_children_come_from_q():

@@ -72,7 +72,7 @@ def test_a_drafter_that_recovers_is_noticed():
     assert machine.widths[-1] == 1
     good = True
     machine.run(600)
-    assert machine.widths[-1] >= 8
+    assert np.median(machine.widths[-100:]) >= 8
 
 
 def test_wide_batches_get_narrow_trees():
