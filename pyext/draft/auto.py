@@ -17,9 +17,9 @@ from ramify.checks import between
 from ramify.draft.base import Drafter, Wants, drafter
 from ramify.model.step_out import StepOut
 from ramify.registry import drafter as drafters
-from ramify.size._experience import Experience, remembered
-from ramify.size._rest import MOST, Rest
 from ramify.size._cost import CostTable
+from ramify.size._experience import Experience, remembered
+from ramify.size._rest import Rest
 from ramify.size.base import SizePolicy
 from ramify.size.measured import Measured
 from ramify.tree import TokenTree
