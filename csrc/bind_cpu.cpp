@@ -58,6 +58,17 @@ PYBIND11_MODULE(_cpu, m) {
     if (!row) return -1;
     return row->scratch ? row->scratch(reinterpret_cast<const void*>(args), threads) : 0;
   });
+  m.def("draw", [](uintptr_t logits, int64_t V, float temperature, uint64_t seed, uint64_t index) {  // alone: a row is microseconds
+    int32_t token = -1;
+    DrawArgs args{reinterpret_cast<const float*>(logits), V, temperature, seed, index, &token, nullptr};
+    const KernelRow* const row = kernel(kDraw);
+    std::vector<char> scratch(row->scratch(&args, 1));
+    args.scratch = scratch.data();
+    TeamState state;
+    Team team{0, 1, &state};
+    row->run(&args, team);
+    return token;
+  });
   m.def("uniform", [](uint64_t seed, uint64_t index, uint32_t purpose, uint32_t lane) { return uniform(seed, index, purpose, lane); });
   m.def("check_words", [](uintptr_t ancestors, int64_t B, int64_t T, int64_t words, uintptr_t used, uintptr_t depth) {
     return check_words(reinterpret_cast<const int64_t*>(ancestors), B, T, words, reinterpret_cast<const int32_t*>(used),

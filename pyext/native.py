@@ -112,6 +112,9 @@ STRUCTS = (
 )
 
 uniform = _cpu.uniform
+draw = _cpu.draw
+"""draw(address of f32 logits, V, temperature, seed, position): a token from softmax(logits / temperature), or -1 for weights that have no
+finite sum. The random number is `uniform` of the seed and the position."""
 
 
 def check_words(ancestors: torch.Tensor, used: torch.Tensor | None = None, depth: torch.Tensor | None = None) -> int:

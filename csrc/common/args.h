@@ -242,6 +242,16 @@ struct ResidualArgs {
   void* scratch;
 };
 
+// A draw from softmax(logits / temperature) of one row, for a host that walks a tree.
+struct DrawArgs {
+  const float* logits;
+  int64_t V;
+  float temperature;
+  uint64_t seed, index;
+  int32_t* token;  // -1 where the weights have no finite sum
+  void* scratch;
+};
+
 // Weight [N, K] row-major -> panels. Zero-pads the last panel and an odd K.
 struct PackArgs {
   const void* weight;
@@ -280,6 +290,7 @@ enum Kernel : int64_t {
   kVerify,
   kResidualSample,
   kColsum,
+  kDraw,
   kKernels
 };
 

@@ -1,7 +1,7 @@
 // csrc/cpu/sample.cpp: which path of a tree a step accepts, and draws from what is left. Meaning: reference/verify.py.
 //
 // What     the walk from the root to the child that a row's arg-max or draw names (verify_greedy, verify_sample "det"), or whose
-//          test passes (children drawn from q); residual_sample.
+//          test passes (children drawn from q); residual_sample; the draw of one row alone, for the loop's own verifiers.
 // Numbers  Philox on (seed, position, purpose, lane), rng.h. Exponentials are f32, sums f64: a decision is the reference's unless
 //          a random number lies within about 1e-7 of its border.
 // Traffic  V * sizeof(logits) bytes a row of the path, and as much of q where children are tested: rows that are never reached are
@@ -192,10 +192,53 @@ int64_t residual_scratch(const void* p, int threads) {
   return threads * 2 * static_cast<const ResidualArgs*>(p)->V * int64_t(sizeof(double));
 }
 
+// Weights are computed twice where the draw falls instead of kept: a row in f64 would leave the first cache.
+int32_t draw_of(const DrawArgs& a) {
+  Vec top = Vec::set(kMasked);
+  for (int64_t j = 0; j < a.V; j += L) top = max(load_part(a.logits + j, a.V - j, kMasked), top);
+  const Vec heat = Vec::set(a.temperature), most = Vec::set(hmax(top)) / heat;
+  const auto weights = [&](int64_t j) { return exp(load_part(a.logits + j, a.V - j, kMasked) / heat - most); };
+  double* const sums = static_cast<double*>(a.scratch);
+  double total = 0;
+  for (int64_t j = 0; j < a.V; j += kStatsBlock) {
+    const int64_t end = j + kStatsBlock < a.V ? j + kStatsBlock : a.V;
+    Vec sum = Vec::set(0.f);
+    for (int64_t i = j; i < end; i += L) sum = sum + weights(i);
+    total += sums[j / kStatsBlock] = hsum(sum);
+  }
+  if (!(total < __builtin_inf())) return -1;
+  const double target = uniform(a.seed, a.index, kSample, 0) * total;  // below the total: the number is below 1
+  double before = 0;
+  int64_t j = 0;
+  for (; before + sums[j / kStatsBlock] <= target; j += kStatsBlock) before += sums[j / kStatsBlock];
+  int64_t last = j;
+  float e[L];
+  for (int64_t i = j; i < a.V && i < j + kStatsBlock; i += L) {
+    weights(i).store(e);
+    for (int k = 0; k < L && i + k < a.V; ++k) {
+      if (e[k] > 0) last = i + k;
+      before += e[k];
+      if (before > target) return int32_t(last);
+    }
+  }
+  return int32_t(last);  // the sums of a block and within it round differently
+}
+
+void draw_row(const void* p, Team& team) {
+  const DrawArgs& a = *static_cast<const DrawArgs*>(p);
+  if (team.id == 0) *a.token = draw_of(a);
+}
+
+int64_t draw_scratch(const void* p, int) {
+  return (static_cast<const DrawArgs*>(p)->V + kStatsBlock - 1) / kStatsBlock * int64_t(sizeof(double));
+}
+
 }  // namespace
 
 extern const KernelRow sample_kernels[];
-const KernelRow sample_kernels[] = {
-    {kVerify, verify, verify_scratch}, {kResidualSample, residual_sample, residual_scratch}, {-1, nullptr, nullptr}};
+const KernelRow sample_kernels[] = {{kVerify, verify, verify_scratch},
+                                    {kResidualSample, residual_sample, residual_scratch},
+                                    {kDraw, draw_row, draw_scratch},
+                                    {-1, nullptr, nullptr}};
 
 }  // namespace ramify::RAMIFY_ISA

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ramify import native
 from ramify.checks import at_least, between, number, show, whole
 from ramify.sampling.rng import DRAFT, SAMPLE, uniform
 from ramify.tree import MAX_ROWS
@@ -212,6 +213,11 @@ class Sampling:
         seen = self.seen(b, path)
         if params.temperature == 0:
             return argmax(logits_row, params, seen)
+        if params.is_plain and logits_row.dtype == np.float32 and logits_row.strides[0] == 4:
+            address = logits_row.__array_interface__["data"][0]
+            at = native.draw(address, len(logits_row), params.temperature, params.seed, len(self.text[b]) + len(path))
+            if at >= 0:  # what is wrong with bad logits is told below
+                return at
         ids, w = weights(logits_row, params, seen)
         at = inverse_cdf(w, self.uniform(b, len(path), SAMPLE))
         return at if ids is None else int(ids[at])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from ramify import native
 from ramify.sampling.pipeline import Sampling, SamplingParams, draw_children, inverse_cdf, probabilities, weights
 from ramify.sampling.rng import ACCEPT, DRAFT, SAMPLE, philox, uniform, uniforms
 from ramify.testing.headers import run_cpp
@@ -227,6 +228,61 @@ def test_inverse_cdf_gives_each_weight_its_share(V):
     dead = np.zeros(V + 1, np.float32)
     dead[:V] = w
     assert inverse_cdf(dead, 1 - 2**-53) < V  # a trailing weight of zero is never reached
+
+
+@pytest.fixture(params=[name for name, runs in native.levels().items() if runs])
+def level(request):
+    was = native.isa()
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa(was)
+
+
+@pytest.mark.parametrize("V", [1, 2, 7, 33, 511, 512, 513, 1024, 4096, 5003])
+def test_draw_of_the_library_gives_each_token_its_share(level, V):
+    """Within 1e-6 of the exact borders (f32 exponentials, blocks of 512 summed in f32), and never a masked token."""
+    rng = np.random.default_rng(V)
+    for trial in range(60):
+        logits = (rng.standard_normal(V) * 4).astype(np.float32)
+        logits[rng.random(V) < 0.3] = -np.inf
+        logits[rng.integers(V)] = 2
+        heat, seed, at = (
+            float(rng.choice([1e-4, 0.3, 1.0, 2.5, 1e4])),
+            int(rng.integers(1 << 63)) * 2 + trial % 2,
+            int(rng.integers(1 << 40)),
+        )
+        token = native.draw(logits.ctypes.data, V, heat, seed, at)
+        scores = logits.astype(np.float64) / np.float32(heat)
+        w = np.exp(scores - scores.max())
+        edges = np.concatenate([[0], w.cumsum()]) / w.sum()
+        assert logits[token] > -np.inf
+        assert edges[token] - 1e-6 <= uniform(seed, at, SAMPLE) <= edges[token + 1] + 1e-6
+
+
+def test_draws_follow_the_distribution(level):
+    """Chi-square of 20,000 draws over 40 tokens (39 degrees of freedom: beyond 90 once in 100,000 runs); and of a wrong temperature."""
+    logits = np.random.default_rng(0).standard_normal(40).astype(np.float32)
+    sampling = Sampling([SamplingParams(temperature=0.7, seed=5)], [[0]])
+    n = 20_000
+    drawn = np.zeros(40)
+    for position in range(n):
+        drawn[native.draw(logits.ctypes.data, 40, 0.7, 5, position)] += 1
+
+    def surprise(temperature):
+        want = n * probabilities(logits, SamplingParams(temperature=temperature), np.array([]))
+        return ((drawn - want) ** 2 / want).sum()
+
+    assert surprise(0.7) < 90 < surprise(0.8)
+    assert sampling.draw(0, logits) == native.draw(logits.ctypes.data, 40, 0.7, 5, 1)
+
+
+def test_draw_of_bad_weights_is_none(level):
+    for bad in (np.nan, np.inf):
+        for at in (0, 3, 599):
+            logits = np.zeros(600, np.float32)
+            logits[at] = bad
+            assert native.draw(logits.ctypes.data, 600, 1.0, 0, 0) == -1
+    assert native.draw(np.full(9, -np.inf, np.float32).ctypes.data, 9, 1.0, 0, 0) == -1
 
 
 def test_draw_children_without_replacement():
