@@ -205,7 +205,7 @@ def verdict(rows: Sequence[dict]) -> str:
 
 def _best(rows: dict[str, dict], plain: str) -> str:
     """The fastest method on the weights of provider `plain`, "" when there is none."""
-    others = [row for name, row in rows.items() if plain_of(name) == plain != name and ours(row)]
+    others = [row for name, row in rows.items() if plain_of(name) == plain != name and ours(row) and engines.HOPELESS not in name]
     best = max(others, key=lambda row: row["over_plain"], default=None)
     return f", best {best['provider'].removeprefix('ramify ')} {best['over_plain']:.2f}x that" if best else ""
 

@@ -10,6 +10,7 @@ import torch
 from benchmarks.models import Generate, Run, quiet, weights_read
 
 NO_SECOND = "no second model has this vocabulary"
+HOPELESS = "random_draft"
 
 
 class Transformers:
@@ -138,8 +139,8 @@ def needs_model(method: str) -> bool:
 
 
 def default_methods() -> list[str]:
-    """plain, every method that `auto` picks among, and auto."""
+    """plain, every method that `auto` picks among, auto, and guesses at random: what a drafter costs that is never right."""
     from ramify.registry import drafter
 
     portfolio = [method.name for method in drafter.all() if getattr(method, "portfolio", False) and method.name != "plain"]
-    return ["plain", *portfolio, *(["auto"] if "auto" in drafter.names() else [])]
+    return ["plain", *portfolio, *(name for name in ("auto", HOPELESS) if name in drafter.names())]

@@ -36,23 +36,21 @@ def _best_ways(doc: dict[str, Any]) -> str:
     """A line for each kind of decoding, its fastest way in each cell; of methods also how they stand to plain decoding."""
     rows = [row for row in doc["rows"] if row["status"] == "ok"]
     columns = list(dict.fromkeys(_column(row) for row in rows))
-    formats = list(dict.fromkeys(name.partition(", ")[2] for name in (row["provider"] for row in rows) if name.startswith("ramify plain")))
-    kinds: dict[str, Callable[[str], bool]] = {"transformers, its fastest way": lambda name: name.startswith("transformers")}
-    kinds |= {
-        name: (lambda each, name=name: each == name) for name in dict.fromkeys(r["provider"] for r in rows) if name.startswith("llama")
-    }
-    for kind in formats:
-        end = f", {kind}" if kind else ""
-        kinds[f"ramify plain{end}"] = lambda name, end=end: name == f"ramify plain{end}"
-        kinds[f"ramify auto, the default{end}"] = lambda name, end=end: name == f"ramify auto{end}"
-        kinds[f"ramify, its fastest method{end}"] = lambda name, kind=kind: (
-            name.startswith("ramify ") and not name.startswith("ramify plain") and name.partition(", ")[2] == kind
-        )
+    names = list(dict.fromkeys(row["provider"] for row in rows))
+    kinds = {"transformers, its fastest way": [name for name in names if name.startswith("transformers")]}
+    kinds |= {name: [name] for name in names if name.startswith("llama")}
+    for plain in (name for name in names if name.startswith("ramify plain")):
+        end = plain.removeprefix("ramify plain")
+        methods = [name for name in names if name.startswith("ramify ") and name.partition(", ")[2] == plain.partition(", ")[2]]
+        auto, hopeless = f"ramify auto{end}", f"ramify {_HOPELESS}{end}"
+        kinds |= {plain: [plain], f"ramify auto, the default{end}": [auto]}
+        kinds[f"ramify, its fastest method{end}"] = [name for name in methods if name not in (plain, hopeless)]
+        kinds |= {f"ramify, guessing at random{end}": [hopeless]} if hopeless in names else {}
     lines = []
     for title, mine in kinds.items():
         cells = []
         for column in columns:
-            found = [row for row in rows if mine(row["provider"]) and _column(row) == column]
+            found = [row for row in rows if row["provider"] in mine and _column(row) == column]
             best = max(found, key=lambda row: row["tokens_per_second"], default=None)
             if best is None:
                 cells.append("-")
@@ -65,6 +63,7 @@ def _best_ways(doc: dict[str, Any]) -> str:
     return f"{_where(doc)}\n\n{table(['tokens a second', *columns], lines)}"
 
 
+_HOPELESS = "random_draft"  # what a drafter costs that is never right
 _ROWS = (1, 8, 64)
 
 
