@@ -144,6 +144,25 @@ def step(doc: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def accuracy(doc: dict[str, Any], path: Path) -> None:
+    """Nats a token above the dense model, a bar per row with its standard error."""
+    plt = _pyplot()
+    rows = [row for row in doc["rows"] if row["status"] == "ok" and not row["baseline"]]
+    figure, panel = plt.subplots(figsize=(8.4, 0.26 * len(rows) + 1.4))
+    names = [
+        row["provider"] + (f", {row['shape']['activations']} inputs" if row["shape"]["activations"] != "exact" else "") for row in rows
+    ]
+    colours = [OURS if row["shape"]["activations"] == "exact" else PEER for row in rows]
+    panel.barh(names, [row["above_dense"] for row in rows], xerr=[row["standard_error"] for row in rows], color=colours, height=0.7)
+    panel.invert_yaxis()
+    panel.tick_params(axis="y", labelsize=7)
+    panel.set_xlabel("nats a token above the dense model")
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    _caption(figure, doc)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def _log2(panel: Any, counts: list[int]) -> None:
     """An axis of rows."""
     panel.set_xscale("log", base=2)

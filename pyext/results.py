@@ -195,13 +195,29 @@ def _step(rows: Sequence[dict]) -> str:
     return table(["model", "", *(f"M = {n}" for n in counts)], [[*key, *(c.get(n, "-") for n in counts)] for key, c in lines.items()])
 
 
+def _accuracy(rows: Sequence[dict]) -> str:
+    """Nats a token above the dense model: a line per format and head, a column per quantizer and kind of input."""
+    low_bit = [row for row in rows if not row["baseline"]]
+    columns = dict.fromkeys((row["shape"]["method"], row["shape"]["activations"]) for row in low_bit)
+    lines: dict[str, dict[tuple, str]] = {}
+    for row in low_bit:
+        shape = row["shape"]
+        name = shape["weights"] + (f", head {shape['head']}" if shape["head"] != "dense" else "")
+        cell = f"{row['above_dense']:.4f} ± {row['standard_error']:.4f}"
+        lines.setdefault(name, {})[shape["method"], shape["activations"]] = cell
+    heads = [method + (f", {how} inputs" if how != "exact" else "") for method, how in columns]
+    return table(["weights", *heads], [[name, *(cells.get(c, "-") for c in columns)] for name, cells in lines.items()])
+
+
 _SHOWN: dict[str, Callable[[Sequence[dict]], str]] = {
+    "accuracy": _accuracy,
     "end_to_end": _end_to_end,
     "linear": _linear,
     "step": _step,
     "tree_attention": _tree_attention,
 }
 _TITLES = {
+    "accuracy": "Low-bit weights and rounded inputs: nats a token above the zoo's own weights on held-out modules",
     "end_to_end": "Whole generations: tokens a second / over ramify plain on the same weights / tokens a step",
     "linear": "Linear layers of M rows: speed over the best int4 peer / over the best peer of any kind / time in single steps",
     "step": "One pass of M rows through a model: milliseconds / time in single steps",

@@ -244,7 +244,7 @@ class _AutoSize(SizePolicy):
         log.lost += max(0.0, seconds - sum(map(len, verdict.path)) / batch / self._rate)
         self.visit -= 1
         if not self.visit:
-            paid = size.decide(batch) > self._rate
+            paid = size.decide(batch) > self._rate and size.drafts
             log.wait = _FIRST if paid else min(2 * log.wait, _LAST)
             log.lost += size.costs.thaw if self.home == PLAIN else 0.0
             self._batch, self.auto.chosen = 0, self.home
@@ -256,14 +256,16 @@ class _AutoSize(SizePolicy):
         return self.auto.arms[0].size.costs
 
     def _compare(self, batch: int) -> None:
-        """Find the home: the drafter of most tokens per second, or plain decoding where the best of all is to draft nothing."""
+        """Find the home: of the drafters whose own policy would draft the one of most tokens per second, or plain decoding.
+
+        A policy goes on with a drafter that mostly stays silent and costs next to nothing, so the home may be a little behind plain.
+        """
         sizes = [arm.size for arm in self.auto.arms]
         rates = [size.decide(batch) for size in sizes]
-        self._rate = max(rates)
-        best = rates.index(self._rate)
-        drafting = [rate for i, rate in enumerate(rates) if i != best and sizes[i].drafts]
-        self.home = self.auto.chosen = best if sizes[best].drafts else PLAIN
-        self._batch, self._second = batch, max(drafting, default=0.0)
+        drafting = sorted(((rate, -i) for i, rate in enumerate(rates) if sizes[i].drafts), reverse=True)
+        self._rate, self.home = (drafting[0][0], -drafting[0][1]) if drafting else (max(rates), PLAIN)
+        self.auto.chosen = self.home
+        self._batch, self._second = batch, drafting[1][0] if len(drafting) > 1 else 0.0
 
     def _leave_home(self, batch: int) -> None:
         """Begin a visit to the next drafter, if the share of the time that visits may cost allows it."""
