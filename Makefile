@@ -43,6 +43,7 @@ bench: $(VENV)/.built $(VENV)/.bench
 	$(BIN)/python -m benchmarks.linear --json $(RESULTS)/linear.json --plot $(RESULTS)/linear.png
 	$(BIN)/python -m benchmarks.step --json $(RESULTS)/step.json --plot $(RESULTS)/step.png
 	$(BIN)/python -m benchmarks.tree_attention --json $(RESULTS)/tree_attention.json --plot $(RESULTS)/tree_attention.png
+	$(BIN)/python -m benchmarks.accuracy --json $(RESULTS)/accuracy.json --plot $(RESULTS)/accuracy.png
 
 docs: $(VENV)/.built
 	$(BIN)/python -m ramify.docs README.md benchmarks/results/README.md

@@ -47,7 +47,7 @@ class Contest:
     """All providers on one model: their runs, prompt by prompt."""
 
     def __init__(self, model: str, options: argparse.Namespace, limits: probes.Limits, probe: probes.Probe) -> None:
-        self.model, self.options = model, options
+        self.model, self.options, self.probe, self.threads = model, options, probe, limits.threads
         if model == "zoo":
             self.folder, drafter = (models.zoo_folder(options.zoo, part) for part in ("target", "drafter"))
             self.title = "ramify zoo, trained on Python sources"
@@ -61,8 +61,8 @@ class Contest:
         entries = engines.transformers_entries(self.folder, drafter, ("bf16", "f32"))
         entries |= engines.llama_cpp_entries(self.folder, options.prompt_tokens + options.new_tokens)
         entries |= engines.ramify_entries(self.folder, drafter, options.methods, options.weights)
-        words = report.chosen(options)[1]
-        self.entries = {name: entry for name, entry in entries.items() if not words or any(word in name for word in words)}
+        self.words = report.chosen(options)[1]
+        self.entries = {name: entry for name, entry in entries.items() if not self.words or any(word in name for word in self.words)}
         sizes = {facts["bytes"] for call, facts in self.entries.values() if call}
         self.read = {size: probe.read(size, limits.threads) for size in sizes}  # bytes that a step reads -> GB/s
 
@@ -87,7 +87,20 @@ class Contest:
         for name in live:
             self._figures(rows[name], times[name], runs[name])
         self._identity(rows, runs, temperature)
+        if temperature == 0 and (not self.words or any(word in "llama-bench" for word in self.words)):
+            rows |= self._own_bench(temperature, plan.rounds)
         return list(rows.values())
+
+    def _own_bench(self, temperature: float, repeat: int) -> dict[str, dict]:
+        """The row of llama.cpp's own benchmark, which decodes after a context as long as the prompts and counts the new tokens alone."""
+        new = self.options.new_tokens
+        name, seconds, facts = engines.llama_bench_entry(self.folder, self.options.prompt_tokens, new, repeat)
+        row = {"op": "generate", "provider": name, "model_title": self.title, "shape": self._shape(temperature), **facts}
+        if seconds:
+            self.read.setdefault(row["bytes"], self.probe.read(row["bytes"], self.threads))
+            timing = Timing(clean=[[each] for each in seconds])
+            self._figures(row, [timing], [models.Run([0] * new, new, timing.median, new)])
+        return {name: row}
 
     def _shape(self, temperature: float) -> dict[str, Any]:
         counts = {"prompts": len(self.prompts), "prompt_tokens": self.options.prompt_tokens, "new_tokens": self.options.new_tokens}
@@ -161,7 +174,9 @@ def finish(rows: Sequence[dict]) -> None:
     report.finish(rows, None)
     good = {row["provider"]: row for row in rows if row["status"] == "ok"}
     for name, row in good.items():
-        if plain := good.get(plain_of(name)):
+        if not row.get("prompt_counted", True):
+            row.pop("ratio", None)  # the others read a prompt
+        elif plain := good.get(plain_of(name)):
             row["over_plain"] = round(plain["us"]["median"] / row["us"]["median"], 4)
 
 

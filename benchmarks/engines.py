@@ -127,6 +127,20 @@ def llama_cpp_entries(folder: Path, slots: int) -> dict[str, tuple[Generate | No
     return {name: (engine.run, facts)}
 
 
+def llama_bench_entry(folder: Path, context: int, new_tokens: int, repeat: int) -> tuple[str, list[float], dict]:
+    """llama.cpp's own benchmark: its name, the seconds of each repetition (none where it did not run) and the facts of its row."""
+    from benchmarks.peers import llama_model
+
+    name, facts = f"llama-bench {llama_model.TYPE}, no prompt", {"dtype": llama_model.TYPE, "backend": "llama.cpp", "baseline": False}
+    if reason := llama_model.bench_missing():
+        return name, [], {**facts, "reason": reason, "status": "not installed"}
+    try:
+        read, seconds = llama_model.own_bench(folder, context, new_tokens, repeat)
+    except (OSError, RuntimeError, ValueError) as error:
+        return name, [], {**facts, "reason": _first_line(error), "status": "failed"}
+    return name, seconds, {**facts, "bytes": read, "status": "ok", "prompt_counted": False}
+
+
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 

@@ -102,13 +102,21 @@ SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (.*)")
 
 
 def sanitize(day: Day) -> None:
-    """compute-sanitizer over a few tests, its four tools side by side; a row each."""
+    """compute-sanitizer over a few tests, its four tools side by side; a row each. A rehearsal looks whether the tests are there.
+
+    Raises SystemExit when no tool ran: a day without them is not finished.
+    """
     program = tool("compute-sanitizer")
     rows = [{"tool": name, "status": "not run", "reason": "compute-sanitizer is not here"} for name in TOOLS]
     day.part["sanitize"] = rows
     day.save()
-    if program is None or day.rehearsal:
+    if day.rehearsal:
+        count = watched()
+        for row in rows:
+            row["reason"] = f"a rehearsal: {count} tests are there to be watched"
         return
+    if program is None:
+        raise SystemExit("gpu_day: compute-sanitizer is not here; it comes with the CUDA toolkit. Put it on PATH.")
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu_tests", *WATCHED]
     settings = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "RAMIFY_GPU_DAY_BACKENDS": "cuda,triton", "RAMIFY_GPU_DAY_FEW": "1"}
     jobs = []
@@ -125,6 +133,18 @@ def sanitize(day: Day) -> None:
             jobs.remove(job)
             day.save()
         time.sleep(0.5)
+    if all(row["status"] == "not run" for row in rows):
+        raise SystemExit(f"gpu_day: no sanitizer ran ({rows[0]['reason']})")
+
+
+def watched() -> int:
+    """How many tests the sanitizers would watch. Raises SystemExit where one of WATCHED is gone."""
+    words = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *WATCHED]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        said = [line for line in done.stdout.splitlines() if line.startswith("ERROR")] or done.stdout.splitlines()[-1:]
+        raise SystemExit(f"gpu_day: what the sanitizers watch cannot be collected: {''.join(said)[:200]}")
+    return sum("::" in line for line in done.stdout.splitlines())
 
 
 def verdict(text: str, code: int) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def accuracy(doc: dict[str, Any], path: Path) -> None:
     panel.tick_params(axis="y", labelsize=7)
     panel.set_xlabel("nats a token above the dense model")
     figure.tight_layout(rect=(0, 0.04, 1, 1))
-    _caption(figure, doc)
+    _caption(figure, doc, "mean over held-out tokens, one standard error")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -214,10 +214,10 @@ def _values(rows: Iterable[dict]) -> list[int]:
     return sorted({row["shape"]["T"] for row in rows})
 
 
-def _caption(figure: Any, doc: dict[str, Any]) -> None:
+def _caption(figure: Any, doc: dict[str, Any], what: str = "medians of interleaved runs") -> None:
     """Where the numbers come from: a picture travels without its JSON."""
     where = doc["environment"]
-    text = f"{where['cpu']}, {where['threads']} threads, {where['isa']}; medians of interleaved runs, {where['date'][:10]}"
+    text = f"{where['cpu']}, {where['threads']} threads, {where['isa']}; {what}, {where['date'][:10]}"
     text += f", commit {where['commit']}" if where["commit"] else ""
     text += "; QUICK RUN, NOT A MEASUREMENT" if doc["options"]["quick"] else ""
     figure.text(0.01, 0.008, text, fontsize=7, color="#555555")

@@ -6,11 +6,14 @@ Every matrix is Q4_0, the embedding and the output's too: the fewest bytes that 
 import ctypes
 import json
 import os
+import shutil
+import subprocess
 import time
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from torch import Tensor
 from benchmarks.models import Run
 
 TYPE = "Q4_0"
+BENCH = "llama-bench"
 NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -36,6 +40,11 @@ OUTER = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": 
 def missing() -> str:
     """Why it is not there, or ""."""
     return "" if find_spec("llama_cpp") and find_spec("gguf") else "pip install llama-cpp-python gguf"
+
+
+def bench_missing() -> str:
+    """Why llama.cpp's own benchmark is not there, or ""."""
+    return missing() or ("" if shutil.which(BENCH) else f"build {BENCH} from llama.cpp's sources and put it on PATH")
 
 
 def convert(folder: Path, out: Path) -> int:
@@ -71,6 +80,21 @@ def convert(folder: Path, out: Path) -> int:
     finally:
         part.unlink(missing_ok=True)
     return read
+
+
+def own_bench(folder: Path, context: int, new_tokens: int, repeat: int) -> tuple[int, list[float]]:
+    """llama.cpp's own benchmark on the same file: the bytes that a step reads, and of each repetition the seconds of `new_tokens` tokens
+    that follow `context` tokens, which are not counted. RuntimeError when it refuses.
+    """
+    with TemporaryDirectory() as temporary:
+        file = Path(temporary) / "model.gguf"
+        read = convert(folder, file)
+        words = ["-m", str(file), "-p", "0", "-n", str(new_tokens), "-d", str(context), "-r", str(repeat), "-o", "json"]
+        done = subprocess.run([BENCH, *words, "-t", str(torch.get_num_threads())], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{BENCH}: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
+    [found] = json.loads(done.stdout)
+    return read, [nanoseconds / 1e9 for nanoseconds in found["samples_ns"]]
 
 
 def _describe(writer: Any, config: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -216,6 +217,7 @@ def test_a_rehearsal_of_the_whole_day(tmp_path, capsys):
     [tested] = doc["tests"]
     assert (tested["op"], tested["backend"]) == ("silu_mul", "cpu") and tested["passed"] >= 10 and not tested["failures"]
     assert {row["status"] for row in doc["sanitize"]} == {"not run"}
+    assert all(int(re.search(r"(\d+) tests are there", row["reason"])[1]) > 20 for row in doc["sanitize"])
     assert doc["limits"]["read"] > 0 and set(doc["sources"]) >= {"csrc/cuda/glue.cu", "kernels/attention.py"}
     ours = {row["op"]: row for row in doc["rows"] if row["provider"] == "ramify cpu"}
     assert {op for op, row in ours.items() if row["status"] != "ok"} <= {"interval_attention"} and len(ours) >= 12

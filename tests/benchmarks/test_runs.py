@@ -1,11 +1,13 @@
 """Each benchmark runs with --quick on tiny shapes, its document is of the schema, its picture is a picture; and the probes answer."""
 
 import json
+import os
 
 import pytest
 import torch
 
 from benchmarks import end_to_end, engines, models, probes, report, step, tree_attention
+from benchmarks.peers import llama_model
 
 
 @pytest.fixture(autouse=True)
@@ -199,3 +201,26 @@ def test_probe_answers():
     probe = probes.Probe(samples=1, block=8 << 20)
     assert probe.read(1 << 20, 1) > 0.05 and probe.peak("fp32", 1) > 0.05
     assert probe.peak("bf16", 1) >= 0
+
+
+def test_the_own_benchmark_of_a_peer(tmp_path, monkeypatch):
+    """A program named llama-bench on the path: its words become a row of new tokens alone, which nothing is compared with."""
+    program, folder = tmp_path / "llama-bench", tmp_path / "model"
+    program.write_text('#!/bin/sh\necho "$@" > "$0.words"\necho \'[{"samples_ns": [2000000000, 1000000000, 3000000000]}]\'\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(llama_model, "missing", lambda: "")
+    monkeypatch.setattr(llama_model, "convert", lambda folder, file: 1000)
+    name, seconds, facts = engines.llama_bench_entry(folder, 256, 100, 3)
+    assert (seconds, facts["bytes"], facts["status"]) == ([2.0, 1.0, 3.0], 1000, "ok")
+    words = (tmp_path / "llama-bench.words").read_text().split()
+    assert words[words.index("-d") + 1] == "256" and words[words.index("-n") + 1] == "100" and words[words.index("-p") + 1] == "0"
+    row = {"provider": name, **facts, "us": {"median": 20_000.0}}
+    plain = {"provider": "ramify plain", "status": "ok", "us": {"median": 100.0}, "baseline": False, "backend": "ramify"}
+    end_to_end.finish([{**plain, "provider": "transformers", "baseline": True}, plain, row])
+    assert "ratio" not in row and "over_plain" not in row and plain["over_plain"] == 1
+    program.write_text("#!/bin/sh\necho no such model >&2\nexit 1\n")
+    failed = engines.llama_bench_entry(folder, 256, 100, 3)[2]
+    assert (failed["status"], failed["reason"]) == ("failed", "RuntimeError: llama-bench: no such model")
+    program.unlink()
+    assert engines.llama_bench_entry(folder, 256, 100, 3)[2]["status"] == "not installed"
