@@ -8,7 +8,6 @@ same weights, token for token, prints no speed.
 """
 
 import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -189,7 +188,8 @@ def show(rows: Sequence[dict]) -> None:
     for row in rows:
         figures = [""] * 8
         if row["status"] == "ok":
-            figures = [f"{row['tokens_per_second']:.1f}", f"{row.get('ratio', math.nan):.2f}x", f"{row.get('over_plain', math.nan):.2f}x"]
+            ratios = (f"{row[key]:.2f}x" if key in row else "" for key in ("ratio", "over_plain"))
+            figures = [f"{row['tokens_per_second']:.1f}", *ratios]
             figures += [f"{report.spread(row):.0%}", f"{row['tokens_per_step']:.2f}", f"{row['ms_per_step']:.2f}", report.share(row)]
             figures += [row.get("identical", "")]
         lines.append((row["provider"], row["dtype"], *figures, report.notes(row)))

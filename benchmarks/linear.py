@@ -142,7 +142,7 @@ def verdict(rows: Sequence[dict]) -> str:
 
 def gates(rows: Sequence[dict]) -> str:
     """What of GATES and STEPS the large layers of `rows` hold."""
-    held, missed = 0, []
+    found: list[tuple[bool, str]] = []
     for layer in dict.fromkeys(row["shape"]["layer"] for row in rows):
         N, K = size_of(layer)
         times = {(row["provider"], row["shape"]["M"]): row for row in rows if row["shape"]["layer"] == layer and row["status"] == "ok"}
@@ -150,12 +150,10 @@ def gates(rows: Sequence[dict]) -> str:
             mine, other = times.get((MAIN, M)), times.get((rival, M))
             speed = mine and (mine.get("over_int4") if rival == "int4" else other and other["us"]["median"] / mine["us"]["median"])
             if speed:
-                held += speed >= least
-                missed += [f"{layer} M={M} {speed:.2f}x {rival}, to be {least}"] * (speed < least)
+                found.append((speed >= least, f"{layer} M={M} {speed:.2f}x {rival}, to be {least}"))
         if (mine := times.get((MAIN, STEPS[0]))) and N * K >= 1 << 24 and "single_steps" in mine:
-            held += mine["single_steps"] <= STEPS[1]
-            missed += [f"{layer} M={STEPS[0]} {mine['single_steps']:.2f} steps, to be {STEPS[1]}"] * (mine["single_steps"] > STEPS[1])
-    return f"{held} of {held + len(missed)} gates held" + (f" (missed: {'; '.join(missed)})" if missed else "") if held or missed else ""
+            found.append((mine["single_steps"] <= STEPS[1], f"{layer} M={STEPS[0]} {mine['single_steps']:.2f} steps, to be {STEPS[1]}"))
+    return report.gates(found)
 
 
 def show(rows: Sequence[dict]) -> None:

@@ -174,6 +174,12 @@ def single_steps(rows: Sequence[dict]) -> None:
             row["single_steps"] = round(row["us"]["median"] / ones[line(row)], 3)
 
 
+def gates(found: Sequence[tuple[bool, str]]) -> str:
+    """How many targets held, and of the others what they are; "" where none was measured."""
+    held, missed = sum(good for good, _ in found), [text for good, text in found if not good]
+    return f"{held} of {len(found)} gates held" + (f" (missed: {'; '.join(missed)})" if missed else "") if found else ""
+
+
 def document(name: str, options: argparse.Namespace, plan: Plan, limits: Any, rows: Sequence[dict], verdict: str) -> dict[str, Any]:
     """The whole run as plain values: what --json writes."""
     return {

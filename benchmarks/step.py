@@ -18,6 +18,11 @@ from benchmarks.registry import OPS, Case, Loaded, op, provider, run_cell
 
 LOW_BIT = ("int4-g64", "int8")
 ROWS = (1, 4, 8, 16, 32, 64)
+MAIN = "ramify int4-g64"
+SINGLE = {"15m": 1.3, "160m": 1.0}
+"""Model -> most that a single step may take, in steps of llama.cpp in Q4_0."""
+STEPS = {("160m", 8): 1.5, ("160m", 32): 3.8, ("160m", 64): 7.0}
+"""Model and rows -> most single steps that verifying them may cost. Set for chips with VNNI."""
 
 
 @op("step", model=("15m", "160m"), context=(256,), M=ROWS, quick={"model": ("tiny",), "context": (64,), "M": (1, 8)})
@@ -110,16 +115,29 @@ def verdict(rows: Sequence[dict]) -> str:
     """Each model in int4: its step against llama.cpp's, and what M rows cost in single steps."""
     clauses = []
     for model in dict.fromkeys(row["shape"]["model"] for row in rows):
-        mine = [r for r in rows if r["provider"] == "ramify int4-g64" and r["shape"]["model"] == model and r["status"] == "ok"]
+        mine = [r for r in rows if r["provider"] == MAIN and r["shape"]["model"] == model and r["status"] == "ok"]
         if not mine:
-            clauses.append(f"{model}: ramify int4-g64 was not measured")
+            clauses.append(f"{model}: {MAIN} was not measured")
             continue
         ratio = "".join(f", {1 / row['ratio']:.2f} of llama.cpp Q4_0's" for row in mine if row["shape"]["M"] == 1 and "ratio" in row)
         first = next((f" {row['us']['median'] / 1e3:.2f} ms" for row in mine if row["shape"]["M"] == 1), "")
         steps = ", ".join(f"{row['shape']['M']} rows {row['single_steps']:.2f}" for row in mine if row.get("single_steps", 1) != 1)
         clauses.append(f"{model}: int4-g64 step{first}{ratio}; in single steps: {steps}")
     wrong = sum(row["status"] in ("wrong", "failed") for row in rows)
-    return ". ".join([*clauses, f"{wrong} wrong or failed"])
+    return ". ".join(filter(None, [*clauses, gates(rows), f"{wrong} wrong or failed"]))
+
+
+def gates(rows: Sequence[dict]) -> str:
+    """What of SINGLE and STEPS a run holds."""
+    mine = {(row["shape"]["model"], row["shape"]["M"]): row for row in rows if row["provider"] == MAIN and row["status"] == "ok"}
+    found = []
+    for model, most in SINGLE.items():
+        if "ratio" in (row := mine.get((model, 1), {})):
+            found.append((1 / row["ratio"] <= most, f"{model} {1 / row['ratio']:.2f} of llama.cpp Q4_0's step, to be {most}"))
+    for (model, M), most in STEPS.items():
+        if "single_steps" in (row := mine.get((model, M), {})):
+            found.append((row["single_steps"] <= most, f"{model} M={M} {row['single_steps']:.2f} steps, to be {most}"))
+    return report.gates(found)
 
 
 def show(rows: Sequence[dict]) -> None:

@@ -114,12 +114,12 @@ class Auto(Drafter):
             self._text[slot] += tokens
         if not self._awake:
             return
-        now = self._awake if self.wants.taps or self.wants.logits else self.arms[self.chosen :][:1] if self.chosen >= 0 else ()
+        views = self.wants.taps or self.wants.logits  # that cannot be kept
+        now = [arm for arm in self._awake if views or (self.chosen >= 0 and arm is self.arms[self.chosen])]
         for arm in now:
-            if arm.awake:
-                arm.watch(self._steps)
-                arm.drafter.observe(slots, tree, out, verdict)
-                arm.seen += 1
+            arm.watch(self._steps)
+            arm.drafter.observe(slots, tree, out, verdict)
+            arm.seen += 1
         if len(now) == len(self._awake):
             self._steps.append(())
         else:

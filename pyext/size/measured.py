@@ -77,6 +77,7 @@ class Measured(SizePolicy):
 
     def bind(self, model: Any, requests: Sequence["Request"]) -> None:
         """Find or measure the cost table, and what was learned about this drafter before."""
+        self.reopen()
         if self.costs is None:
             self.costs = cost_table(model)
         if self.about:
@@ -200,7 +201,7 @@ class Measured(SizePolicy):
                 e.drafted(width, seconds)
 
     def reopen(self) -> None:
-        """The drafter has ended and will begin anew: its next draft is a first one again."""
+        """The drafter begins, or will begin anew: its next draft is a first one."""
         self._first, self._opened = None, False
 
     def _opening(self) -> float:

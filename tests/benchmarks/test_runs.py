@@ -168,7 +168,9 @@ def test_step_figures():
     report.single_steps(rows)
     assert rows[0]["floor_us"] == 450 and rows[2]["floor_us"] == 2 * 8 * 18e6 / 200e9 * 1e6
     text = step.verdict(rows)
-    assert "160m: int4-g64 step 2.00 ms, 0.80 of llama.cpp Q4_0's; in single steps: 8 rows 1.50. 0 wrong" in text
+    assert "160m: int4-g64 step 2.00 ms, 0.80 of llama.cpp Q4_0's; in single steps: 8 rows 1.50. 2 of 2 gates held. 0 wrong" in text
+    rows[2]["single_steps"], rows[0]["ratio"] = 1.6, 0.5
+    assert "(missed: 160m 2.00 of llama.cpp Q4_0's step, to be 1.0; 160m M=8 1.60 steps, to be 1.5)" in step.verdict(rows)
 
 
 def test_a_lossless_method_that_parts_from_plain_has_no_speed():

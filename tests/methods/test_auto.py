@@ -113,15 +113,18 @@ class Seeing(Drafter):
         assert self.text == [-1, *(step[3][0][0] for step in shown)]
 
 
-def shown_steps(auto, count, choose):
-    """`auto` through so many steps of a text, in each of which choose(step) drafts; returns what was to be seen."""
+def shown_steps(auto, count, choose, alone):
+    """`auto` through so many steps of a text, in each of which choose(step) drafts; returns what was to be seen.
+
+    alone: places in every 50 steps where the chosen one is not asked, as where a single token is left.
+    """
     shown, ids = [], np.zeros((3, 2), np.int32)
     for arm in auto.arms:
         arm.drafter.steps = lambda: shown
     auto.begin([0], [[-1]])
     for step in range(count):
         auto.chosen = choose(step)
-        tree = auto.propose([0], [step], [3]) if auto.chosen >= 0 else TokenTree.roots([step])
+        tree = auto.propose([0], [step], [3]) if auto.chosen >= 0 and step % 50 not in alone else TokenTree.roots([step])
         ids[:] = step  # the view that the next step overwrites
         verdict = Verdict([np.array([0], np.int32)], [[step]])
         out = SimpleNamespace(topk_ids=ids[: tree.M], topk_values=None, argmax=ids[: tree.M, 0], logits=ids)
@@ -139,7 +142,7 @@ def test_all_drafters_of_auto_see_every_step_once(chosen):
         arm.awake = True
     auto._count()
     assert auto.wants == Wants(topk=2)
-    shown = shown_steps(auto, 150, lambda step: chosen if step % 50 else 1 - max(chosen, 0))
+    shown = shown_steps(auto, 150, lambda step: chosen if step % 50 else 1 - max(chosen, 0), alone=(0, 9, 10, 33))
     seen = [arm.drafter.seen for arm in auto.arms]
     auto.end([0])
     assert all(each == shown for each in seen)
@@ -157,9 +160,9 @@ def test_drafters_of_auto_sleep_until_they_are_asked():
             for arm in auto.arms:
                 auto.sleep(arm)
             wanted.append(auto.wants)
-        return {7: 0, 20: 1, 21: 1, 33: 0}.get(step % 50, -1)
+        return {7: 0, 9: 1, 20: 1, 21: 1, 33: 0, 45: 1}.get(step % 50, -1)  # in step 9 one that sleeps is chosen and not asked
 
-    shown_steps(auto, 170, choose)
+    shown_steps(auto, 170, choose, alone=(9,))
     assert [arm.drafter.began for arm in auto.arms] == [4, 3]
     auto.end([0])
     assert [len(arm.drafter.seen) for arm in auto.arms] == [170 - 157, 150 - 120]
