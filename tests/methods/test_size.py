@@ -87,6 +87,38 @@ def test_wide_batches_get_narrow_trees():
     assert np.median(many.widths[300:]) == 1 and many.speedup > 0.95
 
 
+def test_a_rest_ends_with_a_sequence():
+    """While plain decoding rests nobody is asked; a batch that shrinks asks anew, and both kinds of step are told apart in the table."""
+
+    def step(rows):
+        return STEP * (1 + 0.5 * rows)
+
+    machine = Machine(Measured(), accepts=lambda n: 0, step=step, batch=4).run(400)
+    policy, told = machine.policy, []
+    assert policy._rest.left > 2
+    policy.costs.observe = lambda *seen: told.append(seen)
+    machine.run(2)
+    assert told == []
+    machine.batch = 1
+    machine.run(200)
+    assert machine.widths[-200:].count(1) > 190
+    first = told[0]
+    assert first[0] == 4 and first[3] and first[1] == pytest.approx(first[4] * step(4))  # rows, seconds in all, plain, steps
+    assert all(
+        rows == 1 and seconds == pytest.approx(count * step(1)) for rows, seconds, _, plain, count in (t for t in told[1:] if len(t) > 4)
+    )
+    assert policy.experience.spent == pytest.approx(machine.seconds, rel=0.01)
+
+
+def test_a_rest_is_not_longer_than_the_text():
+    policy = Measured()
+    machine = Machine(policy, accepts=lambda n: 0).run(300)
+    policy._rest.left, policy._left = 0, 5.0
+    steps = policy.experience.steps.copy()
+    machine.run(1)
+    assert policy._rest.left <= 4 and policy.experience.steps[0] - steps[0] <= 5
+
+
 def test_rare_matches_stay_open():
     """Prompt lookup: mostly nothing to offer, and then a long copy. Offering nothing is free, so the policy keeps asking."""
     rng = random.Random(0)
