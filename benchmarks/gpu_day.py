@@ -182,8 +182,10 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
             raise ValueError(f"gpu_day: --stages has {name!r}; takes some of {', '.join(names)}.")
     if not options.minutes > 0:
         raise ValueError(f"gpu_day: --minutes is {options.minutes}; takes a number above 0.")
-    if not options.out.is_dir():
-        raise ValueError(f"gpu_day: folder {options.out} is not there; name an existing one, or make it.")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"gpu_day: --out {options.out} is no folder and cannot be made one ({error.strerror}). Name another.") from None
     return options
 
 

@@ -67,6 +67,9 @@ def build(day: Day) -> None:
     found |= {"said": [line[:300] for line in errors[:5]] if done.returncode else [], "kernels": []}
     day.part["build"] = found
     day.save()
+    loads = subprocess.run([sys.executable, "-c", "import ramify.ops, ramify.model.load"], cwd=ROOT, capture_output=True, text=True)
+    if loads.returncode:
+        raise SystemExit(f"gpu_day: what was built cannot be imported: {(loads.stderr.strip().splitlines() or [''])[-1]}"[:300])
     modules = sorted((ROOT / "pyext").glob("_cuda.*.so"))
     cuobjdump = tool("cuobjdump")
     if found["ok"] and modules and cuobjdump:

@@ -23,9 +23,18 @@ from benchmarks.registry import OPS, Case, op, provider, run_cell
 SHAPES = ("1024x1024", "4096x4096", "14336x4096")  # N x K
 ROWS = (1, 4, 8, 16, 32, 64)
 MAIN = "ramify int4-g64"
-GATES = ((1, "llama.cpp Q4_0", 0.97), (8, "int4", 1.4), (16, "torch dynamic int8", 1.25), (64, "torch dynamic int8", 1.0))
+GATES = (
+    (1, "llama.cpp Q4_0", 0.97),
+    (8, "int4", 1.4),
+    (16, "torch dynamic int8", 1.25),
+    (32, "torch dynamic int8", 1.1),
+    (64, "torch dynamic int8", 1.0),
+)
 """M, the peer (or the best of its weights), and how many times as fast MAIN should be at least, on layers of 16 M weights and more."""
 STEPS = (8, 1.3)  # M, and how many of its own single steps at most
+OLD = ("ramify avx2", "ramify portable")
+AVX2 = (8, 0.7)
+"""M from which on a level without VNNI is held to this share of its int8 peak, and not to what VNNI makes of further rows."""
 
 
 @lru_cache(maxsize=1)
@@ -141,17 +150,25 @@ def verdict(rows: Sequence[dict]) -> str:
 
 
 def gates(rows: Sequence[dict]) -> str:
-    """What of GATES and STEPS the large layers of `rows` hold."""
+    """What the large layers of `rows` hold: GATES and STEPS, or on a level without VNNI its own share of the peak."""
     found: list[tuple[bool, str]] = []
     for layer in dict.fromkeys(row["shape"]["layer"] for row in rows):
         N, K = size_of(layer)
         times = {(row["provider"], row["shape"]["M"]): row for row in rows if row["shape"]["layer"] == layer and row["status"] == "ok"}
-        for M, rival, least in GATES if N * K >= 1 << 24 else ():
+        if N * K < 1 << 24:
+            continue
+        shares = {
+            M: row["share_of_floor"] for (name, M), row in times.items() if name == MAIN and M >= AVX2[0] and row.get("backend") in OLD
+        }
+        found += [(share >= AVX2[1], f"{layer} M={M} {share:.0%} of the int8 peak, to be {AVX2[1]:.0%}") for M, share in shares.items()]
+        for M, rival, least in GATES:
+            if M in shares and rival != "int4":
+                continue
             mine, other = times.get((MAIN, M)), times.get((rival, M))
             speed = mine and (mine.get("over_int4") if rival == "int4" else other and other["us"]["median"] / mine["us"]["median"])
             if speed:
                 found.append((speed >= least, f"{layer} M={M} {speed:.2f}x {rival}, to be {least}"))
-        if (mine := times.get((MAIN, STEPS[0]))) and N * K >= 1 << 24 and "single_steps" in mine:
+        if (mine := times.get((MAIN, STEPS[0]))) and STEPS[0] not in shares and "single_steps" in mine:
             found.append((mine["single_steps"] <= STEPS[1], f"{layer} M={STEPS[0]} {mine['single_steps']:.2f} steps, to be {STEPS[1]}"))
     return report.gates(found)
 

@@ -128,7 +128,7 @@ def describe(found: Sequence[Measured], temperature: float) -> str:
 
 def _restless(plain: Measured) -> str:
     """Why no verdict stands on runs of plain decoding that lie this far apart: the machine was too busy."""
-    return f"those of plain lie {plain.spread:.0%} apart" if plain.spread > 0.5 else ""
+    return f"the runs of plain lie {plain.spread:.0%} apart" if plain.spread > 0.5 else ""
 
 
 def _remarks(found: Sequence[Measured], temperature: float) -> list[str]:
@@ -146,7 +146,8 @@ def _remarks(found: Sequence[Measured], temperature: float) -> list[str]:
     same = "same text" if best.parts_from(plain) is None else "another text"
     times = _ratio(best.tokens_per_second, plain.tokens_per_second)
     if best is plain:
-        lines.append("verdict: plain is the fastest here")
+        doubt = _restless(plain)
+        lines.append(f"verdict: open; plain has the best median, and {doubt}" if doubt else "verdict: plain is the fastest here")
     elif doubt := "their runs overlap" if not best.beats(plain) else _restless(plain):
         lines.append(f"verdict: open; the median of {best.name} is {times:.2f}x that of plain, {same}, and {doubt}")
     else:

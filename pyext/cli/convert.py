@@ -99,5 +99,5 @@ def describe(made: "Conversion") -> str:
     lines = [f"{made.source} -> {made.out}: {made.format} by {made.method}{text}; head {made.head or 'as it is'}; {made.seconds:.0f} s", ""]
     lines.append(table(["", "before", "after"], rows))
     if made.before:
-        lines.append(f"\nPerplexity on {made.before.tokens:,} tokens of {made.evaluated_on}, float32 arithmetic.")
+        lines.append(f"\nPerplexity on {made.before.tokens:,} tokens of {made.evaluated_on}, as the model layer runs both.")
     return "\n".join(lines)

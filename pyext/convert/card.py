@@ -77,7 +77,14 @@ def _perplexity(made: "Conversion") -> str:
 def _evaluated(made: "Conversion") -> str:
     if made.before is None:
         return "Perplexity was not measured (`--evaluate FILE` does it).\n\n"
-    return f"Perplexity: {made.before.tokens:,} tokens of {made.evaluated_on}, both weights in float32 arithmetic.\n\n"
+    how = f"as the model layer runs both: sums in float32, {_inputs(made)}"
+    return f"Perplexity: {made.before.tokens:,} tokens of {made.evaluated_on}, {how}.\n\n"
+
+
+def _inputs(made: "Conversion") -> str:
+    """How the layers that are now low-bit take their input."""
+    fp8 = made.format.startswith("fp8")
+    return "low-bit layers on their inputs as they are" if fp8 else "low-bit layers on inputs rounded to int8"
 
 
 def _command(made: "Conversion", base: str) -> str:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ramify.decode.output import Request
     from ramify.verify import Verdict
 
-_FIRST, _LAST = 24, 512  # steps between two visits to drafters that are behind
+_FIRST, _LAST = 24, 128  # steps between two visits to drafters that are behind
 _VISIT = 3  # steps of a visit
 _REFUSED = 32  # steps before a visit that was too dear is thought of again: its price takes a third of a small model's step
 _KEPT = 64  # steps that wait to be watched, at most
@@ -279,3 +279,4 @@ class _AutoSize(SizePolicy):
         if log.lost + price <= self.auto.share * log.spent:
             self.next = self.auto.chosen = other
             self.visit, log.since = _VISIT, 0
+            arms[other].size.forget()

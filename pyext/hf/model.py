@@ -51,6 +51,8 @@ class HFModel:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         config = model.config.get_text_config(decoder=True)
+        dtype = str(model.dtype).removeprefix("torch.")
+        self.fingerprint = f"transformers {type(model).__name__} {model.device} {dtype} {config.to_json_string(use_diff=False)}"
         self.windows = _windows(model, config)
         _implementation(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -52,7 +52,8 @@ class RamifyConfig(QuantizationConfigMixin):
             quant_method = method_of(Format.parse(format))
         self.quant_method: Any = quant_method
         self.format, self.method, self.head, self.version = format, method, head, version
-        self.modules_to_not_convert = ["lm_head"] if modules_to_not_convert is None else list(modules_to_not_convert)
+        dense = ["lm_head"] if modules_to_not_convert is None else modules_to_not_convert
+        self.modules_to_not_convert = [dense] if isinstance(dense, str) else list(dense)
         Ramify(vars(self))  # raises for what is not read
 
 

@@ -222,7 +222,13 @@ def _family(read: Fields) -> tuple[str, Family]:
             f"load: config.json names {came}; takes {', '.join(FAMILIES)}. "
             "ramify.CustomGenerate still runs it inside transformers' own generate."
         )
-    return architecture, FAMILIES[architecture]
+    family = FAMILIES[architecture]
+    if model_type and model_type != family.model_type:  # transformers goes by model_type
+        raise UnsupportedModelError(
+            f"load: config.json names {architecture} and model_type {show(model_type)}; takes {show(family.model_type)} with it. "
+            "One of the two is wrong."
+        )
+    return architecture, family
 
 
 def _refuse_features(read: Fields) -> None:

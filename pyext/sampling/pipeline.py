@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ramify import native
 from ramify.checks import at_least, between, number, show, whole
 from ramify.sampling.rng import DRAFT, SAMPLE, uniform
 from ramify.tree import MAX_ROWS
@@ -213,9 +212,9 @@ class Sampling:
         seen = self.seen(b, path)
         if params.temperature == 0:
             return argmax(logits_row, params, seen)
-        if params.is_plain and logits_row.dtype == np.float32 and logits_row.strides[0] == 4:
+        if params.is_plain and logits_row.dtype == np.float32 and logits_row.strides[0] == 4 and (library := _library()):
             address = logits_row.__array_interface__["data"][0]
-            at = native.draw(address, len(logits_row), params.temperature, params.seed, len(self.text[b]) + len(path))
+            at = library.draw(address, len(logits_row), params.temperature, params.seed, len(self.text[b]) + len(path))
             if at >= 0:  # what is wrong with bad logits is told below
                 return at
         ids, w = weights(logits_row, params, seen)
@@ -261,6 +260,16 @@ def logits_of(out: Any, row: int) -> np.ndarray:
     if out.logits is None:
         raise ValueError("verify: out.logits is None; sampling takes float32 [M, V]. Run forward with logits=True.")
     return out.logits[row]
+
+
+@lru_cache(maxsize=1)
+def _library() -> Any:
+    """The CPU kernels; None in a build without them, as one for a GPU alone may be: numpy draws then."""
+    try:
+        from ramify import native
+    except ImportError:
+        return None
+    return native
 
 
 @lru_cache(maxsize=64)

@@ -1,6 +1,8 @@
 """What a step costs on this machine: seconds of a target step by rows, measured once, kept on disk, corrected while decoding."""
 
+import atexit
 from collections.abc import Sequence
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,6 +19,7 @@ _CONTEXT = 256  # committed tokens while measuring; how cost grows with context 
 _REPEAT = 5
 _PATIENCE = 0.5  # seconds; wider steps than the first that takes longer are extrapolated
 _RATE, _RARE = 0.1, 0.25  # how far one step moves the table; a settled plain one, of which there are few while a drafter drafts
+_DRIFT, _BUSY = 0.1, 0.5  # a table whose steps take less than half of what it says, over a dozen or so, was measured on a busy machine
 SETTLED = 12
 """Plain steps, after wider ones, until they cost what plain decoding costs."""
 
@@ -29,12 +32,15 @@ class CostTable:
     rest: seconds of verify and commit, whatever the rows. A plain step that follows wider ones says nothing of plain decoding: it takes
     up to twice as long until a dozen of them have brought caches and clocks back (seen on a model that lies in the last-level cache),
     so plain steps are taken in only where they follow each other. thaw: seconds that this dozen takes longer, in all.
+    stale: whether steps have come to take far less than the table said, as they do when other programs ran while it was measured.
     """
 
     def __init__(self, seconds: Sequence[float], rows: Sequence[int] = BUCKETS) -> None:
         self.rows = list(rows)
         self.seconds = [max(float(s), 1e-9) for s in seconds]
         self.rest = self.thaw = self._excess = 0.0
+        self.stale, self._drift = False, 1.0  # mean of what steps took over what the table as it was measured says
+        self._measured = list(self.seconds)
         self._plain = 0  # plain steps in a row
 
     def at(self, rows: float) -> float:
@@ -62,6 +68,9 @@ class CostTable:
             return
         k, share = self._place(rows)
         share = min(share, 1.0)
+        said = self._measured[k] + share * (self._measured[k + 1] - self._measured[k])
+        self._drift += (1 - (1 - _DRIFT) ** steps) * (min(seconds / steps / said, 2.0) - self._drift)
+        self.stale |= self._drift < _BUSY
         rate = 1 - (1 - (_RARE if self._plain else _RATE)) ** steps
         factor = (min(max(seconds / steps / self.at(rows), 0.5), 2.0) - 1) * rate
         self.seconds[k] *= 1 + (1 - share) * factor
@@ -82,18 +91,26 @@ class CostTable:
 def cost_table(model: Any) -> CostTable:
     """The table of this model on this machine: from this process, from disk, or measured now (about a second) and written to disk.
 
-    A model that has neither a fingerprint nor a config and dtype is measured in every process.
+    A stale one is measured anew. A model that has neither a fingerprint nor a config and dtype is measured in every process.
     """
     table = _tables.get(model)
-    if table is None:
+    if table is None or table.stale:
         path = _store.path_of("step-cost", model)
-        seconds = _seconds(_store.read(path)) if path else None
+        seconds = _seconds(_store.read(path)) if path and table is None else None
         if seconds is None:
             seconds = measure(model)
             if path:
                 _store.write(path, {"rows": list(BUCKETS), "seconds": seconds})
         table = _tables[model] = CostTable(seconds)
+        if path:
+            atexit.register(_leave, table, path)
     return table
+
+
+def _leave(table: CostTable, path: Path) -> None:
+    """No later process shall believe a table that this one found stale."""
+    if table.stale and _seconds(_store.read(path)) == table._measured:
+        path.unlink(missing_ok=True)
 
 
 def measure(model: Any) -> list[float]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ramify.verify import Verdict
 
 _SILENT, _CLOSE = 1.5, 0.03  # a drafter that offers so few rows goes on being asked while that is this close to plain
-_LAST_WAIT = 256  # steps between trials, after many that failed
+_LAST_WAIT = 64  # steps between trials, after many that failed
 _STAND = 8  # steps that a choice stands, once the first few steps were seen
 _SPELL = SETTLED + 8  # plain steps of a spell, the last of which count
 _NEAR = 0.05  # share of its time that a spell is taken to lose, at least
@@ -109,6 +109,8 @@ class Measured(SizePolicy):
         elif e.since > e.wait and self._wider > self._best and e.lost + self._loss <= self.share * e.spent:
             self._take(self._wider)
             self._trial, e.since = True, 0
+            if not self._best:
+                self.forget()
         return self._chosen
 
     def _begin_rest(self, batch: int) -> None:
@@ -121,6 +123,11 @@ class Measured(SizePolicy):
         e.rested(self._rest.left)
         self._left -= self._rest.left
         self._stands = 0
+
+    def forget(self) -> None:
+        """Let the next step say more than all before it: texts change, and a drafter that was given up may be right by now."""
+        self._learn()
+        self.experience.steps[1:] = 0.0
 
     def visit(self, batch: int) -> int:
         """Rows of a step that is there to learn about the drafter, whatever it is expected to bring: the best width above one."""

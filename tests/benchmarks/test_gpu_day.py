@@ -198,8 +198,9 @@ def test_time_that_is_over_and_a_part_that_does_not_fit(steps, monkeypatch):
 
 
 def test_usage(tmp_path):
+    (tmp_path / "file").write_text("")
     for words, said in (
-        (["--out", str(tmp_path / "no")], "folder .* is not there"),
+        (["--out", str(tmp_path / "file")], "is no folder and cannot be made one"),
         (["--out", str(tmp_path), "--stages", "tests,nap"], "--stages has 'nap'; takes some of identify, build"),
         (["--out", str(tmp_path), "--minutes", "0"], "--minutes is 0.0; takes a number above 0"),
     ):

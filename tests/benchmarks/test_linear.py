@@ -66,6 +66,12 @@ def test_gates():
     assert "M=8 1.33x int4, to be 1.4" in text and "M=8 1.35 steps, to be 1.3" in text
     assert linear.gates([{**r, "shape": {"layer": "1024x1024", "M": r["shape"]["M"]}} for r in bad]) == ""  # too small to be judged
     assert linear.gates([r for r in good if not r["baseline"] and r["shape"]["M"] == 1]) == ""
+    old = [{**r, "backend": "ramify avx2"} if r["provider"] == linear.MAIN else r for r in bad + cell(16, 1400.0, 4e3, 1.0)[:1]]
+    old[-1] |= {"share_of_floor": 0.65, "backend": "ramify avx2"}
+    held = [r for r in old if r["provider"] == linear.MAIN and r["shape"]["M"] == 8][0]["share_of_floor"]
+    text = linear.gates(old)  # without VNNI further rows are held to that level's peak
+    assert "M=16 65% of the int8 peak, to be 70%" in text and "steps" not in text and "torch dynamic" not in text
+    assert text.startswith(f"{1 * (held >= 0.7)} of 4 gates held")
     assert "gates held" in linear.verdict(good) and "M=8 1.44x int4, 1.44x any, 1.25 steps" in linear.verdict(good)
 
 

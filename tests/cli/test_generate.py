@@ -94,7 +94,7 @@ def test_table_of_a_comparison(model, capsys):
             {"plain": (1.0, [10, 11]), "a": (1.5, [9, 15])},
             "the median of a is 1.14x that of plain, same text, and their runs",
         ),
-        ({"plain": (1.0, [2, 11]), "a": (1.5, [90, 95])}, "and those of plain lie 138% apart"),
+        ({"plain": (1.0, [2, 11]), "a": (1.5, [90, 95])}, "and the runs of plain lie 138% apart"),
         ({"plain": (1.0, [10, 11]), "a": (1.0, [90, 95])}, "verdict: plain is the fastest here"),
         ({"plain": (1.0, [10, 11]), "a": (1.0, [90, 95]), "b": (2.0, [20, 21])}, "a: no step brought more than a token"),
     ],

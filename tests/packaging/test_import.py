@@ -123,3 +123,16 @@ def test_public_name_resolves(name):
 def test_unknown_name():
     with pytest.raises(AttributeError, match="no attribute 'generat'"):
         _ = ramify.generat
+
+
+def test_a_build_for_a_gpu_alone_has_no_cpu_kernels():
+    """RAMIFY_CPU=off builds none: ops, models, sampling and what a day on a GPU needs import all the same, and numpy draws."""
+    code = """if True:
+        import sys
+        sys.modules["ramify._cpu"] = None  # as if it were not there
+        import ramify.ops, ramify.model.load, ramify.reference, ramify.decode.generate, ramify.testing.on_device
+        import numpy as np
+        from ramify.sampling.pipeline import Sampling, SamplingParams
+        print(Sampling([SamplingParams(temperature=1.0, seed=5)], [[0]]).draw(0, np.zeros(9, np.float32)) in range(9))
+    """
+    assert python(code).strip() == "True"

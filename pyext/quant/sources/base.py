@@ -33,7 +33,8 @@ class Source:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
-        self.dense = tuple(config.get("modules_to_not_convert") or ())
+        dense = config.get("modules_to_not_convert") or ()
+        self.dense = (dense,) if isinstance(dense, str) else tuple(dense)
 
     def covers(self, module: str) -> bool:
         """Whether the config makes this linear layer ("model.layers.0.mlp.up_proj") low-bit."""

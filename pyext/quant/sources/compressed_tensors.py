@@ -27,7 +27,8 @@ class CompressedTensors(Source):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
-        self.dense = tuple(config.get("ignore") or ())
+        ignored = config.get("ignore") or ()
+        self.dense = (ignored,) if isinstance(ignored, str) else tuple(ignored)
         sparsity = (config.get("sparsity_config") or {}).get("format") or "dense"
         if sparsity != "dense":
             raise refuse("sparsity_config", sparsity, "dense weights")
