@@ -92,7 +92,7 @@ def test_sliding_windows():
     ("changes", "error", "says"),
     [
         ({"architectures": ["MambaForCausalLM"]}, UnsupportedModelError, "MambaForCausalLM.*LlamaForCausalLM"),
-        ({"model_type": "gemma2"}, UnsupportedModelError, "LlamaForCausalLM and model_type 'gemma2'; takes 'llama'"),
+        ({"model_type": "gemma2"}, UnsupportedModelError, "LlamaForCausalLM and model_type .gemma2.; takes .llama. with it"),
         ({"architectures": ...}, UnsupportedModelError, "no architectures"),
         ({"hidden_act": "gelu"}, UnsupportedModelError, "gelu.*silu"),
         ({"head_dim": 32}, UnsupportedModelError, "32.*64, 96, 128 or 256"),
