@@ -61,7 +61,7 @@ class Contest:
         entries |= engines.llama_cpp_entries(self.folder, options.prompt_tokens + options.new_tokens)
         entries |= engines.ramify_entries(self.folder, drafter, options.methods, options.weights)
         self.words = report.chosen(options)[1]
-        self.entries = {name: entry for name, entry in entries.items() if not self.words or any(word in name for word in self.words)}
+        self.entries = {name: entry for name, entry in entries.items() if self._wanted(name)}
         sizes = {facts["bytes"] for call, facts in self.entries.values() if call}
         self.read = {size: probe.read(size, limits.threads) for size in sizes}  # bytes that a step reads -> GB/s
 
@@ -86,9 +86,13 @@ class Contest:
         for name in live:
             self._figures(rows[name], times[name], runs[name])
         self._identity(rows, runs, temperature)
-        if temperature == 0 and (not self.words or any(word in "llama-bench" for word in self.words)):
+        if temperature == 0 and self._wanted("llama-bench"):
             rows |= self._own_bench(temperature, plan.rounds)
         return list(rows.values())
+
+    def _wanted(self, name: str) -> bool:
+        """Whether --providers names this one, or none."""
+        return not self.words or any(word in name for word in self.words)
 
     def _own_bench(self, temperature: float, repeat: int) -> dict[str, dict]:
         """The row of llama.cpp's own benchmark, which decodes after a context as long as the prompts and counts the new tokens alone."""

@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ramify.errors import CheckpointError
 from ramify.hf.low_bit import LowBitLinear
 from ramify.quant import Format, quantize
+from ramify.quant.sources.base import named
 from ramify.quant.sources.ramify import FIELDS, VERSION, Ramify, method_of
 from ramify.quant.weight import CODES, SCALES
 
@@ -52,8 +53,7 @@ class RamifyConfig(QuantizationConfigMixin):
             quant_method = method_of(Format.parse(format))
         self.quant_method: Any = quant_method
         self.format, self.method, self.head, self.version = format, method, head, version
-        dense = ["lm_head"] if modules_to_not_convert is None else modules_to_not_convert
-        self.modules_to_not_convert = [dense] if isinstance(dense, str) else list(dense)
+        self.modules_to_not_convert = ["lm_head"] if modules_to_not_convert is None else list(named(modules_to_not_convert))
         Ramify(vars(self))  # raises for what is not read
 
 

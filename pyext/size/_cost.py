@@ -45,8 +45,7 @@ class CostTable:
 
     def at(self, rows: float) -> float:
         """Seconds of a step of so many rows (of all sequences together)."""
-        k, share = self._place(rows)
-        return self.seconds[k] + share * (self.seconds[k + 1] - self.seconds[k])
+        return _between(self.seconds, *self._place(rows))
 
     def over(self, rows: np.ndarray) -> np.ndarray:
         """`at` of many row counts."""
@@ -68,7 +67,7 @@ class CostTable:
             return
         k, share = self._place(rows)
         share = min(share, 1.0)
-        said = self._measured[k] + share * (self._measured[k + 1] - self._measured[k])
+        said = _between(self._measured, k, share)
         self._drift += (1 - (1 - _DRIFT) ** steps) * (min(seconds / steps / said, 2.0) - self._drift)
         self.stale |= self._drift < _BUSY
         rate = 1 - (1 - (_RARE if self._plain else _RATE)) ** steps
@@ -86,6 +85,10 @@ class CostTable:
         while k < len(self.rows) - 2 and rows > self.rows[k + 1]:
             k += 1
         return k, (rows - self.rows[k]) / (self.rows[k + 1] - self.rows[k])
+
+
+def _between(seconds: Sequence[float], k: int, share: float) -> float:
+    return seconds[k] + share * (seconds[k + 1] - seconds[k])
 
 
 def cost_table(model: Any) -> CostTable:

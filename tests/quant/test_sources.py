@@ -17,6 +17,7 @@ from safetensors import safe_open
 from ramify.errors import CheckpointError, UnsupportedModelError
 from ramify.quant import Format, QuantizedWeight
 from ramify.quant.sources import SOURCES, source_of
+from ramify.quant.sources.base import named
 from ramify.quant.sources.ramify import config_of, stored
 from ramify.quant.weight import pack_nibbles
 
@@ -302,3 +303,8 @@ def test_schemes_by_target():
 
 def test_every_source_is_known_by_its_method():
     assert sorted(SOURCES) == list(SOURCES) == ["awq", "compressed-tensors", "gptq", "ramify_w4", "ramify_w8", "torchao"]
+
+
+def test_names_may_come_as_one_string():
+    """Not as its letters."""
+    assert named("lm_head") == ("lm_head",) and named(["a", "b"]) == ("a", "b") and named(None) == named([]) == ()

@@ -21,6 +21,11 @@ class Names(NamedTuple):
     optional: tuple[str, ...]
 
 
+def named(value: Any) -> tuple[str, ...]:
+    """The names that a config lists, which may be one string, or none."""
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
 class Source:
     """One way to store low-bit weights, set up from a checkpoint's quantization_config.
 
@@ -33,8 +38,7 @@ class Source:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
-        dense = config.get("modules_to_not_convert") or ()
-        self.dense = (dense,) if isinstance(dense, str) else tuple(dense)
+        self.dense = named(config.get("modules_to_not_convert"))
 
     def covers(self, module: str) -> bool:
         """Whether the config makes this linear layer ("model.layers.0.mlp.up_proj") low-bit."""

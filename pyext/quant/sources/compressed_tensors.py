@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ramify.quant.formats import BLOCK, Format
-from ramify.quant.sources.base import Names, Parts, Source, count_groups, group_order, group_size, int4, int8, nibbles, refuse
+from ramify.quant.sources.base import Names, Parts, Source, count_groups, group_order, group_size, int4, int8, named, nibbles, refuse
 from ramify.quant.weight import QuantizedWeight, pack_nibbles
 
 PACKED, PLAIN = "pack-quantized", ("int-quantized", "float-quantized", "naive-quantized")
@@ -27,8 +27,7 @@ class CompressedTensors(Source):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
-        ignored = config.get("ignore") or ()
-        self.dense = (ignored,) if isinstance(ignored, str) else tuple(ignored)
+        self.dense = named(config.get("ignore"))
         sparsity = (config.get("sparsity_config") or {}).get("format") or "dense"
         if sparsity != "dense":
             raise refuse("sparsity_config", sparsity, "dense weights")
