@@ -16,9 +16,9 @@ from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ramify.errors import CheckpointError
+from ramify.fields import Fields
 from ramify.hf.low_bit import LowBitLinear
 from ramify.quant import Format, quantize
-from ramify.quant.sources.base import named
 from ramify.quant.sources.ramify import FIELDS, VERSION, Ramify, method_of
 from ramify.quant.weight import CODES, SCALES
 
@@ -53,8 +53,12 @@ class RamifyConfig(QuantizationConfigMixin):
             quant_method = method_of(Format.parse(format))
         self.quant_method: Any = quant_method
         self.format, self.method, self.head, self.version = format, method, head, version
-        self.modules_to_not_convert = ["lm_head"] if modules_to_not_convert is None else list(named(modules_to_not_convert))
-        Ramify(vars(self))  # raises for what is not read
+        self.modules_to_not_convert = ["lm_head"] if modules_to_not_convert is None else modules_to_not_convert
+        self.modules_to_not_convert = list(_source(self).dense)  # raises for what is not read
+
+
+def _source(config: RamifyConfig) -> Ramify:
+    return Ramify(Fields(vars(config), "quantization_config"))
 
 
 class RamifyQuantizer(HfQuantizer):
@@ -66,7 +70,7 @@ class RamifyQuantizer(HfQuantizer):
         config = self.quantization_config
         if not self.pre_quantized:  # what stays dense is written down, so that the saved folder loads alike
             config.modules_to_not_convert = sorted({*config.modules_to_not_convert, *get_keys_to_not_convert(model)})
-        source = Ramify(vars(config))
+        source = _source(config)
         stored = _Stored(kwargs.get("checkpoint_files"), str(model.base_model_prefix)) if self.pre_quantized else None
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and source.covers(name):

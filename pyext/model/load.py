@@ -31,10 +31,10 @@ def load(
 
     dtype: "bf16" or "fp32", of dense weights and of the cache; activations between layers are always f32 on the CPU and in dtype on a GPU.
     weights: a low-bit format ("int8", "int4-g64", "fp8", ...) into which dense layers are quantised while they are read; None takes them
-    as they are stored, low-bit ones of `ramify convert`, GPTQ, AWQ, compressed-tensors and torchao included. device: "cpu", or "cuda",
-    "cuda:1", ... for a GPU (not yet run on hardware). head: the format of a dense lm_head (a tied one leaves the embedding table as it
-    is); None is what the checkpoint says, else "int8" beside low-bit `weights`, else dtype; "dense" is dtype. activations: how low-bit
-    layers take their input on the CPU: "int8", "int8-group" or "exact" (see ops.linear); on a GPU they take it as it is.
+    as they are stored, low-bit ones of `ramify convert`, GPTQ, AWQ, compressed-tensors, torchao and fp8 blocks included. device: "cpu",
+    or "cuda", "cuda:1", ... for a GPU (not yet run on hardware). head: the format of a dense lm_head (a tied one leaves the embedding
+    table as it is); None is what the checkpoint says, else "int8" beside low-bit `weights`, else dtype; "dense" is dtype. activations:
+    how low-bit layers take their input on the CPU: "int8", "int8-group" or "exact" (see ops.linear); on a GPU they take it as it is.
 
     Raises UnsupportedModelError for another architecture, CheckpointError for a broken file, ValueError for the rest.
     """

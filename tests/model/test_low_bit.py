@@ -155,6 +155,18 @@ def test_gptq(tmp_path, perm):
     assert (Checkpoint(folder).tensor("layers.0.q").perm is not None) == perm
 
 
+def test_fp8_blocks(tmp_path):
+    """As DeepSeek and Qwen ship them, one layer ragged in both directions; the head beside them is dense."""
+
+    def write(prefix, weight):
+        return {f"{prefix}.weight": weight.codes, f"{prefix}.weight_scale_inv": weight.scale}
+
+    fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    folder = make(tmp_path, fp8, lambda ours, N, K: None if ours == "lm_head" else low_bit("fp8-b128", N, K), write=write)
+    same(folder)
+    assert Checkpoint(folder).tensor("layers.1.down").format.name == "fp8-b128"
+
+
 def test_layers_that_lie_dense_stay_dense(tmp_path):
     """The config covers them all; the file has some dense."""
 

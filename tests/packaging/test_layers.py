@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "pyext"
 FLOORS = (
-    {"errors", "checks", "registry", "_cpu", "_cuda"},
+    {"errors", "checks", "fields", "registry", "_cpu", "_cuda"},
     {"native", "native_cuda", "tree", "sampling"},
     {"reference"},
     {"backends"},

@@ -1,16 +1,14 @@
 """AWQ files of AutoAWQ and GPTQModel (arXiv 2306.00978), 4 bits, GEMM layout.
 
 qweight int32 [K, N / 8] and qzeros int32 [groups, N / 8] pack eight outputs a word, in the order 0 2 4 6 1 3 5 7 from the lowest
-nibble up; scales [groups, N].
+nibble up; scales [groups, N]. A config that names no group_size means 128.
 """
-
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ramify.quant.sources.base import Parts, Source, count_groups, group_size, int4, nibbles, refuse
+from ramify.fields import Fields
+from ramify.quant.sources.base import Parts, Source, choice, count_groups, group_size, int4, nibbles, refuse
 from ramify.quant.weight import QuantizedWeight, pack_nibbles
 
 INT = (torch.int32,)
@@ -23,14 +21,13 @@ class Awq(Source):
 
     needed = ("qweight", "qzeros", "scales")
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Fields) -> None:
         super().__init__(config)
-        bits, layout = config.get("bits", 4), str(config.get("version") or config.get("checkpoint_format") or "gemm").lower()
-        if bits != 4:
-            raise refuse("bits", bits, "4")
-        if layout != "gemm":
-            raise refuse("version", layout, "gemm")
-        self.group = group_size(config.get("group_size", 128))
+        choice(config, "bits", (4,), 4)
+        for key in ("version", "checkpoint_format", "format"):
+            if config.text(key, "gemm").lower() != "gemm":
+                raise refuse(config, key, "gemm")
+        self.group = group_size(config, 128)
 
     def covers(self, module: str) -> bool:
         """Every linear layer but the head."""

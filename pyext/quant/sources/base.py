@@ -1,14 +1,18 @@
 """What every source of low-bit weights has: which layers it covers, which tensors they need, and how these become a QuantizedWeight."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from ramify.checks import listed
 from ramify.errors import CheckpointError, UnsupportedModelError
+from ramify.fields import Fields
 from ramify.quant.formats import GROUPS, Format
 from ramify.quant.weight import SCALES, SYMMETRIC_ZERO, QuantizedWeight
+
+T = TypeVar("T", int, str)
 
 Get = Callable[[str], Tensor | None]
 """A tensor of the checkpoint by its full name; None where there is none."""
@@ -21,24 +25,19 @@ class Names(NamedTuple):
     optional: tuple[str, ...]
 
 
-def named(value: Any) -> tuple[str, ...]:
-    """The names that a config lists, which may be one string, or none."""
-    return (value,) if isinstance(value, str) else tuple(value or ())
-
-
 class Source:
     """One way to store low-bit weights, set up from a checkpoint's quantization_config.
 
-    Raises UnsupportedModelError, naming the field, for a variant that has no exact canonical form or is not read.
+    Raises, naming the field, UnsupportedModelError for a variant that has no exact canonical form or is not read, and CheckpointError
+    for what is of another kind than it has to be.
     """
 
     needed: tuple[str, ...]
     """Tensors of a layer behind its prefix, the codes first."""
     optional: tuple[str, ...] = ()
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.config = config
-        self.dense = named(config.get("modules_to_not_convert"))
+    def __init__(self, config: Fields) -> None:
+        self.dense = config.names("modules_to_not_convert")
 
     def covers(self, module: str) -> bool:
         """Whether the config makes this linear layer ("model.layers.0.mlp.up_proj") low-bit."""
@@ -78,6 +77,8 @@ class Parts:
 
     def __init__(self, get: Get, prefix: str, file: Callable[[str], str], codes: str, shape: tuple[int, int] | None) -> None:
         self.get, self.prefix, self.file, self.codes, self.shape = get, prefix, file, codes, shape
+        self.grouped = ""
+        """Which groups the config makes, once they are counted: why scales have the shape that they have."""
 
     def sized(self, N: int, K: int) -> tuple[int, int]:
         """The size that the codes make the weight; every source says it before it reads on."""
@@ -102,18 +103,32 @@ class Parts:
         fits = len(shape) == tensor.ndim and all(came == want or (want is None and came) for came, want in zip(tensor.shape, shape))
         if shape and not fits:
             taken = ", ".join("any" if want is None else str(want) for want in shape)
-            raise self.wrong(name, f"is {list(tensor.shape)}; takes [{taken}]")
+            raise self.wrong(name, f"is {list(tensor.shape)}; takes [{taken}]{self.grouped}")
         return tensor
 
     def scale(self, name: str, *shape: int | None) -> Tensor:
         """A tensor of scales, all of them finite, kept in its own dtype."""
         return self.finite(name, self.take(name, SCALES, *shape))
 
+    def one_scale(self, name: str) -> Tensor:
+        """The scale [1, 1] of a whole matrix, stored with whatever axes."""
+        scale = self.scale(name)
+        if scale.numel() != 1:
+            raise self.wrong(name, f"is {list(scale.shape)}; takes one number")
+        return scale.reshape(1, 1)
+
     def finite(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor, if it holds no NaN and no infinity."""
         if not bool(tensor.isfinite().all()):
             raise self.wrong(name, "holds NaN or infinity; takes finite numbers")
         return tensor
+
+    def byte(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of whole numbers as int8, if they fit."""
+        low, high = int(tensor.min()), int(tensor.max())
+        if low < -128 or high > 127:
+            raise self.wrong(name, f"holds {low} to {high}; takes -128 to 127")
+        return tensor.to(torch.int8)
 
     def wrong(self, name: str, says: str) -> CheckpointError:
         """The error that says what is wrong with a tensor."""
@@ -154,19 +169,19 @@ def int8(parts: Parts, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Qua
     return QuantizedWeight(Format("int8"), codes.contiguous(), scale.expand(len(codes), 1).contiguous())
 
 
-def group_size(value: Any) -> int | None:
-    """The group_size of a config: inputs that share a scale; None for a whole row."""
-    if value in (None, -1):
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise refuse("group_size", value, "a whole number above 0, or -1 for a whole row")
-    return value
+def group_size(config: Fields, default: int | None = None) -> int | None:
+    """The group_size of a config: inputs that share a scale; None for a whole row, which is written -1. It must be there, or a default."""
+    value = config.get("group_size", default)
+    if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and value != -1):
+        raise refuse(config, "group_size", "a whole number above 0, or -1 for a whole row")
+    return None if value == -1 else value
 
 
 def count_groups(parts: Parts, K: int, group: int | None) -> int:
     """Groups of a row of K inputs."""
     if group is not None and K % group:
         raise parts.beyond(f"has {K} inputs and groups of {group}; takes whole groups")
+    parts.grouped = f", since config.json says {'one group a row' if group is None else f'groups of {group}'}"
     return 1 if group is None else K // group
 
 
@@ -187,9 +202,18 @@ def nibbles(words: Tensor) -> Tensor:
     return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
 
 
-def refuse(field: str, came: Any, taken: str) -> UnsupportedModelError:
-    """The error for a field of a quantization_config."""
-    return UnsupportedModelError(f"load: quantization_config has {field} {came}; takes {taken}. Fetch another quantisation of the model.")
+def choice(config: Fields, key: str, choices: tuple[T, ...], default: T | None = None) -> T:
+    """A field that is one of a few values."""
+    value = config.get(key, default)
+    for each in choices:
+        if value == each:
+            return each
+    raise refuse(config, key, listed(choices))
+
+
+def refuse(config: Fields, key: str, taken: str) -> UnsupportedModelError:
+    """The error for a field that says what is not read."""
+    return UnsupportedModelError(f"{config.said(key)}; takes {taken}. Fetch another quantisation or the unquantised checkpoint.")
 
 
 def _kind(dtype: torch.dtype) -> str:

@@ -6,17 +6,20 @@ e4m3. `weight_scale` is [N, groups], [N, 1], [1] or [N / 128, K / 128]. Activati
 """
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ramify.checks import show
+from ramify.fields import Fields
 from ramify.quant.formats import BLOCK, Format
-from ramify.quant.sources.base import Names, Parts, Source, count_groups, group_order, group_size, int4, int8, named, nibbles, refuse
+from ramify.quant.sources.base import Names, Parts, Source, choice, count_groups, group_order, group_size, int4, int8, nibbles, refuse
 from ramify.quant.weight import QuantizedWeight, pack_nibbles
 
 PACKED, PLAIN = "pack-quantized", ("int-quantized", "float-quantized", "naive-quantized")
+ORDERS = {"group": True, "dynamic": True, "weight": False, "static": False}
+"""actorder -> whether the groups follow it, so that a layer has a weight_g_idx."""
+ZEROS = (torch.int8, torch.int32, torch.int64)
 UNUSED = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
 
 
@@ -25,17 +28,19 @@ class CompressedTensors(Source):
 
     needed = ("weight", "weight_scale")
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Fields) -> None:
         super().__init__(config)
-        self.dense = named(config.get("ignore"))
-        sparsity = (config.get("sparsity_config") or {}).get("format") or "dense"
-        if sparsity != "dense":
-            raise refuse("sparsity_config", sparsity, "dense weights")
-        if (config.get("transform_config") or {}).get("config_groups"):
-            raise refuse("transform_config", "with transforms", "none")
-        self.schemes = [
-            _Scheme(group, config.get("format")) for group in (config.get("config_groups") or {}).values() if group.get("weights")
-        ]
+        self.dense = _targets(config, "ignore")
+        choice(config.object("sparsity_config"), "format", ("dense",), "dense")
+        if (transforms := config.object("transform_config")).object("config_groups").values:
+            raise refuse(transforms, "config_groups", "none: no transforms")
+        groups = config.object("config_groups")
+        schemes = [groups.object(name) for name in groups.values]
+        self.schemes = [_Scheme(each, config) for each in schemes if each.object("weights").values]
+        if not self.schemes and config.get("format") != "dense" and not config.object("kv_cache_scheme").values:
+            if schemes:
+                raise schemes[0].wrong("weights", 'an object with "num_bits", "type" and "strategy" in one group at least')
+            raise config.wrong("config_groups", 'an object of groups, each with "targets" and "weights"')
 
     def covers(self, module: str) -> bool:
         """Every linear layer that a scheme targets and the config does not ignore; names, class names and "re:" patterns."""
@@ -70,6 +75,8 @@ class CompressedTensors(Source):
         if scheme.bits == 8:
             return int8(parts, codes, scale, zero)
         g_idx, perm = parts.look("weight_g_idx", (torch.int32, torch.int64), K), None
+        if g_idx is None and scheme.act_order and scale.shape[1] > 1:
+            raise parts.wrong("weight_g_idx", "is missing; actorder says that it names the group of each input")
         if g_idx is not None and not bool((g_idx < 0).all()):  # -1 throughout: made and never set
             perm = group_order(parts, "weight_g_idx", g_idx, scale.shape[1])
             codes = codes if perm is None else codes[:, perm.long()]
@@ -79,28 +86,34 @@ class CompressedTensors(Source):
 class _Scheme:
     """One entry of config_groups."""
 
-    def __init__(self, group: Mapping[str, Any], layout: str | None) -> None:
-        weights = group["weights"]
-        self.targets = [str(target) for target in group.get("targets") or ()]
-        self.layout = group.get("format") or layout
-        self.packed = self.layout == PACKED
-        self.bits, self.kind = weights.get("num_bits", 8), weights.get("type", "int")
-        self.symmetric = weights.get("symmetric", True)
-        self.strategy = weights.get("strategy") or ("channel" if group_size(weights.get("group_size")) is None else "group")
-        self.group, block = group_size(weights.get("group_size")), weights.get("block_structure")
-        if self.layout not in (PACKED, *PLAIN):
-            raise refuse("format", self.layout, ", ".join((PACKED, *PLAIN)))
-        if (self.kind, self.bits) not in (("int", 4), ("int", 8), ("float", 8)) or (self.packed and self.kind == "float"):
-            raise refuse("num_bits and type", f"{self.bits} {self.kind} as {self.layout}", "4 or 8 int, or 8 float unpacked")
-        if self.strategy not in ("group", "channel", "tensor", "block") or (self.strategy == "block" and self.kind == "int"):
-            raise refuse("strategy", f"{self.strategy} for {self.kind}", "group, channel or tensor, or block for float")
-        if self.strategy == "block" and list(block or ()) != [BLOCK, BLOCK]:
-            raise refuse("block_structure", block, f"[{BLOCK}, {BLOCK}]")
+    def __init__(self, scheme: Fields, config: Fields) -> None:
+        """scheme: the entry. config: all of it, for the layout of entries that name none."""
+        weights = scheme.object("weights")
+        self.targets = _targets(scheme, "targets")
+        if not self.targets:
+            raise scheme.wrong("targets", 'names, class names or "re:" patterns of layers')
+        layout = choice(config if scheme.get("format") is None else scheme, "format", (PACKED, *PLAIN))
+        self.packed = layout == PACKED
+        self.kind = choice(weights, "type", ("int",) if self.packed else ("int", "float"), "int")
+        self.bits = choice(weights, "num_bits", (4, 8) if self.kind == "int" else (8,), 8)
+        self.symmetric = weights.flag("symmetric", True)
+        self.group = group_size(weights, -1)
+        strategies = ("group", "channel", "tensor") if self.kind == "int" else ("group", "channel", "tensor", "block")
+        self.strategy = choice(weights, "strategy", strategies, "channel" if self.group is None else "group")
+        if self.strategy == "group" and self.group is None:
+            raise refuse(weights, "group_size", 'a whole number above 0 where "strategy" is "group"')
+        if self.strategy == "block" and weights.get("block_structure") != [BLOCK, BLOCK]:
+            raise refuse(weights, "block_structure", f"[{BLOCK}, {BLOCK}]")
+        order = weights.get("actorder", False)
+        self.act_order = order if isinstance(order, bool) else ORDERS[choice(weights, "actorder", tuple(ORDERS))]
 
     def codes(self, parts: Parts) -> Tensor:
         """Signed codes int8, or e4m3, [N, K]."""
         if not self.packed:
-            return parts.take("weight", (torch.float8_e4m3fn if self.kind == "float" else torch.int8,), None, None)
+            codes = parts.take("weight", (torch.float8_e4m3fn if self.kind == "float" else torch.int8,), None, None)
+            if self.bits == 4 and not -8 <= int(codes.min()) <= int(codes.max()) <= 7:
+                raise parts.wrong("weight", f"holds {int(codes.min())} to {int(codes.max())}; takes 4-bit codes, -8 to 7")
+            return codes
         words = parts.take("weight_packed", (torch.int32,), None, None)
         codes = (nibbles(words) - 8 if self.bits == 4 else words.view(torch.uint8) ^ 128).view(torch.int8)
         shape = parts.look("weight_shape", (torch.int64, torch.int32), 2)
@@ -114,22 +127,27 @@ class _Scheme:
     def scale(self, parts: Parts, N: int, K: int) -> Tensor:
         """Scales [N or 1, groups]."""
         if self.strategy == "tensor":
-            scale = parts.scale("weight_scale")
-            if scale.numel() != 1:
-                raise parts.wrong("weight_scale", f"is {list(scale.shape)}; takes one number")
-            return scale.reshape(1, 1)
+            return parts.one_scale("weight_scale")
         return parts.scale("weight_scale", N, count_groups(parts, K, None if self.strategy == "channel" else self.group))
 
     def zero(self, parts: Parts, N: int, groups: int) -> Tensor | None:
         """Signed zeros [N or 1, groups]; None where the scheme is symmetric."""
-        if self.symmetric:
+        if self.symmetric and parts.look("weight_zero_point", ZEROS) is None:
             return None
-        if not self.packed or self.strategy == "tensor":
-            zero = parts.take("weight_zero_point", (torch.int8, torch.int32, torch.int64))
+        zero = self._stored_zero(parts, N, groups)
+        if not self.symmetric:
+            return zero
+        if bool(zero.any()):
+            raise parts.wrong("weight_zero_point", "is not 0; config.json makes the layer symmetric")
+        return None
+
+    def _stored_zero(self, parts: Parts, N: int, groups: int) -> Tensor:
+        zero = parts.take("weight_zero_point", ZEROS)
+        if not self.packed or self.strategy == "tensor" or zero.dtype != torch.int32:
             if tuple(zero.shape) != (N, groups) and zero.numel() != 1:
                 raise parts.wrong("weight_zero_point", f"is {list(zero.shape)}; takes [{N}, {groups}]")
-            return zero.reshape(-1, groups)
-        words = parts.take("weight_zero_point", (torch.int32,), -(-N * self.bits // 32), groups).T.contiguous()
+            return parts.byte("weight_zero_point", zero).reshape(-1, groups)
+        words = parts.take("weight_zero_point", ZEROS, -(-N * self.bits // 32), groups).T.contiguous()
         unpacked = nibbles(words) - 8 if self.bits == 4 else words.view(torch.uint8) ^ 128
         return unpacked.view(torch.int8)[:, :N].T
 
@@ -143,6 +161,17 @@ class _Scheme:
         if scale.shape[1] != 1:
             raise parts.beyond(f"has {scale.shape[1]} fp8 scales a row; takes one, or blocks of {BLOCK}")
         return QuantizedWeight(Format("fp8"), codes, scale.expand(N, 1).contiguous())
+
+
+def _targets(config: Fields, key: str) -> tuple[str, ...]:
+    """Names and patterns of layers."""
+    found = config.names(key)
+    for each in found:
+        try:
+            re.compile(each.removeprefix("re:") if each.startswith("re:") else "")
+        except re.error as problem:
+            raise config.wrong(key, f'regular expressions behind "re:", and {show(each)} is none ({problem})') from None
+    return found
 
 
 def _matches(module: str, target: str) -> bool:

@@ -6,12 +6,13 @@ and dtypes as in QuantizedWeight. quantization_config: {"quant_method": "ramify_
 A head among modules_to_not_convert lies in the file dense, and `head` says what the model layer makes of it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ramify.fields import Fields
 from ramify.quant.formats import Format
 from ramify.quant.sources.base import Parts, Source, refuse
 from ramify.quant.weight import CODES, QuantizedWeight
@@ -27,15 +28,14 @@ class Ramify(Source):
     needed = ("weight", "weight_scale")
     optional = ("weight_zero", "weight_perm")
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Fields) -> None:
         super().__init__(config)
-        version = config.get("version", VERSION)
-        if version != VERSION:
-            raise refuse("version", version, f"{VERSION}; a newer ramify wrote it")
-        self.format = _format(config.get("format"))
-        self.head = None if config.get("head") is None else _format(config["head"])
+        if config.get("version", VERSION) != VERSION:
+            raise refuse(config, "version", f"{VERSION}: a newer ramify wrote it")
+        self.format = _format(config, "format")
+        self.head = None if config.get("head") is None else _format(config, "head")
         if config.get("quant_method") != method_of(self.format):
-            raise refuse("quant_method", config.get("quant_method"), f"{method_of(self.format)} for the format {self.format.name}")
+            raise refuse(config, "quant_method", f"{method_of(self.format)} for the format {self.format.name}")
 
     def format_of(self, module: str) -> Format:
         """The format of one covered layer."""
@@ -73,8 +73,9 @@ def stored(prefix: str, weight: QuantizedWeight) -> dict[str, Tensor]:
     return {f"{prefix}.{FIELDS[part]}": tensor for part, tensor in weight.state_dict().items()}
 
 
-def _format(name: Any) -> Format:
+def _format(config: Fields, key: str) -> Format:
+    name = config.text(key)
     try:
-        return Format.parse(str(name))
+        return Format.parse(name)
     except ValueError as problem:
-        raise refuse("format", name, str(problem).partition("takes ")[2].rstrip(".")) from None
+        raise refuse(config, key, str(problem).partition("takes ")[2].rstrip(".")) from None

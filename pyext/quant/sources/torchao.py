@@ -6,14 +6,32 @@ int8 [N, K] with scales [N, groups] and int8 zeros (Int8Tensor, IntxUnpackedToIn
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ramify.checks import listed
+from ramify.fields import Fields
 from ramify.quant.formats import Format
-from ramify.quant.sources.base import Parts, Source, int4, int8, refuse
+from ramify.quant.sources.base import Parts, Source, choice, int4, int8, refuse
 from ramify.quant.weight import SCALES, QuantizedWeight, pack_nibbles
+
+TYPES = (
+    *("Int4WeightOnlyConfig", "Int8WeightOnlyConfig", "IntxWeightOnlyConfig", "Float8WeightOnlyConfig"),
+    *("Int8DynamicActivationInt4WeightConfig", "Int8DynamicActivationInt8WeightConfig", "Int8DynamicActivationIntxWeightConfig"),
+    *("Int8StaticActivationInt8WeightConfig", "Float8DynamicActivationInt4WeightConfig"),
+    *("Float8DynamicActivationFloat8WeightConfig", "Float8StaticActivationFloat8WeightConfig"),
+)
+"""Configs whose weights may have one of the forms above."""
+
+OLD_TYPES = ("int4_weight_only", "int8_weight_only", "int8_dynamic_activation_int8_weight", "float8_weight_only")
+"""What quant_type was called when it was a string."""
+
+BY_LAYER = ("FqnToConfig", "ModuleFqnToConfig", "AOPerModuleConfig")
+"""Configs that hold others, by the name of the layer."""
+
+DTYPES = ("int4", "int1", "int2", "int3", "int8", "float8_e4m3fn")
+"""weight_dtype: what fits the codes of a canonical form."""
 
 BYTES = (torch.int8, torch.uint8)
 FP8 = torch.float8_e4m3fn
@@ -25,11 +43,13 @@ class Torchao(Source):
     needed = ("_weight_qdata", "_weight_scale")
     optional = ("_weight_zero_point", "_weight_act_quant_scale", "_weight_act_quant_zero_point")
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Fields) -> None:
         super().__init__(config)
-        for packing in _packings(config.get("quant_type")):
-            if packing != "plain":
-                raise refuse("int4_packing_format", packing, "plain")
+        if isinstance(config.get("quant_type"), str):
+            choice(config, "quant_type", OLD_TYPES)
+        elif config.get("quant_type") is not None:
+            for each in _types(config.object("quant_type").object("default")):
+                _refuse_unread(each)
 
     def _read(self, parts: Parts) -> QuantizedWeight:
         packed = parts.get(f"{parts.prefix}._weight_qdata")
@@ -55,17 +75,29 @@ class Torchao(Source):
             raise parts.wrong("_weight_zero_point", f"is {list(zero.shape)}; takes {list(scale.shape)}, as the scales")
         if int(codes.min()) < -8 or int(codes.max()) > 7:
             return int8(parts, codes, scale, zero)
-        unsigned = None if zero is None else zero.to(torch.int16) + 8
+        unsigned = None if zero is None else parts.byte("_weight_zero_point", zero).to(torch.int16) + 8
         return int4(parts, pack_nibbles(codes + 8), scale, unsigned)
 
 
-def _packings(settings: Any) -> Iterator[str]:
-    """Every int4_packing_format, in small letters, that lies anywhere in the settings: a string, or an enum as {"_data": its name}."""
-    for key, value in settings.items() if isinstance(settings, Mapping) else ():
-        if key == "int4_packing_format":
-            yield str(value.get("_data") if isinstance(value, Mapping) else value).lower()
-        else:
-            yield from _packings(value)
+def _types(config: Fields) -> Iterator[Fields]:
+    """The configs by layer of one that has them, or the config itself."""
+    if config.get("_type") not in BY_LAYER:
+        yield config
+        return
+    for key in config.object("_data").values:
+        layers = config.object("_data").object(key)
+        yield from (layers.object(name) for name, value in layers.values.items() if value is not None)
+
+
+def _refuse_unread(config: Fields) -> None:
+    """UnsupportedModelError for a config whose weights are not read."""
+    choice(config, "_type", TYPES)
+    data = config.object("_data")
+    for key, taken in (("int4_packing_format", ("plain",)), ("weight_dtype", DTYPES)):
+        value = data.get(key, taken[0])
+        said = value.get("_data") if isinstance(value, Mapping) else value  # enums and dtypes are {"_type": class, "_data": name}
+        if not isinstance(said, str) or said.lower() not in taken:
+            raise refuse(data, key, listed(taken))
 
 
 def _plain(parts: Parts, codes: Tensor, zero: Tensor) -> QuantizedWeight:

@@ -17,7 +17,7 @@ INT32_MAX = (1 << 31) - 1
 
 @dataclass(frozen=True)
 class Fields:
-    """`values` of one object of `file`; `inside` names the field that holds the object when it is not the whole file."""
+    """`values` of one object of `file`; `inside` is the path to the field that holds the object when it is not the whole file."""
 
     values: Mapping[str, Any]
     file: str = "config.json"
@@ -28,12 +28,15 @@ class Fields:
         value = self.values.get(key)
         return default if value is None else value
 
-    def wrong(self, key: str, takes: str) -> CheckpointError:
-        """The error for a field, to be raised by the caller."""
+    def said(self, key: str) -> str:
+        """What the file says of a field, as a message begins."""
         value = self.values.get(key)
         came = "no" if value is None else f"{show(value)} for"
-        where = f" in {self.inside}" if self.inside else ""
-        return CheckpointError(f'load: {self.file} has {came} "{key}"{where}; takes {takes}. Fetch the file again.')
+        return f'load: {self.file} has {came} "{key}"{f" in {self.inside}" if self.inside else ""}'
+
+    def wrong(self, key: str, takes: str) -> CheckpointError:
+        """The error for a field, to be raised by the caller."""
+        return CheckpointError(f"{self.said(key)}; takes {takes}. Fetch the file again.")
 
     def count(self, key: str, default: int | None = None, low: int = 1, high: int = INT32_MAX) -> int:
         """A whole number from low to high."""
@@ -72,6 +75,14 @@ class Fields:
             raise self.wrong(key, "a list of strings")
         return value
 
+    def names(self, key: str) -> tuple[str, ...]:
+        """A list of strings, or one string for a list of one; empty where there is none."""
+        value = self.get(key, ())
+        value = (value,) if isinstance(value, str) else value
+        if not isinstance(value, (list, tuple)) or not all(isinstance(x, str) for x in value):
+            raise self.wrong(key, "a string or a list of strings")
+        return tuple(value)
+
     def ids(self, key: str) -> tuple[int, ...]:
         """A token id or a list of them; empty where there is none."""
         value = self.get(key, [])
@@ -85,4 +96,4 @@ class Fields:
         value = self.get(key, {})
         if not isinstance(value, Mapping):
             raise self.wrong(key, "an object")
-        return Fields(value, self.file, key)
+        return Fields(value, self.file, f"{self.inside}.{key}" if self.inside else key)
