@@ -1,7 +1,8 @@
 """verify_sample and residual_sample on Triton. Meaning: reference/verify.py. Status: interpreted and compiled, not yet run on hardware.
 
 Draws    every row of a tree has its own position, hence its own random number, so all rows draw at once: one read of the logits
-         for the weights of each chunk, one chunk again to find the token. No probability is written.
+         for the weights of each chunk (verify.read), one chunk again to find the token. No probability is written. A recorded step has
+         the statistics and the k largest of its rows from that same read (decide_rows).
 Tests    drawn children (modes "iid" and "wor") are tested one after the other by one program a sequence. A rejected child costs a
          read of the row and of q and a pass over the residual, kept in scratch: 20 bytes a vocabulary entry.
 Numbers  Philox4x32-10 on (seed, position, purpose, lane), the bits of sampling/rng.py. Weights are f32, their sums f64: a decision
@@ -12,7 +13,7 @@ Sources  Leviathan et al. 2023; Miao et al. 2023; Chen et al. 2024.
 import triton
 import triton.language as tl
 
-CHUNK = 4096  # columns of one program
+from ramify.kernels.verify import CHUNK, best, join, read
 
 SAMPLE, ACCEPT, RESIDUAL = tl.constexpr(0), tl.constexpr(2), tl.constexpr(3)  # purposes, as in sampling/rng.py
 _BIG = tl.constexpr(0x7FFFFFFF)
@@ -42,54 +43,39 @@ def _weights(x, col, V, temperature, top):
 
 
 @triton.jit
-def _weigh(
-    x, n_rows, temperature, tops, sums, args, stride_b, stride_t, T, V,
-    BLOCK: tl.constexpr,  # columns of one program
-):  # fmt: skip
-    r, c = tl.program_id(0), tl.program_id(1)
-    b, t = (r // T).to(tl.int64), (r % T).to(tl.int64)
-    if t >= tl.load(n_rows + b):
-        return
-    heat = tl.load(temperature + b)
-    col = c * BLOCK + tl.arange(0, BLOCK)
-    s = tl.load(x + b * stride_b + t * stride_t + col, mask=col < V, other=float("-inf")).to(tl.float32)
-    s = tl.div_rn(s, tl.where(heat > 0, heat, 1.0))
-    top, at = tl.max(s, 0, return_indices=True, return_indices_tie_break_left=True)
-    base = tl.where(top == float("-inf"), 0.0, top)
-    slot = r.to(tl.int64) * tl.num_programs(1) + c
-    tl.store(tops + slot, top)
-    tl.store(sums + slot, tl.sum(tl.exp(s - base).to(tl.float64), 0))
-    tl.store(args + slot, c * BLOCK + at)
-
-
-@triton.jit
 def _draw(
-    x, n_rows, parents, temperature, seed, position, tops, sums, args, drawn, row_top, row_sum,
+    x, n_rows, parents, temperature, seed, position, tops, args, weights, drawn, row_top, row_sum,
     stride_b, stride_t, parent_stride, T, V, chunks,
     CHUNKS: tl.constexpr,  # chunks of a row, rounded up to a power of two
     BLOCK: tl.constexpr,  # columns of a chunk
 ):  # fmt: skip
     r = tl.program_id(0)
     b, t = (r // T).to(tl.int64), (r % T).to(tl.int64)
-    if t >= tl.load(n_rows + b):
+    used = T
+    if n_rows is not None:
+        used = tl.load(n_rows + b)
+    if t >= used:
         return
     c = tl.arange(0, CHUNKS)
     slot = r.to(tl.int64) * chunks + c
     each = tl.load(tops + slot, mask=c < chunks, other=float("-inf"))
     first = tl.load(args + slot, mask=c < chunks, other=_BIG)
-    top = tl.max(each, 0)
-    share = tl.load(sums + slot, mask=c < chunks, other=0.0) * tl.exp(each - top).to(tl.float64)
-    total = tl.sum(share, 0)
-    tl.store(row_top + r, top)
-    tl.store(row_sum + r, total)
+    top, likeliest, _ = best(each, first)
     heat = tl.load(temperature + b)
     if heat > 0:
+        top = tl.div_rn(top, heat)
+        share = tl.load(weights + slot, mask=c < chunks, other=0.0) * tl.exp(tl.div_rn(each, heat) - top).to(tl.float64)
+        total = tl.sum(share, 0)
+        if row_top is not None:
+            tl.store(row_top + r, top)
+            tl.store(row_sum + r, total)
         index = tl.load(position + b).to(tl.int64)
-        row, parent = t, tl.load(parents + b * parent_stride + t).to(tl.int64)
-        while (parent >= 0) & (parent < row):  # a parent stands before its child, so this ends and stays in the tree
-            index += 1
-            row = parent
-            parent = tl.load(parents + b * parent_stride + row).to(tl.int64)
+        if parents is not None:
+            row, parent = t, tl.load(parents + b * parent_stride + t).to(tl.int64)
+            while (parent >= 0) & (parent < row):  # a parent stands before its child, so this ends and stays in the tree
+                index += 1
+                row = parent
+                parent = tl.load(parents + b * parent_stride + row).to(tl.int64)
         target = uniform(tl.load(seed + b), index, SAMPLE, index * 0) * total
         chunk, last = _holder(share, c, target, 0.0)
         chunk = tl.maximum(tl.where(chunk == _BIG, last, chunk), 0)  # of no weight at all (NaN, say) nothing is drawn: -1
@@ -98,7 +84,7 @@ def _draw(
         token, last = _holder(_weights(x + b * stride_b + t * stride_t, col, V, heat, top), col, target, before)
         tl.store(drawn + r, tl.where(token == _BIG, last, token))
     else:
-        tl.store(drawn + r, tl.min(tl.where(each == top, first, _BIG), 0))
+        tl.store(drawn + r, likeliest)
 
 
 @triton.jit
@@ -227,19 +213,39 @@ def _residual_draw(
     tl.store(ids + r, tl.where(token == _BIG, last, token))
 
 
-def draw_rows(logits, parents, n_rows, temperature, seed, position, scratch):
-    """What plain decoding would emit after each row of logits [B, T, V]: int32 [B, T], and the rows' tops f32 and weights f64."""
-    B, T, V = logits.shape
-    chunks = triton.cdiv(V, CHUNK)
-    parts = scratch((B * T, chunks), "f32"), scratch((B * T, chunks), "f64"), scratch((B * T, chunks), "i32")
-    drawn, top, total = scratch((B, T), "i32"), scratch((B, T), "f32"), scratch((B, T), "f64")
-    _weigh[(B * T, chunks)](logits, n_rows, temperature, *parts, *logits.stride()[:2], T, V, BLOCK=CHUNK, num_warps=8)
+def draw(parts, logits, parents, n_rows, temperature, seed, position, drawn, top, total):
+    """What plain decoding would emit after each row of logits [B, T, V], from what `read` made of them: drawn int32 [B, T].
+
+    parents [B, T], or None where trees are of one row; n_rows int32 [B] or None. top f32 and total f64 [B, T], or None: what makes the
+    logits of a row that is drawn probabilities.
+    """
+    (tops, args, _, weights, _), (B, T, V) = parts, logits.shape
     _draw[(B * T,)](
-        logits, n_rows, parents, temperature, seed, position, *parts, drawn, top, total,
-        *logits.stride()[:2], parents.stride(0), T, V, chunks,
-        CHUNKS=triton.next_power_of_2(chunks), BLOCK=CHUNK, num_warps=8,
+        logits, n_rows, parents, temperature, seed, position, tops, args, weights, drawn, top, total,
+        *logits.stride()[:2], 0 if parents is None else parents.stride(0), T, V, tops.shape[1],
+        CHUNKS=triton.next_power_of_2(tops.shape[1]), BLOCK=CHUNK, num_warps=8,
     )  # fmt: skip
+
+
+def draw_rows(logits, parents, n_rows, temperature, seed, position, scratch):
+    """drawn, top and total of `draw` for trees."""
+    shape = logits.shape[:2]
+    drawn, top, total = scratch(shape, "i32"), scratch(shape, "f32"), scratch(shape, "f64")
+    parts = read(logits, scratch, n_rows=n_rows, temperature=temperature)
+    draw(parts, logits, parents, n_rows, temperature, seed, position, drawn, top, total)
     return drawn, top, total
+
+
+def decide_rows(logits, argmax, lse, top, values, ids, temperature, seed, position, drawn, scratch):
+    """Statistics of rows of logits [R, V], values and ids [R, k] of their largest, and a token drawn int32 [R]; one read for all.
+
+    temperature f32, seed and position int64 [R]. values and ids are None where nobody wants them, temperature to drawn likewise.
+    """
+    rows = logits[:, None]
+    parts = read(rows, scratch, stats=True, k=0 if ids is None else ids.shape[1], temperature=temperature)
+    join(parts, argmax, lse, top, values, ids)
+    if drawn is not None:
+        draw(parts, rows, None, None, temperature, seed, position, drawn, None, None)
 
 
 def judge(logits, q, drawn, top, total, tokens, parents, n_rows, temperature, seed, position, without, path, count, bonus, scratch):

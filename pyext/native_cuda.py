@@ -85,7 +85,8 @@ CommitArgs = _struct(
 RowStatsArgs = _struct(
     "RowStatsArgs",
     7,
-    "live:p rows:i V:i type:i logits:p stride:i argmax:p lse:p top:p topk:i values:p ids:p scratch:p tickets:p",
+    "B:i T:i V:i type:i logits:p stride_b:i stride_t:i n_rows:p argmax:p lse:p top:p topk:i values:p ids:p temperature:p weights:p "
+    "scratch:p tickets:p",
 )
 VerifyGreedyArgs = _struct("VerifyGreedyArgs", 8, "B:i T:i tokens:p parents:p argmax:p n_rows:p path:p count:p bonus:p")
 MergeStatesArgs = _struct(
@@ -95,7 +96,7 @@ VerifySampleArgs = _struct(
     "VerifySampleArgs",
     10,
     "B:i T:i V:i mode:i logits:p type:i stride_b:i stride_t:i q:p q_stride_b:i q_stride_t:i tokens:p parents:p n_rows:p temperature:p "
-    "seed:p position:p best:p sums:p scale:p drawn:p path:p count:p bonus:p",
+    "seed:p position:p argmax:p top:p weights:p scale:p drawn:p path:p count:p bonus:p",
 )
 ResidualSampleArgs = _struct("ResidualSampleArgs", 11, "rows:i V:i type:i p:p q:p p_stride:i q_stride:i u:p ids:p")
 AttentionArgs = _struct(

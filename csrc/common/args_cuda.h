@@ -90,18 +90,22 @@ struct CommitArgs {
   int64_t table_stride, table_width, page, pages;  // slots of a page, or of a sequence without a table; pages in the pool
 };
 
-struct RowStatsArgs {
-  const int32_t* live;
-  int64_t rows, V, type;
-  const void* logits;
-  int64_t stride;
-  int32_t* argmax;  // [rows]; these three or null
+constexpr int kSampleTile = 2048;  // columns of a row of logits whose weights are one sum
+
+struct RowStatsArgs {  // what is null is not made
+  int64_t B, T, V, type;
+  const void* logits;  // [B, T, V]
+  int64_t stride_b, stride_t;
+  const int32_t* n_rows;  // [B]: rows in use of each sequence; null: T
+  int32_t* argmax;        // [B, T], as the next two
   float *lse, *top;
-  int64_t topk;       // 0 to kMaxTopK
-  void* values;       // [rows, topk] in the logits' type
-  int32_t* ids;       // [rows, topk]
-  void* scratch;      // stats_scratch(rows, V, topk) bytes
-  uint32_t* tickets;  // [rows], zero before and after
+  int64_t topk;              // 0 to kMaxTopK
+  void* values;              // [B, T, topk] in the logits' type
+  int32_t* ids;              // [B, T, topk]
+  const float* temperature;  // [B], with weights
+  double* weights;           // [B, T, tiles, 2]: a logit / temperature, and the sum of a tile's exp(logit / temperature - it)
+  void* scratch;             // stats_scratch(B * T, V, topk) bytes
+  uint32_t* tickets;         // [B, T], zero before and after
 };
 
 struct VerifyGreedyArgs {
@@ -124,21 +128,22 @@ struct MergeStatesArgs {
 
 enum Mode : int64_t { kDet = 0, kIid = 1, kWor = 2 };
 
-constexpr int kSampleTile = 2048;  // columns of a row of logits that one block weighs
-
-// A tree of rows of logits is walked by chance; position[b] is the absolute position of the token that row 0 decides.
+// A tree of rows of logits is walked by chance, after row_stats with weights; position[b] is the absolute position of the token that row 0
+// decides. path null: tokens are drawn and nothing is walked.
 struct VerifySampleArgs {
   int64_t B, T, V, mode;
   const void* logits;  // [B, T, V]
   int64_t type, stride_b, stride_t;
   const float* q;  // [B, T, V]; null: mode is kDet
   int64_t q_stride_b, q_stride_t;
-  const int32_t *tokens, *parents, *n_rows;  // [B, T], [B, T], [B]
+  const int32_t *tokens, *parents, *n_rows;  // [B, T], [B, T], [B]; where only row 0 draws parents may be null, and n_rows: T
   const float* temperature;                  // [B]
   const int64_t *seed, *position;            // [B]
-  uint64_t* best;                            // [B, T, tiles], scratch as the next three
-  double *sums, *scale;                      // [B, T, tiles], [B, T, 2]
-  int32_t* drawn;                            // [B, T]
+  const int32_t* argmax;                     // [B, T], of row_stats as the next two
+  const float* top;
+  const double* weights;
+  double* scale;   // [B, T, 2], scratch; null: mode is kDet
+  int32_t* drawn;  // [B, T]
   int32_t *path, *count, *bonus;
 };
 

@@ -3,13 +3,13 @@
 //
 // What     verify_sample draws a token at every row of a tree and walks it, or tests its drawn children on the way; residual_sample draws
 //          from norm([p - q]_+).
-// Shape    weigh: a block a (row, tile of 2048 columns). draw_rows: a block a row, which joins its tiles and reads one of them again. Then
-//          the greedy walk over what was drawn (verify.cu), or judge: a block a sequence. After j rejections the target is a recurrence in
-//          j scalars, so no distribution is ever stored: each pass recomputes it from logits and q.
+// Shape    row_stats (verify.cu) weighs tiles of 2048 columns. draw_rows: a block a row, which joins its tiles and reads one of them again.
+//          Then the greedy walk over what was drawn (verify.cu), or judge: a block a sequence. After j rejections the target is a
+//          recurrence in j scalars, so no distribution is ever stored: each pass recomputes it from logits and q.
 // Decides  in double, columns in order: equal logits, q and seeds give equal decisions on every backend, up to sums that differ by
 //          2^-50 or so and a number that falls between them.
-// Traffic  V * sizeof(logits) bytes and V exponentials in double a row, spread over the grid; judge adds V (p + q) bytes a rejection, and
-//          twice that where all children are rejected. There one block reads a row: this is latency, not bandwidth.
+// Traffic  row_stats' read of the logits, and a tile of each row again; judge adds V (p + q) bytes a rejection, and twice that where all
+//          children are rejected. There one block reads a row: this is latency, not bandwidth.
 #include "common/rng.h"
 #include "cuda/entries.h"
 #include "cuda/values.cuh"
@@ -18,7 +18,7 @@ namespace ramify::gpu {
 namespace {
 
 constexpr int kThreads = 256, kTile = kThreads * kChunk, kMostTiles = 512;  // V up to 2^20
-static_assert(kTile == kSampleTile, "Python makes the scratch");
+static_assert(kTile == kSampleTile, "row_stats weighs the tiles");
 
 struct Row {  // weights of V columns: as they lie there, or with a heat above 0 exp(x / heat - top) * over of logits
   const void* x;
@@ -213,65 +213,30 @@ RT_FN double uniform_of(const VerifySampleArgs& a, int64_t b, int depth, uint32_
   return uniform(uint64_t(a.seed[b]), uint64_t(a.position[b] + depth), purpose, lane);
 }
 
-// A tile's largest logit / temperature, and the sum of weights over it.
-__global__ void __launch_bounds__(kThreads) weigh_kernel(const VerifySampleArgs a) {
-  RT_SHARED(double, part, [kThreads / 32]);
-  RT_SHARED(Key, keys, [kThreads / 32]);
-  const int64_t b = blockIdx.x / a.T, t = blockIdx.x % a.T, column = int64_t(blockIdx.y) * kTile + threadIdx.x * kChunk;
-  if (t >= a.n_rows[b]) return;
-  const Row row = logits_of(a, b, t);
-  float x[kChunk];
-  load(row, column, a.V - column, -INFINITY, x);
-  Key best = 0;
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
-    if (row.heat > 0) x[i] /= row.heat;
-    if (column + i < a.V) best = max(best, key_of(x[i], column + i));
-  }
-  best = block_best(best, keys);
-  double sum = 0;
-  if (row.heat > 0) {
-    const float top = value_of(best);
-    const double base = top == -INFINITY ? 0.0 : double(top);
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) sum += exp(double(x[i]) - base);
-    sum = block_sum(sum, part);
-  }
-  if (threadIdx.x == 0) {
-    const int64_t at = int64_t(blockIdx.x) * gridDim.y + blockIdx.y;
-    a.best[at] = best, a.sums[at] = sum;
-  }
-}
-
 // What plain decoding would emit after each row, and what makes its logits probabilities.
-__global__ void __launch_bounds__(kThreads) draw_rows_kernel(const VerifySampleArgs a) {
+__global__ void __launch_bounds__(kThreads, 1) draw_rows_kernel(const VerifySampleArgs a) {
   RT_SHARED(double, part, [kThreads / 32]);
   RT_SHARED(double, tiles, [kMostTiles]);
   RT_SHARED(int, found, [2]);
-  RT_SHARED(Key, keys, [kThreads / 32]);
-  const int64_t b = blockIdx.x / a.T, t = blockIdx.x % a.T;
-  if (t >= a.n_rows[b]) return;
+  const unsigned rows = unsigned(a.T);
+  const int64_t b = blockIdx.x / rows, t = blockIdx.x % rows;
+  if (a.n_rows && t >= a.n_rows[b]) return;
   const int count = tiles_of(a.V);
-  const auto* const each = a.best + blockIdx.x * int64_t(count);
-  Key best = 0;
-  for (int i = threadIdx.x; i < count; i += kThreads) best = max(best, Key(each[i]));
-  best = block_best(best, keys);
   Row row = logits_of(a, b, t);
-  int32_t token = column_of(best);
+  int32_t token = a.argmax[blockIdx.x];
   if (row.heat > 0) {
-    row.top = value_of(best);
-    for (int i = threadIdx.x; i < count; i += kThreads)
-      tiles[i] = a.sums[blockIdx.x * int64_t(count) + i] * exp(double(value_of(each[i])) - row.top);
+    const double* const each = a.weights + 2 * (blockIdx.x * int64_t(count));
+    row.top = double(a.top[blockIdx.x] / row.heat);
+    for (int i = threadIdx.x; i < count; i += kThreads) tiles[i] = each[2 * i + 1] * exp(each[2 * i] - row.top);
     __syncthreads();
     if (threadIdx.x == 0)
       for (int i = 1; i < count; ++i) tiles[i] += tiles[i - 1];
     __syncthreads();
-    const int32_t* const parents = a.parents + b * a.T;
     int depth = 0;
-    for (int64_t r = t; r > 0 && parents[r] >= 0 && parents[r] < r; r = parents[r]) ++depth;
+    for (int64_t r = t, up; r > 0 && (up = a.parents[b * a.T + r]) >= 0 && up < r; r = up) ++depth;
     const Target target = {row, {}, a.V, false, 0, nullptr, nullptr, nullptr};
     token = locate(target, uniform_of(a, b, depth, kSample, 0), {part, tiles, found});
-    if (threadIdx.x == 0) a.scale[2 * blockIdx.x] = row.top, a.scale[2 * blockIdx.x + 1] = 1 / tiles[count - 1];
+    if (a.scale && threadIdx.x == 0) a.scale[2 * blockIdx.x] = row.top, a.scale[2 * blockIdx.x + 1] = 1 / tiles[count - 1];
   }
   if (threadIdx.x == 0) a.drawn[blockIdx.x] = token;
 }
@@ -360,10 +325,9 @@ bool fits(int64_t V) { return V >= 1 && V <= int64_t(kMostTiles) * kTile; }
 
 int verify_sample(const VerifySampleArgs& a, void* stream) {
   if (a.B == 0) return cudaSuccess;
-  if (!fits(a.V) || a.T < 1 || a.T > kMaxRows || (a.mode != kDet && !a.q)) return cudaErrorInvalidValue;
-  const dim3 rows(unsigned(a.B * a.T)), tiles(rows.x, unsigned((a.V + kTile - 1) / kTile));
-  RT_LAUNCH(weigh_kernel, tiles, dim3(kThreads), 0, cudaStream_t(stream), a);
-  RT_LAUNCH(draw_rows_kernel, rows, dim3(kThreads), 0, cudaStream_t(stream), a);
+  if (!fits(a.V) || a.T < 1 || a.T > kMaxRows || (a.mode != kDet && !(a.q && a.scale))) return cudaErrorInvalidValue;
+  RT_LAUNCH(draw_rows_kernel, dim3(unsigned(a.B * a.T)), dim3(kThreads), 0, cudaStream_t(stream), a);
+  if (!a.path) return cudaGetLastError();
   if (a.mode == kDet) return verify_greedy({a.B, a.T, a.tokens, a.parents, a.drawn, a.n_rows, a.path, a.count, a.bonus}, stream);
   RT_LAUNCH(judge_kernel, dim3(unsigned(a.B)), dim3(kThreads), 0, cudaStream_t(stream), a);
   return cudaGetLastError();

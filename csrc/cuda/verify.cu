@@ -1,13 +1,15 @@
-// csrc/cuda/verify.cu: row statistics, the k largest, and the greedy walk. Meaning: reference/verify.py.
+// csrc/cuda/verify.cu: row statistics, the k largest, weights to draw by, and the greedy walk. Meaning: reference/verify.py.
 // Status: compiled and emulated, not yet run on hardware.
 //
-// What     arg-max, log-sum-exp, maximum and the k largest of each row of logits in one pass; the path that arg-maxes accept.
+// What     arg-max, log-sum-exp, maximum, the k largest and the weights of the tiles of each row of logits in one pass; the path that
+//          arg-maxes accept.
 // Shape    row_stats: a block a (slice of 4096 columns, row), 16 values a thread in registers; the last block of a row joins its
 //          slices in column order. verify_greedy: a warp a sequence.
 // Largest  a value and its column are one 64-bit key, unequal for all columns, so order and ties are those of integers. The k-th
 //          largest of the threads' maxima bounds the k largest of the slice: k threads alone hold anything above it.
 // Bits     slices and orders depend on V alone: a row has the same bits alone and among others.
-// Traffic  V * sizeof(logits) bytes a row in; 8 (1 + k) bytes a slice out and in.
+// Traffic  V * sizeof(logits) bytes a row in; 8 (1 + k) bytes a slice out and in; with weights also V exponentials in
+//          double, and 32 bytes a slice out.
 #include "cuda/entries.h"
 #include "cuda/values.cuh"
 
@@ -17,6 +19,7 @@ namespace {
 constexpr int kThreads = 256, kPart = kThreads * kChunk, kParts = kStatsSlice / kPart;
 constexpr int kHeld = kParts * kChunk;  // values a thread holds
 constexpr int kLists = 8;               // slices a lane joins: V up to 32 * 8 * 4096
+static_assert(kPart == kSampleTile, "a part's weights are one sum");
 
 // Takes the largest key of a warp's N * 32 out of them.
 template <int N>
@@ -85,19 +88,39 @@ RT_FN void join_slices(const RowStatsArgs& a, int64_t row, const Key* slices, in
   }
 }
 
+// A slice's weights at the sequence's temperature, tile by tile, over its largest logit.
+RT_FN void weigh(const RowStatsArgs& a, int64_t row, float heat, float top, const float (&v)[kHeld], double* part) {
+  const double tempered = double(top / heat), base = top == -INFINITY ? 0.0 : tempered;
+  const int64_t tiles = (a.V + kPart - 1) / kPart;
+#pragma unroll
+  for (int p = 0; p < kParts; ++p) {
+    double sum = 0;
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) sum += exp(double(v[p * kChunk + i] / heat) - base);
+    sum = block_sum(sum, part);
+    const int64_t tile = int64_t(blockIdx.y) * kParts + p;
+    if (threadIdx.x == 0 && tile < tiles) {
+      double* const to = a.weights + 2 * (row * tiles + tile);
+      to[0] = tempered, to[1] = sum;
+    }
+  }
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads, 3) row_stats_kernel(const RowStatsArgs a) {
   RT_SHARED(Key, maxima, [kThreads]);
   RT_SHARED(Key, listed, [kMaxTopK * kHeld]);
   RT_SHARED(Key, bound, [1]);
   RT_SHARED(float, part, [kThreads / 32]);
+  RT_SHARED(double, wide_part, [kThreads / 32]);
   RT_SHARED(int, shared_count, [1]);
   RT_SHARED(int, last, [1]);
-  const int64_t row = blockIdx.x;
-  if (row >= live_rows(a.live, a.rows)) return;
+  const unsigned rows = unsigned(a.T);
+  const int64_t row = blockIdx.x, b = blockIdx.x / rows, t = blockIdx.x % rows;
+  if (a.n_rows && t >= a.n_rows[b]) return;
   const int thread = threadIdx.x, warp = thread / 32, k = int(a.topk), kept = k > 1 ? k : 1;
-  const T* const x = static_cast<const T*>(a.logits) + row * a.stride;
-  const bool words = wide(static_cast<const T*>(a.logits), a.stride);
+  const T* const x = static_cast<const T*>(a.logits) + b * a.stride_b + t * a.stride_t;
+  const bool words = wide(x, 0);
   const int64_t first = int64_t(blockIdx.y) * kStatsSlice;
   float v[kHeld];
   Key own = 0;
@@ -128,6 +151,8 @@ __global__ void __launch_bounds__(kThreads, 3) row_stats_kernel(const RowStatsAr
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) sum += v[i] == base ? 1.f : expf(v[i] - base);
   sum = block_sum(sum, part);  // its barrier also ends the reading of listed[0]
+  const float heat = a.weights ? a.temperature[b] : 0.f;
+  if (heat > 0) weigh(a, row, heat, top, v, wide_part);
   if (k > 1) {
     if (own >= kth && own) {
 #pragma unroll
@@ -180,12 +205,12 @@ __global__ void __launch_bounds__(32) verify_greedy_kernel(const VerifyGreedyArg
 }  // namespace
 
 int row_stats(const RowStatsArgs& a, void* stream) {
-  if (a.rows == 0) return cudaSuccess;
-  const int64_t slices = (a.V + kStatsSlice - 1) / kStatsSlice;
+  const int64_t rows = a.B * a.T, slices = (a.V + kStatsSlice - 1) / kStatsSlice;
+  if (rows == 0) return cudaSuccess;
   if (a.topk > kMaxTopK || slices > 32 * kLists || slices < 1) return cudaErrorInvalidValue;
   return with_type(a.type, [&](auto* type) {
     auto* const kernel = row_stats_kernel<std::remove_pointer_t<decltype(type)>>;
-    RT_LAUNCH(kernel, dim3(unsigned(a.rows), unsigned(slices)), dim3(kThreads), 0, cudaStream_t(stream), a);
+    RT_LAUNCH(kernel, dim3(unsigned(rows), unsigned(slices)), dim3(kThreads), 0, cudaStream_t(stream), a);
     return cudaGetLastError();
   });
 }

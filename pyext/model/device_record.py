@@ -81,14 +81,11 @@ class DeviceRecorder:
         self.logits = self._buffer("logits", self.config.vocab_size, dtype=torch.float32)
         [part] = self.weights.lm_head
         self._product(x, part, self.logits, False)
-        got = self.results
-        self.calls.append(bound.row_stats(self.logits, got["argmax"], got["lse"], got["top"]))
-        if self.plan.draws:
-            ones, minus = (torch.full((self.rows, 1), value, dtype=torch.int32, device=self.logits.device) for value in (1, -1))
-            how = (self.inputs[name] for name in ("temperature", "seed", "index"))
-            self.calls.append(bound.draw(self.logits, ones, minus, *how, got["drawn"]))
-        if self.plan.topk:
-            self.calls.append(bound.topk_logits(self.logits, got["topk_values"], got["topk_ids"]))
+        got, named = self.results, self.inputs
+        stats = got["argmax"], got["lse"], got["top"]
+        largest = (got["topk_values"], got["topk_ids"]) if self.plan.topk else ()
+        draws = (named["temperature"], named["seed"], named["index"], got["drawn"]) if self.plan.draws else ()
+        self.calls += bound.decide_rows(self.logits, stats, largest, draws)
 
     def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
         assert weight is not None

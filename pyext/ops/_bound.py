@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ramify.ops import attention, glue, kv, sample, verify
-from ramify.ops._library import Bound
+from ramify.ops import _cuda, attention, glue, kv, sample, verify
+from ramify.ops._library import Bound, Outputs, launcher
 from ramify.ops.linear import _linear, _low_bit
 from ramify.quant.packing import packed
 from ramify.quant.weight import QuantizedWeight
@@ -54,21 +54,31 @@ def tree_attention(
     )
 
 
-def row_stats(logits: Tensor, argmax: Tensor, lse: Tensor, top: Tensor) -> Bound:
-    """ops.row_stats."""
-    return verify._row_stats.bind((argmax, lse, top), logits)
+def decide_rows(logits: Tensor, stats: Outputs, largest: Outputs = (), draws: tuple[Tensor, ...] = ()) -> list[Bound]:
+    """What a step decides by its logits [R, V]: one call that reads them once where a GPU's kernels run it all, else a call for each op.
 
-
-def topk_logits(logits: Tensor, values: Tensor, ids: Tensor) -> Bound:
-    """ops.topk_logits, k as wide as its outputs."""
-    return verify._topk_logits.bind((values, ids), logits, ids.shape[1])
-
-
-def draw(logits: Tensor, ones: Tensor, minus: Tensor, temperature: Tensor, seed: Tensor, index: Tensor, drawn: Tensor) -> Bound:
-    """A token from softmax(logits / temperature) of every row: verify_sample over trees of one row, whose bonus it is.
-
-    logits [R, V]; ones and minus int32 [R, 1] hold 1 and -1; temperature float32, seed and index int64 and drawn int32 [R].
+    stats: argmax, lse and top of ops.row_stats. largest: values and ids of ops.topk_logits, k as wide as they are; () for none. draws:
+    temperature float32, seed and index int64 and drawn int32 [R], a token from softmax(logits / temperature) of every row as
+    ops.verify_sample draws it at the index; () for none. Outputs are dense. The bits are those of the ops.
     """
+    calls = [verify._row_stats.bind(stats, logits)]
+    if largest:
+        calls.append(verify._topk_logits.bind(largest, logits, largest[1].shape[1]))
+    if draws:
+        calls.append(_draw(logits, *draws))
+    backend = calls[0].backend
+    if len(calls) == 1 or backend not in _DECIDE_ROWS or any(call.backend != backend for call in calls):
+        return calls
+    wanted = largest or (None, None), draws or (None,) * 4
+    return [Bound(" + ".join(call.op for call in calls), backend, partial(_DECIDE_ROWS[backend], logits, *stats, *wanted[0], *wanted[1]))]
+
+
+_DECIDE_ROWS = {"cuda": _cuda.decide_rows, "triton": launcher("decide_rows", lambda args: args[0])}
+
+
+def _draw(logits: Tensor, temperature: Tensor, seed: Tensor, index: Tensor, drawn: Tensor) -> Bound:
+    """verify_sample over trees of one row, whose bonus is the token."""
+    ones, minus = (torch.full((len(drawn), 1), value, dtype=torch.int32, device=drawn.device) for value in (1, -1))
     path, count = torch.empty_like(ones), torch.empty_like(drawn)
     inputs = logits[:, None], ones, minus, ones[:, 0], temperature, seed, index, None, "det"
     return sample._verify_sample.bind((path, count, drawn), *inputs)

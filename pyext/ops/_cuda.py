@@ -54,10 +54,8 @@ def rope(outs: Outputs, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) 
     rows, cos, sin, at = x.reshape(-1, H, D), cos.contiguous(), sin.contiguous(), positions.reshape(-1).int()
     result = outs[0] if outs[0].is_contiguous() else torch.empty_like(outs[0], memory_format=torch.contiguous_format)
     args = n.RopeArgs(rows=rows.shape[0], H=H, D=D, half=cos.shape[1], positions=cos.shape[0], type=n.TYPES[x.dtype])
-    args.x, args.x_stride_t, args.x_stride_h = rows.data_ptr(), rows.stride(0), rows.stride(1)
-    args.cos, args.sin, args.position = cos.data_ptr(), sin.data_ptr(), at.data_ptr()
-    args.out, args.out_stride_t, args.out_stride_h = result.data_ptr(), H * D, D
-    n.run(args, rows, cos, sin, at, result)
+    (args.x_stride_t, args.x_stride_h), (args.out_stride_t, args.out_stride_h) = rows.stride()[:2], (H * D, D)
+    _run(args, x=rows, cos=cos, sin=sin, position=at, out=result)
     _store(result, outs[0])
 
 
@@ -65,19 +63,17 @@ def silu_mul(outs: Outputs, x: Tensor) -> None:
     """silu(gate) * up of rows that hold both."""
     rows, result = _rows(x), _target(outs[0])
     args = n.SiluMulArgs(rows=rows.shape[0], K=rows.shape[1] // 2, type=n.TYPES[x.dtype])
-    args.x, args.x_stride = rows.data_ptr(), rows.stride(0)
-    args.out, args.out_stride = result.data_ptr(), result.stride(0)
-    n.run(args, rows, result)
+    args.x_stride, args.out_stride = rows.stride(0), result.stride(0)
+    _run(args, x=rows, out=result)
     _store(result, outs[0])
 
 
 def embed(outs: Outputs, ids: Tensor, table: Tensor) -> None:
     """Rows of the table; an id outside it gives NaN."""
     wanted, result = ids.reshape(-1).int(), _target(outs[0])
-    args = n.EmbedArgs(rows=wanted.shape[0], V=table.shape[0], hidden=table.shape[1], ids=wanted.data_ptr())
-    args.table, args.table_type, args.table_stride = table.data_ptr(), n.TYPES[table.dtype], table.stride(0)
-    args.out, args.type, args.out_stride = result.data_ptr(), n.TYPES[result.dtype], result.stride(0)
-    n.run(args, wanted, table, result)
+    args = n.EmbedArgs(rows=wanted.shape[0], V=table.shape[0], hidden=table.shape[1], type=n.TYPES[result.dtype])
+    args.table_type, args.table_stride, args.out_stride = n.TYPES[table.dtype], table.stride(0), result.stride(0)
+    _run(args, ids=wanted, table=table, out=result)
     _store(result, outs[0])
 
 
@@ -203,27 +199,35 @@ def commit_layers(
 def row_stats(outs: Outputs, logits: Tensor) -> None:
     """Arg-max, log-sum-exp and maximum of each row."""
     argmax, lse, top = outs
-    _stats(logits, argmax, lse, top, None, None)
+    _stats(logits[:, None], argmax=argmax, lse=lse, top=top)
 
 
 def topk_logits(outs: Outputs, logits: Tensor, k: int) -> None:
     """The k largest of each row: values, ids."""
     values, ids = (_target(out) for out in outs)
-    _stats(logits, None, None, None, values, ids)
+    _stats(logits[:, None], k, values=values, ids=ids)
     _store(values, outs[0])
     _store(ids, outs[1])
 
 
+def decide_rows(
+    logits: Tensor, argmax: Tensor, lse: Tensor, top: Tensor, values: Tensor | None, ids: Tensor | None, temperature: Tensor | None,
+    seed: Tensor | None, position: Tensor | None, drawn: Tensor | None,
+) -> None:  # fmt: skip
+    """row_stats, topk_logits and a token drawn from each row in one read of the logits; dense outputs, None for what nobody wants."""
+    rows, k = logits[:, None], 0 if ids is None else ids.shape[1]
+    weights = _stats(rows, k, temperature, argmax=argmax, lse=lse, top=top, values=values, ids=ids)
+    if drawn is not None:
+        how = {"temperature": temperature, "seed": seed, "position": position}
+        _over(n.VerifySampleArgs(), rows, argmax=argmax, top=top, weights=weights, drawn=drawn, **how)
+
+
 def verify_greedy(outs: Outputs, tokens: Tensor, parents: Tensor, argmax: Tensor, n_rows: Tensor) -> None:
     """Path, count and bonus of each sequence."""
-    tokens, parents, argmax = map(ids32, (tokens, parents, argmax))
-    n_rows = n_rows.contiguous()
-    path, count, bonus = _target(outs[0]), _vector(outs[1]), _vector(outs[2])
-    args = n.VerifyGreedyArgs(B=tokens.shape[0], T=tokens.shape[1], tokens=tokens.data_ptr(), parents=parents.data_ptr())
-    args.argmax, args.n_rows = argmax.data_ptr(), n_rows.data_ptr()
-    args.path, args.count, args.bonus = path.data_ptr(), count.data_ptr(), bonus.data_ptr()
-    n.run(args, tokens, parents, argmax, n_rows, path, count, bonus)
-    for made, out in zip((path, count, bonus), outs):
+    (B, T), results = tokens.shape, _path_of(outs)
+    trees = {"tokens": ids32(tokens), "parents": ids32(parents), "argmax": ids32(argmax), "n_rows": n_rows.contiguous()}
+    _run(n.VerifyGreedyArgs(B=B, T=T), **trees, **results)
+    for made, out in zip(results.values(), outs):
         _store(made, out)
 
 
@@ -232,33 +236,26 @@ def verify_sample(
     q: Tensor | None, mode: str,
 ) -> None:  # fmt: skip
     """Path, count and bonus of each sequence."""
-    B, T, V = logits.shape
-    tokens, parents, position = ids32(tokens), ids32(parents), position.long().contiguous()
-    n_rows, temperature, seed = n_rows.contiguous(), temperature.contiguous(), seed.contiguous()
-    path, count, bonus = _target(outs[0]), _vector(outs[1]), _vector(outs[2])
-    args = n.VerifySampleArgs(B=B, T=T, V=V, mode=n.MODES[mode], logits=logits.data_ptr(), type=n.TYPES[logits.dtype])
-    args.stride_b, args.stride_t = logits.stride()[:2]
+    (B, T, _), args = logits.shape, n.VerifySampleArgs(mode=n.MODES[mode])
+    n_rows, temperature, seed, position = (t.contiguous() for t in (n_rows, temperature, seed, position.long()))
     if q is not None:
-        args.q, args.q_stride_b, args.q_stride_t = q.data_ptr(), *q.stride()[:2]
-    args.tokens, args.parents, args.n_rows = tokens.data_ptr(), parents.data_ptr(), n_rows.data_ptr()
-    args.temperature, args.seed, args.position = temperature.data_ptr(), seed.data_ptr(), position.data_ptr()
-    parts = B * T * -(-V // SAMPLE_TILE)
-    best, drawn = logits.new_empty(parts, dtype=torch.int64), logits.new_empty(B * T, dtype=torch.int32)
-    sums, scale = logits.new_empty(parts, dtype=torch.float64), logits.new_empty(2 * B * T, dtype=torch.float64)
-    args.best, args.sums, args.scale, args.drawn = best.data_ptr(), sums.data_ptr(), scale.data_ptr(), drawn.data_ptr()
-    args.path, args.count, args.bonus = path.data_ptr(), count.data_ptr(), bonus.data_ptr()
-    data = logits, q, tokens, parents, n_rows, temperature, seed, position
-    n.run(args, *data, best, sums, scale, drawn, path, count, bonus)
-    for made, out in zip((path, count, bonus), outs):
+        args.q_stride_b, args.q_stride_t = q.stride()[:2]
+    argmax, drawn, top = (logits.new_empty(B, T, dtype=dtype) for dtype in (torch.int32, torch.int32, torch.float32))
+    weights = _stats(logits, argmax=argmax, top=top, temperature=temperature, n_rows=n_rows)
+    results = _path_of(outs)
+    _over(
+        args, logits, temperature=temperature, seed=seed, position=position, argmax=argmax, top=top, weights=weights, drawn=drawn, q=q,
+        tokens=ids32(tokens), parents=ids32(parents), n_rows=n_rows, scale=top.new_empty(B, T, 2, dtype=torch.float64), **results,
+    )  # fmt: skip
+    for made, out in zip(results.values(), outs):
         _store(made, out)
 
 
 def residual_sample(outs: Outputs, p: Tensor, q: Tensor, u: Tensor) -> None:
     """One id a row."""
-    u, ids = u.contiguous(), _vector(outs[0])
-    args = n.ResidualSampleArgs(rows=p.shape[0], V=p.shape[1], type=n.TYPES[p.dtype], p=p.data_ptr(), q=q.data_ptr())
-    args.p_stride, args.q_stride, args.u, args.ids = p.stride(0), q.stride(0), u.data_ptr(), ids.data_ptr()
-    n.run(args, p, q, u, ids)
+    ids, args = _vector(outs[0]), n.ResidualSampleArgs(rows=p.shape[0], V=p.shape[1], type=n.TYPES[p.dtype])
+    args.p_stride, args.q_stride = p.stride(0), q.stride(0)
+    _run(args, p=p, q=q, u=u.contiguous(), ids=ids)
     _store(ids, outs[0])
 
 
@@ -312,10 +309,9 @@ def merge_states(outs: Outputs, o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tens
     """o and lse of two sides."""
     o1, o2, lse1, lse2 = _rows(o1), _rows(o2), lse1.reshape(-1), lse2.reshape(-1)
     out, lse = _target(outs[0]), _vector(outs[1])
-    args = n.MergeStatesArgs(rows=o1.shape[0], D=o1.shape[1], type=n.TYPES[o1.dtype], o1=o1.data_ptr(), o2=o2.data_ptr())
-    args.o1_stride, args.o2_stride, args.lse1, args.lse2 = o1.stride(0), o2.stride(0), lse1.data_ptr(), lse2.data_ptr()
-    args.out, args.out_stride, args.lse = out.data_ptr(), out.stride(0), lse.data_ptr()
-    n.run(args, o1, o2, lse1, lse2, out, lse)
+    args = n.MergeStatesArgs(rows=o1.shape[0], D=o1.shape[1], type=n.TYPES[o1.dtype])
+    args.o1_stride, args.o2_stride, args.out_stride = o1.stride(0), o2.stride(0), out.stride(0)
+    _run(args, o1=o1, o2=o2, lse1=lse1, lse2=lse2, out=out, lse=lse)
     _store(out, outs[0])
     _store(lse, outs[1])
 
@@ -350,17 +346,32 @@ def chunk_of(slots: int) -> int:
     return chunk
 
 
-def _stats(
-    logits: Tensor, argmax: Tensor | None, lse: Tensor | None, top: Tensor | None, values: Tensor | None, ids: Tensor | None
-) -> None:
-    R, V = logits.shape
-    k = 0 if ids is None else ids.shape[1]
-    args = n.RowStatsArgs(rows=R, V=V, type=n.TYPES[logits.dtype], logits=logits.data_ptr(), stride=logits.stride(0), topk=k)
-    args.argmax, args.lse, args.top, args.values, args.ids = map(n.pointer, (argmax, lse, top, values, ids))
-    scratch = torch.empty(n.library().stats_scratch(R, V, k) // 8, dtype=torch.int64, device=logits.device)
-    tickets = n.tickets(logits.device, R)
-    args.scratch, args.tickets = scratch.data_ptr(), tickets.data_ptr()
-    n.run(args, logits, argmax, lse, top, values, ids, scratch, tickets)
+def _stats(logits: Tensor, k: int = 0, temperature: Tensor | None = None, **named: Tensor | None) -> Tensor | None:
+    """What RowStatsArgs names, of the rows of logits [B, T, V]; with a temperature also the weights of their tiles, which are returned."""
+    (B, T, V), weights = logits.shape, None
+    if temperature is not None:
+        weights = logits.new_empty(B, T, -(-V // SAMPLE_TILE), 2, dtype=torch.float64)
+    scratch = logits.new_empty(n.library().stats_scratch(B * T, V, k) // 8, dtype=torch.int64)
+    named |= {"temperature": temperature, "weights": weights, "scratch": scratch, "tickets": n.tickets(logits.device, B * T)}
+    _over(n.RowStatsArgs(topk=k), logits, **named)
+    return weights
+
+
+def _over(args: ctypes.Structure, logits: Tensor, **named: Tensor | None) -> None:
+    """Launch a kernel over logits [B, T, V]."""
+    (args.B, args.T, args.V), (args.stride_b, args.stride_t, _), args.type = logits.shape, logits.stride(), n.TYPES[logits.dtype]
+    _run(args, logits=logits, **named)
+
+
+def _run(args: ctypes.Structure, **named: Tensor | None) -> None:
+    """Launch a kernel; the pointers of its struct are those of the tensors of the same names."""
+    for name, tensor in named.items():
+        setattr(args, name, n.pointer(tensor))
+    n.run(args, *named.values())
+
+
+def _path_of(outs: Outputs) -> dict[str, Tensor]:
+    return {"path": _target(outs[0]), "count": _vector(outs[1]), "bonus": _vector(outs[2])}
 
 
 _HELD = (torch.float32, torch.bfloat16, torch.float16)  # what a kernel reads of any tensor beside x

@@ -108,6 +108,14 @@ def topk_logits(outs: Outputs, logits: Tensor, k: int) -> None:
     verify.topk_logits(logits, *outs, _scratch_of(logits))
 
 
+def decide_rows(
+    logits: Tensor, argmax: Tensor, lse: Tensor, top: Tensor, values: Tensor | None, ids: Tensor | None, temperature: Tensor | None,
+    seed: Tensor | None, position: Tensor | None, drawn: Tensor | None,
+) -> None:  # fmt: skip
+    """row_stats, topk_logits and a token drawn from each row in one read of the logits; dense outputs, None for what nobody wants."""
+    sample.decide_rows(logits, argmax, lse, top, values, ids, temperature, seed, position, drawn, _scratch_of(logits))
+
+
 def verify_greedy(outs: Outputs, tokens: Tensor, parents: Tensor, argmax: Tensor, n_rows: Tensor) -> None:
     """Path, count and bonus of each tree."""
     count, bonus = map(_vector, outs[1:])

@@ -20,11 +20,12 @@ FOLDERS = {"cuda": ("csrc/cuda", ".cu"), "triton": ("kernels", ".py")}
 """Backend -> the folder of its kernels and what their names end in."""
 
 ELSEWHERE = {
-    ("interval_attention", "triton"): "interval",
-    ("merge_states", "triton"): "interval",
-    ("merge_states", "cuda"): "merge",
+    ("interval_attention", "triton"): ("interval",),
+    ("merge_states", "triton"): ("interval",),
+    ("merge_states", "cuda"): ("merge",),
+    ("verify_sample", "cuda"): ("sample", "verify"),
 }
-"""Op and backend -> name of its kernel file, where that is not the name of the op's file in ramify.ops."""
+"""Op and backend -> names of its kernel files, where that is not the name of the op's file in ramify.ops alone."""
 
 
 def kernel_files(root: Path, backend: str) -> list[str]:
@@ -36,9 +37,9 @@ def kernel_files(root: Path, backend: str) -> list[str]:
 def files_of(root: Path, op: str, backend: str) -> list[str]:
     """The kernel files of an op: those named after its file in ramify.ops; all of the backend when none is, which proves less, not more."""
     home = getattr(import_module("ramify.ops"), op, None)
-    name = ELSEWHERE.get((op, backend)) or getattr(home, "__module__", "").rpartition(".")[2]
+    names = ELSEWHERE.get((op, backend)) or (getattr(home, "__module__", "").rpartition(".")[2],)
     every = kernel_files(root, backend)
-    named = [path for path in every if name and re.fullmatch(rf"{re.escape(name)}(_\w+)?", Path(path).stem)]
+    named = [path for path in every if any(name and re.fullmatch(rf"{re.escape(name)}(_\w+)?", Path(path).stem) for name in names)]
     return named or every
 
 

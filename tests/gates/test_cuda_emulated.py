@@ -307,7 +307,7 @@ def test_verify_greedy(place, kind, B, T, vocabulary):
 def test_a_failed_launch_is_an_exception(place):
     with place.running(), pytest.raises(native_cuda.CudaError, match="RowStatsArgs"):
         x = torch.zeros(1, 8, device=place.device)
-        native_cuda.run(native_cuda.RowStatsArgs(rows=1, V=8, topk=99, logits=x.data_ptr(), type=0), x)
+        native_cuda.run(native_cuda.RowStatsArgs(B=1, T=1, V=8, topk=99, logits=x.data_ptr(), type=0), x)
 
 
 def calls():
@@ -329,6 +329,8 @@ def calls():
         ops.rope_append(rand(3, 128, dtype=dtype), angle, angle, at, at, *slots, q_norm=torch.ones(32))
         ops.row_stats(rand(1, 4200, dtype=dtype))
         ops.topk_logits(rand(1, 4200, dtype=dtype), 5)
+    logits, how = rand(2, 4200), (torch.ones(2), torch.arange(2), torch.arange(2))
+    _cuda.decide_rows(logits, at[:2].clone(), *poisoned((2, 2)), poisoned((2, 3)), poisoned((2, 3), I32), *how, poisoned((2,), I32))
     a, b, c, d = torch.ones(16, 16).bfloat16(), torch.ones(16, 8).bfloat16(), torch.ones(16, 8), torch.ones(16, 8)
     native_cuda.run(native_cuda.MmaArgs(type=1, a=a.data_ptr(), b=b.data_ptr(), c=c.data_ptr(), d=d.data_ptr()), a, b, c, d)
     k, v, table = caches(1, 2, 32, 1, 24, BF16, 16, g)

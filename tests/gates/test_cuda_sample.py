@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ramify import backends, ops, reference
+from ramify.ops import _bound as bound
 from ramify.sampling.rng import SAMPLE, uniform
 from ramify.testing.tensors import padded, poisoned, sample_case
 
@@ -47,6 +48,34 @@ def test_rejections(place, mode):
     q[2] = 1.0 / 40
     q[4, :, 20:] = 0  # a truncated draft that is not normalised
     check(place, given, q, mode)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize(("R", "V", "k"), [(3, 9, 0), (2, 4097, 5), (5, 9001, 32)])
+def test_a_step_decides_in_one_read(place, R, V, k, dtype):
+    """The bits of row_stats, topk_logits and verify_sample, in one launch over the logits and one that looks at a tile of each row."""
+    g = torch.Generator().manual_seed(V)
+    logits = padded(4 * torch.randn(R, V, generator=g).to(dtype), 7).to(place.device)
+    logits[0, ::5], logits[1, V // 2] = -torch.inf, torch.nan
+    how = [
+        t[:R].to(place.device) for t in (torch.tensor([0.7, 1.3, 0.0, 1.0, 1e-3]), torch.randint(9, (R,)), torch.arange(2**31, 2**31 + R))
+    ]
+
+    def decided():
+        outs = [poisoned(shape, kind).to(place.device) for shape, kind in (((R,), I32), ((R,), F32), ((R,), F32), ((R,), I32))]
+        largest = tuple(poisoned((R, k), kind).to(place.device) for kind in (dtype, I32)) if k else ()
+        calls = bound.decide_rows(logits, tuple(outs[:3]), largest, (*how, outs[3]))
+        assert [call.backend for call in calls] == ["cuda"]
+        calls[0].run()
+        return *outs, *largest
+
+    def by_ops():
+        ones = torch.ones(R, 1, dtype=I32, device=place.device)
+        drawn = ops.verify_sample(logits[:, None], ones, ones - 2, ones[:, 0], *how)[2]
+        return *ops.row_stats(logits), drawn, *(ops.topk_logits(logits, k) if k else ())
+
+    for got, want in zip(place.everywhere(decided), place.everywhere(by_ops), strict=True):
+        assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.nan_to_num(), want.nan_to_num())
 
 
 def test_one_row_is_plain_sampling(place):

@@ -86,7 +86,11 @@ def sample(name):
     per_sequence = meta(2, dtype=I32), meta(2, dtype=F32), meta(2, dtype=I64), meta(2, dtype=I32)
     stats = rows, meta(2, 64, dtype=F32), meta(2, 64, dtype=F64)
     q, count = meta(2, 64, 128256, dtype=F32), meta(2, dtype=I32)
+    step, ids, vector, real, long = meta(64, 128256, dtype=F32), meta(64, 32, dtype=I32), rows[0], meta(64, dtype=F32), meta(64, dtype=I64)
     {
+        "decide_rows": lambda: sample.decide_rows(
+            step, vector, real, real, meta(64, 32, dtype=F32), ids, real, long, long, vector, scratch
+        ),
         "draw_rows": lambda: sample.draw_rows(logits, rows, *per_sequence, scratch),
         "judge": lambda: sample.judge(logits, q, *stats, rows, rows, *per_sequence, True, rows, count, count, scratch),
         "residual_sample": lambda: sample.residual_sample(q[0], q[0], meta(64, dtype=F64), meta(64, dtype=I32), scratch),
@@ -159,7 +163,7 @@ CASES = {
     "verify_greedy": (lambda: verify("verify_greedy"), ()),
     "kv_commit": (lambda: place(0), ()),
     "kv_commit paged": (lambda: place(64), ()),
-    **{name: (lambda name=name: sample(name), ("LDG.E.128",)) for name in ("draw_rows", "judge", "residual_sample")},
+    **{name: (lambda name=name: sample(name), ("LDG.E.128",)) for name in ("decide_rows", "draw_rows", "judge", "residual_sample")},
     "merge_states": (merge_states, ()),
     "attention_colsum T1 D128": (lambda: attention_colsum(1, 128), (MMA,)),
     "attention_colsum T64 D256": (lambda: attention_colsum(64, 256), (MMA,)),

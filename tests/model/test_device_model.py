@@ -241,7 +241,8 @@ def test_a_replay_asks_the_device_nothing(engine, folders, monkeypatch):
     [step] = [step for step in cache.arena.programs.values() if step.plan.sequences == 2]
     calls = [call for call in step.calls if call.op != "tree_attention" or call.backend not in ("cpu", "reference")]
     ops = {"kv_commit", "embed", "rms_norm", "rope_append", "linear", "silu_mul", "row_stats", "topk_logits", "copy"}
-    assert ops <= {call.op for call in calls}
+    assert ops <= {op for call in calls for op in call.op.split(" + ")}
+    assert calls[-1].op == "row_stats + topk_logits" or engine.name in ("table", "reference")  # a GPU reads its logits once
     assert engine.name in ("table", "reference") or step.captures == (len(calls) == len(step.calls))
 
     with engine.no_answers(monkeypatch):
