@@ -122,8 +122,8 @@ def _judge(
                 tl.store(rest + lo + j, w, mask=lo + j < V)
                 tl.store(guess + lo + j, g, mask=lo + j < V)
                 spread += tl.sum(g.to(tl.float64), 0)
-                p_now += tl.sum(tl.where(lo + j == now, w, 0.0).to(tl.float64), 0)
-                q_now += tl.sum(tl.where(lo + j == now, g, 0.0).to(tl.float64), 0)
+                p_now += tl.sum(tl.where(lo + j == now, w, 0.0), 0).to(tl.float64)  # of one entry: exact, and f64 would spill
+                q_now += tl.sum(tl.where(lo + j == now, g, 0.0), 0).to(tl.float64)
             side, lane, following = 0, 0, ROWS
             emitted = -1
             while child < ROWS:
@@ -147,9 +147,9 @@ def _judge(
                             tl.store(guess + lo + j, g, mask=lo + j < V)
                         left += tl.sum(r.to(tl.float64), 0)
                         spread_next += tl.sum(g.to(tl.float64), 0)
-                        p_kept += tl.sum(tl.where(lo + j == after, w, 0.0).to(tl.float64), 0)
-                        p_now += tl.sum(tl.where(lo + j == after, r, 0.0).to(tl.float64), 0)
-                        q_next += tl.sum(tl.where(lo + j == after, g, 0.0).to(tl.float64), 0)
+                        p_kept += tl.sum(tl.where(lo + j == after, w, 0.0), 0).to(tl.float64)
+                        p_now += tl.sum(tl.where(lo + j == after, r, 0.0), 0).to(tl.float64)
+                        q_next += tl.sum(tl.where(lo + j == after, g, 0.0), 0).to(tl.float64)
                     if left > 0:
                         side, mass = 1 - side, left
                     else:  # p and q are equal up to rounding: nothing is left, and p stays
