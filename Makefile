@@ -23,7 +23,7 @@ demo: $(VENV)/.built
 test: lint
 	$(BIN)/pytest -q
 
-test-slow: $(VENV)/.built $(VENV)/.test
+test-slow: $(VENV)/.built $(VENV)/.test build/triton36/.made
 	$(BIN)/pytest -q -m slow
 
 lint: $(VENV)/.built $(VENV)/.test
@@ -81,6 +81,13 @@ $(VENV)/.built: $(VENV)/.ramify $(CSRC)
 $(VENV)/.test: $(VENV)/.ramify
 	@echo "make: the tools of the tests"
 	@$(PIP) --no-build-isolation -e '.[test,lint]'
+	@touch $@
+
+# the oldest Triton that the kernels must compile on, beside the environment's own; nothing where there is no such wheel
+build/triton36/.made: | $(BIN)/python
+	@echo "make: triton 3.6, for its gate alone"
+	@mkdir -p $(@D)
+	@$(PIP) --no-deps --upgrade --target $(@D) "triton==3.6.0; sys_platform == 'linux' and platform_machine == 'x86_64'"
 	@touch $@
 
 $(VENV)/.%: $(VENV)/.ramify
