@@ -15,10 +15,14 @@ INT8_TOP, INT4_TOP, FP8_TOP = 127, 15, 448
 CLIPS = (-8.0, -8.5, -9.0, -9.5, -10.0, 7.0)
 """Symmetric int4: steps from zero to the group's extreme, each tried for the smallest squared error. There is one code more below the
 zero than above it, so the extreme goes there, whatever its sign: the scale takes the sign. 7 is the usual rounding, so that no group
-is worse than with it. On the zoo's weights in groups of 64 the error (root mean square) is 9.2% of the weights', and 10.9% with 7 alone."""
+is worse than with it. On the zoo's weights in groups of 64 the error (root mean square) is 9.1% of the weights', and 10.9% with 7 alone."""
 
-SHRINKS = (1.0, 0.9)
+SHRINKS = (1.0, 0.93, 0.86)
 """Int4 with zero points: shares of a group's minimum and maximum that the codes span, each tried with each."""
+
+REFITS = 2
+"""Times that the best of an int4 group's candidates is fitted to its codes by least squares. On the zoo in groups of 64 the error goes
+from 9.18% to 9.11%, and with zero points from 8.42% to 8.24%; no finer grid and no more refits bring it below 9.08% and 8.19%."""
 
 CHUNK = 1 << 18
 """Weights that are searched at once: few enough to stay in a core's cache."""
@@ -37,7 +41,7 @@ def fit(w: Tensor, format: Format, dtype: torch.dtype) -> tuple[Tensor, Tensor |
     if format.kind == "int4":
         groups = w.reshape(-1, format.group)
         search = _asymmetric if format.zero_point else _symmetric
-        found = [search(part, dtype) for part in groups.split(max(1, CHUNK // format.group))]
+        found = [_refitted(part, *search(part, dtype), format) for part in groups.split(max(1, CHUNK // format.group))]
         scale, zero = (torch.cat(each).view(N, -1) for each in zip(*found))
         return scale, zero if format.zero_point else None
     if format.group:
@@ -71,6 +75,20 @@ def values(codes: Tensor, scale: Tensor, zero: Tensor | None, format: Format) ->
     if format.kind == "int4":
         codes = codes - (SYMMETRIC_ZERO if zero is None else zero)
     return codes * scale
+
+
+def least_squares(x: Tensor, q: Tensor, dtype: torch.dtype, format: Format) -> tuple[Tensor, Tensor]:
+    """Scale [M, 1] (and zero) of int4 groups x [M, G] for which the codes q [M, G] come closest to x, as they are stored.
+
+    NaN or infinite where a group's codes are all alike. Symmetric groups have zeros that nobody reads.
+    """
+    if not format.zero_point:
+        q = q - SYMMETRIC_ZERO
+        scale = (x * q).sum(1, keepdim=True) / q.square().sum(1, keepdim=True)
+        return scale.nan_to_num_(0).to(dtype), torch.zeros_like(scale).half()
+    middle, centre = x.mean(1, keepdim=True), q.mean(1, keepdim=True)
+    scale = (((x - middle) * (q - centre)).sum(1, keepdim=True) / (q - centre).square().sum(1, keepdim=True)).to(dtype)
+    return scale, (centre - middle / scale.float()).half()
 
 
 def packed(q: Tensor, scale: Tensor, zero: Tensor | None, format: Format, perm: Tensor | None = None) -> QuantizedWeight:
@@ -109,9 +127,24 @@ def _best(x: Tensor, tried: list[tuple[Tensor, Tensor | None]], format: Format) 
     """Of each group's candidates the one with the smallest squared error; the first one where they tie."""
     scales = torch.cat([scale for scale, _ in tried], 1)
     zeros = torch.cat([torch.zeros_like(scale).half() if zero is None else zero for scale, zero in tried], 1)
-    errors = []
-    for scale, zero in tried:
-        s, z = scale.float(), None if zero is None else zero.float()
-        errors.append((values(codes(x, s, z, format), s, z, format) - x).square_().sum(1, keepdim=True))
-    choice = torch.cat(errors, 1).argmin(1, keepdim=True)
+    choice = torch.cat([_rounded(x, scale, zero, format)[1] for scale, zero in tried], 1).argmin(1, keepdim=True)
     return scales.gather(1, choice), zeros.gather(1, choice)
+
+
+def _refitted(x: Tensor, scale: Tensor, zero: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+    """Parameters of groups x [M, G] with a smaller squared error than the given ones [M, 1], or the given ones."""
+    q, least = _rounded(x, scale, zero, format)
+    for _ in range(REFITS):
+        fitted = least_squares(x, q, scale.dtype, format)
+        q, error = _rounded(x, *fitted, format)
+        won = error < least  # never where a fit left NaN
+        least = torch.where(won, error, least)
+        scale, zero = torch.where(won, fitted[0], scale), torch.where(won, fitted[1], zero)
+    return scale, zero
+
+
+def _rounded(x: Tensor, scale: Tensor, zero: Tensor | None, format: Format) -> tuple[Tensor, Tensor]:
+    """Codes [M, G] of groups under stored parameters [M, 1], and the squared error [M, 1] that they leave."""
+    s, z = scale.float(), zero.float() if zero is not None and format.zero_point else None
+    q = codes(x, s, z, format)
+    return q, (values(q, s, z, format) - x).square_().sum(1, keepdim=True)

@@ -3,6 +3,9 @@
 Rounding errors of few large weights should not move the scale of the many: a group's parameters minimise the sum of |error|^p with
 p < 1. Splitting the error off as a variable of its own turns that into two closed steps, taken in turn: shrink the errors, then fit
 scale and zero to the weights less those errors by least squares. (HQQ fits the zero alone; with both, less error is left.)
+
+No default anywhere: what the zoo's target loses goes with the squared error, which round-to-nearest already searches and fits; this norm
+leaves a little more of it, and a search over the whole grid by it far more.
 """
 
 import torch
@@ -11,7 +14,7 @@ from torch import Tensor
 from ramify.checks import one_of
 from ramify.quant import grid
 from ramify.quant.formats import Format
-from ramify.quant.weight import SYMMETRIC_ZERO, QuantizedWeight
+from ramify.quant.weight import QuantizedWeight
 
 POWER, STEPS = 0.7, 20
 BETA, GROWTH = 10.0, 1.01
@@ -51,7 +54,7 @@ def _refine(x: Tensor, scale: Tensor, zero: Tensor, format: Format) -> tuple[Ten
             best = (torch.where(won, scale, best[0]), torch.where(won, zero, best[1]))
         step = torch.where(s == 0, 1.0, s)
         target = x - _shrink(error / step, beta) * step
-        scale, zero = _least_squares(target, q, scale.dtype, format)
+        scale, zero = grid.least_squares(target, q, scale.dtype, format)
         beta *= GROWTH
     return best
 
@@ -59,14 +62,3 @@ def _refine(x: Tensor, scale: Tensor, zero: Tensor, format: Format) -> tuple[Ten
 def _shrink(error: Tensor, beta: float) -> Tensor:
     """The proximal step of |error|^p: small errors become 0, large ones nearly stay."""
     return error.sign() * (error.abs() - error.abs().pow(POWER - 1) / beta).nan_to_num_(0, neginf=0).clamp_(min=0)
-
-
-def _least_squares(target: Tensor, q: Tensor, dtype: torch.dtype, format: Format) -> tuple[Tensor, Tensor]:
-    """Scale (and zero) for which the codes come closest to the target, as they are stored."""
-    if not format.zero_point:
-        q = q - SYMMETRIC_ZERO
-        scale = (target * q).sum(1, keepdim=True) / q.square().sum(1, keepdim=True)
-        return scale.nan_to_num_(0).to(dtype), torch.zeros_like(scale).half()
-    middle, centre = target.mean(1, keepdim=True), q.mean(1, keepdim=True)
-    scale = (((target - middle) * (q - centre)).sum(1, keepdim=True) / (q - centre).square().sum(1, keepdim=True)).to(dtype)
-    return scale, (centre - middle / scale.float()).half()

@@ -11,6 +11,6 @@ def quantize(w: Tensor, format: Format, hessian: Tensor | None = None) -> Quanti
     """w f32 [N, K] in any format. hessian is not used.
 
     int8 and fp8: the scale puts the largest weight of a row or block on the largest code. int4: the scale (and zero) with the
-    smallest squared error of a few that clip the group's extremes more or less.
+    smallest squared error of a few that clip the group's extremes more or less, fitted to its codes by least squares.
     """
     return grid.nearest(w, *grid.fit(w, format, grid.scale_dtype(w, format)), format)

@@ -68,6 +68,20 @@ def test_rtn_is_within_half_a_step(format):
         assert (error.abs() <= 0.5001 * step).all()
 
 
+@pytest.mark.parametrize("format", INT4, **BY_NAME)
+def test_fitting_leaves_less_error_in_every_group(format, monkeypatch):
+    """Beside the search alone."""
+    w = weight(N=133)
+
+    def errors():
+        return (rtn.quantize(w, format).dequantize() - w).square().view(-1, format.group).sum(1)
+
+    fitted = errors()
+    monkeypatch.setattr(grid, "REFITS", 0)
+    searched = errors()
+    assert (fitted <= searched * (1 + 1e-5)).all() and fitted.sum() < 0.998 * searched.sum()
+
+
 def test_int8_against_a_plain_reference():
     w = weight(N=5, K=33)
     q = quantize(w, Format("int8"))
