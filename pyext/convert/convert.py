@@ -3,6 +3,7 @@
 gptq is the default for int4 where there is text, because it loses least: on the zoo's target about 0.4 of what rtn and hqq lose, in every
 group size. One scale a token is enough for inputs rounded to int8: it adds 0.0004 nats a token at most, one scale a group 0.0005.
 benchmarks/accuracy.py measures all of it (benchmarks/results/accuracy.json). gptq sorts inputs (act-order), so groups matter less.
+Without text rtn is the default: hqq, for all its refining, loses no less in any format.
 """
 
 import time
@@ -75,11 +76,12 @@ def convert(
 ) -> Conversion:
     """Write a low-bit copy of a checkpoint folder (or "zoo", "zoo-drafter"): q, k, v, o, gate, up and down of every layer.
 
-    to: a format by name. method: "rtn", "hqq" or "gptq"; None is gptq for int4 with calibration text, hqq without, rtn for 8 bits.
-    calibration: a text, or the Path of one, of which gptq reads up to calibration_tokens; the zoo has its own. head: the format in
-    which the model layer holds the head after loading; None leaves it as it is. evaluate: a text or the Path of one on which
-    perplexity is measured before and after, with all weights in memory as float32; the zoo has its own. progress: wraps the
-    layers' numbers, as tqdm does. `out` is written under another name and renamed.
+    to: a format by name. method: "rtn", "hqq" or "gptq"; None is gptq for int4 with calibration text, rtn for the rest.
+    calibration: a text, or the Path of one, of which gptq reads up to calibration_tokens, 128 at least; a warning says where it has
+    fewer than a layer has inputs. The zoo has its own. head: the format in which the model layer holds the head after loading; None
+    leaves it as it is. evaluate: a text or the Path of one on which perplexity is measured before and after, with all weights in
+    memory as float32; the zoo has its own. progress: wraps the layers' numbers, as tqdm does. `out` is written under another name and
+    renamed.
     Raises ValueError, UnsupportedModelError and CheckpointError, naming the tensor.
     """
     start, folder, out = time.perf_counter(), folder_of(source), Path(out)
@@ -87,11 +89,11 @@ def convert(
     head_format = None if head is None else Format.parse(head, "convert: head")
     if method is None:
         has_text = is_zoo or calibration is not None
-        method = ("gptq" if has_text else "hqq") if format.kind == "int4" else "rtn"
+        method = "gptq" if format.kind == "int4" and has_text else "rtn"
     one_of("method", method, METHODS, "convert")
     if method == "hqq":
         one_of("to", format.kind, ("int4",), 'convert: method "hqq"')
-    whole("calibration_tokens", calibration_tokens, 2, "convert")
+    whole("calibration_tokens", calibration_tokens, calibrate.LEAST, "convert")
     if calibration is not None and method != "gptq":
         raise ValueError(f'convert: calibration is given; method "{method}" takes none. Leave it out, or take method "gptq".')
     if out.exists() and folder.resolve().is_relative_to(out.resolve()):
@@ -107,6 +109,7 @@ def convert(
     if texts:
         made.calibration = calibrate.ZOO_TEXT if calibration is None else _named(calibration)
         made.calibration_tokens = sum(map(len, texts))
+        calibrate.warn_of_few(checkpoint, made.calibration_tokens, calibration_tokens)
     with NewFolder(out, force) as new, torch.no_grad():  # made first: what cannot be written is told before the work
         if judged:
             made.evaluated_on = "the zoo's held-out modules" if evaluate is None else _named(evaluate)
@@ -212,7 +215,8 @@ def _named(text: str | Path) -> str:
 def _refuse_quantised(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         return  # Checkpoint says what is wrong with the folder
-    settings = read_json(folder / "config.json").get("quantization_config")
+    config = read_json(folder / "config.json")
+    settings = config.get("quantization_config") or config.get("compression_config")  # compressed-tensors' older name
     if settings:
         what = settings.get("quant_method", "unnamed") if isinstance(settings, dict) else settings
         raise UnsupportedModelError(

@@ -26,7 +26,7 @@ def quantize(w: Tensor, format: Format, hessian: Tensor | None = None, act_order
     """
     N, K = w.shape
     if hessian is None:
-        raise ValueError('quantize_weight: hessian is None; method "gptq" takes 2 X^T X of calibration inputs. Or take method "hqq".')
+        raise ValueError('quantize_weight: hessian is None; method "gptq" takes 2 X^T X of calibration inputs. Or take method "rtn".')
     if not isinstance(hessian, Tensor) or not hessian.is_floating_point():
         raise TypeError(f"quantize_weight: hessian is {show(hessian)}; takes a float tensor [{K}, {K}].")
     if tuple(hessian.shape) != (K, K) or not bool(torch.isfinite(hessian).all()):

@@ -39,6 +39,15 @@ def test_json(tmp_path, text, capsys):
     assert (out / "config.json").is_file()
 
 
+def test_too_little_text_is_told_in_one_line(tmp_path, text):
+    """On standard error, beside a JSON object that is whole."""
+    argv = ["convert", "zoo-drafter", tmp_path / "out", "--json", "--calibration", text, "--evaluate", text]
+    done = subprocess.run([sys.executable, "-m", "ramify", *argv], capture_output=True, text=True)
+    assert done.returncode == 0 and json.loads(done.stdout)["calibration_tokens"] == 420
+    assert done.stderr.startswith("convert: calibration has 420 tokens; ") and done.stderr.count("\n") == 1
+    assert "takes 512 or more here" in done.stderr and done.stderr.endswith("Give a longer text.\n")
+
+
 def test_a_person_reads_before_and_after(tmp_path, text, capsys):
     code, told, err = run(capsys, "zoo-drafter", tmp_path / "out", "--to", "int8", "--head", "none", "--evaluate", text)
     assert (code, err) == (0, "")
@@ -55,6 +64,8 @@ def test_errors_are_one_line_and_leave_nothing(tmp_path, text, capsys):
     file.write_bytes(file.read_bytes()[:50_000])
     copy = tmp_path / "copy"
     shutil.copytree(folder_of("zoo-drafter"), copy)
+    short = tmp_path / "short.py"
+    short.write_text(TEXT[:50])
     out = tmp_path / "out"
     before = sorted(tmp_path.iterdir())
     cases = [
@@ -62,6 +73,8 @@ def test_errors_are_one_line_and_leave_nothing(tmp_path, text, capsys):
         (["zoo-drafter", out, "--to", "int5"], 'format is "int5"; takes int8'),
         (["zoo-drafter", out, "--method", "best"], 'method is "best"; takes "rtn" or "hqq" or "gptq"'),
         (["zoo-drafter", out, "--calibration", tmp_path / "absent"], "absent cannot be read"),
+        (["zoo-drafter", out, "--calibration-tokens", "2"], "calibration_tokens is 2; takes 128 or more"),
+        (["zoo-drafter", out, "--calibration", short], "calibration has 15 tokens; takes 128 or more, better some thousand. Give a longer"),
         (["zoo-drafter", text], "exists; takes a new folder"),
         (["zoo-drafter", tmp_path, "--force"], "is no checkpoint folder"),
         ([broken, out], "model.safetensors"),

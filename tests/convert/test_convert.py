@@ -117,7 +117,7 @@ def test_float16_and_heads(tmp_path, tied):
 
 
 def test_the_default_method(source, tmp_path):
-    assert convert(source, tmp_path / "a").method == "hqq"
+    assert convert(source, tmp_path / "a").method == "rtn"
     assert convert(source, tmp_path / "b", to="int8").method == "rtn"
     assert convert(source, tmp_path / "c", calibration=TEXT).method == "gptq"
 
@@ -234,7 +234,7 @@ def test_later_layers_see_the_low_bit_earlier_ones(source, tmp_path):
 def test_calibration_text(monkeypatch, tmp_path):
     tokenizer = calibrate.Tokenizer.from_folder(folder_of("zoo"))
     ids = tokenizer.encode(TEXT)
-    for limit in (5, 512, 600, 10**6):
+    for limit in (130, 256, 300, 10**6):
         found = calibrate.windows(tokenizer, TEXT, False, limit)
         assert [token for part in found for token in part] == ids[:limit] and max(map(len, found)) <= 512
     file = tmp_path / "text"
@@ -244,8 +244,22 @@ def test_calibration_text(monkeypatch, tmp_path):
     monkeypatch.setattr(calibrate.corpus, "training_texts", lambda *args: asked.append(args) or [TEXT, TEXT * 9, TEXT * 30])
     found = calibrate.windows(tokenizer, None, True, 1200)
     assert asked and list(map(len, found)) == [len(found[0]), 512, 1200 - 512 - len(found[0])]
-    with pytest.raises(ValueError, match="has no tokens"):
-        calibrate.windows(tokenizer, "", False, 100)
+    for text in ("", TEXT[:300]):
+        with pytest.raises(ValueError, match=rf"has {len(tokenizer.encode(text))} tokens; takes 128 or more.*Give a longer text"):
+            calibrate.windows(tokenizer, text, False, 1000)
+
+
+def test_a_warning_where_tokens_are_fewer_than_inputs(source, tmp_path, caplog):
+    """256 inputs of down; 384 tokens of text. The warning says what came, what is taken, of which layer, and what to do."""
+    convert(source, tmp_path / "a", calibration=TEXT)
+    convert(source, tmp_path / "b", calibration=TEXT, calibration_tokens=256)
+    assert not caplog.records
+    for calibration, tokens, advice in ((TEXT, 255, "Raise calibration_tokens."), (TEXT[: len(TEXT) // 2], 16384, "Give a longer text.")):
+        made = convert(source, tmp_path / "c", calibration=calibration, calibration_tokens=tokens, force=True)
+        [said] = [record.getMessage() for record in caplog.records]
+        assert f"calibration has {made.calibration_tokens} tokens; " in said and "takes 256 or more here" in said
+        assert "model.layers.0.mlp.down_proj.weight" in said and said.endswith(advice) and "\n" not in said
+        caplog.clear()
 
 
 def test_the_zoo_is_calibrated_on_nothing_held_out():
@@ -336,7 +350,7 @@ def poison(tensors):
         (None, {"method": "hqq", "to": "int8"}, ValueError, 'convert: method "hqq": to is "int8"; takes "int4"'),
         (None, {"to": "int8", "calibration": TEXT}, ValueError, 'calibration is given; method "rtn" takes none'),
         (None, {"method": "hqq", "calibration": TEXT}, ValueError, 'calibration is given; method "hqq" takes none'),
-        (None, {"calibration_tokens": 1, "calibration": TEXT}, ValueError, "calibration_tokens is 1; takes 2 or more"),
+        (None, {"calibration_tokens": 1, "calibration": TEXT}, ValueError, "calibration_tokens is 1; takes 128 or more"),
         (None, {"evaluate": "", "method": "rtn"}, ValueError, "no token to predict"),
     ],
 )
@@ -362,6 +376,10 @@ def test_refuses_groups_that_do_not_fit(tmp_path):
 def test_refuses_quantised_input(source, tmp_path):
     convert(source, tmp_path / "out")
     with pytest.raises(UnsupportedModelError, match=r"out is quantised already \(ramify_w4\)"):
+        convert(tmp_path / "out", tmp_path / "again")
+    file = tmp_path / "out" / "config.json"
+    file.write_text(file.read_text().replace("quantization_config", "compression_config"))
+    with pytest.raises(UnsupportedModelError, match="is quantised already"):
         convert(tmp_path / "out", tmp_path / "again")
 
 
