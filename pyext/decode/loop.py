@@ -53,7 +53,7 @@ def decode(
             with clock.draft:
                 rows = group.fit(size.rows(live, group.view.lengths))
                 roots = [out.ids[-1] for out in group.outs]
-                tree = _proposed(drafter, live, roots, rows) if max(rows) > 1 else TokenTree.roots(roots)
+                tree = size.trim(_proposed(drafter, live, roots, rows)) if max(rows) > 1 else TokenTree.roots(roots)
             with clock.forward:
                 wants = drafter.wants
                 wanted = {"taps": wants.taps, "topk": wants.topk, "logits": wants.logits or group.needs_logits}

@@ -41,7 +41,7 @@ class Arm:
     """A drafter and its size policy. awake: whether it has begun. seen: how many of the steps that are kept it has watched."""
 
     def __init__(self, drafter: Drafter) -> None:
-        self.drafter, self.size = drafter, Measured(about=f"auto {drafter.name}")
+        self.drafter, self.size = drafter, drafter.size_policy() or Measured(about=f"auto {drafter.name}")
         self.awake, self.seen = False, 0
 
     def watch(self, steps: Sequence[tuple]) -> None:
@@ -210,16 +210,14 @@ class _AutoSize(SizePolicy):
         batch, log = len(live), self.log
         if self._rest.covers(batch, self._costs):
             return [1] * batch
-        log.since += 1
         if not self.visit:
             if batch != self._batch:
                 self._compare(batch)
-            if log.since > log.wait:
+            if log.since >= log.wait:
                 self._leave_home(batch)
         if self.visit:
             return [self.auto.arms[self.auto.chosen].size.visit(batch)] * batch
         if self.home == PLAIN:
-            log.since -= 1  # a rest counts its steps itself
             self._rest.begin(max(1, log.wait - log.since), batch, self._costs)
             return [1] * batch
         size = self.auto.arms[self.home].size
@@ -227,6 +225,10 @@ class _AutoSize(SizePolicy):
         if self._rate < self._second or not size.drafts:
             self._batch = 0
         return [width] * batch
+
+    def trim(self, tree: TokenTree) -> TokenTree:
+        """As the policy of the one that drafted does."""
+        return self.auto.arms[self.auto.chosen].size.trim(tree)
 
     def observe(self, tree: TokenTree, verdict: Verdict, clock: Clock) -> None:
         """The chosen drafter's policy learns; a visit's loss is written down."""
@@ -236,6 +238,7 @@ class _AutoSize(SizePolicy):
             return
         batch, seconds = tree.B, clock.draft.last + clock.forward.last + clock.verify.last + clock.commit.last
         log.spent += seconds
+        log.since += 1
         arm = self.auto.arms[self.auto.chosen]
         size = arm.size
         size.observe(tree, verdict, clock)

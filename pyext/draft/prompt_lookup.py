@@ -3,6 +3,9 @@
 Source: Saxena 2023 (prompt lookup decoding); the running copy and the unique-anchor rule are those of Ge et al. 2022 (input-guided
 aggressive decoding). Exact with any exact verifier. No weights. Wins where the answer copies the prompt or itself.
 Cost: one dict probe per n-gram length and sequence; no tensor is touched before the tree is built.
+
+The longer a place has agreed with the text, the likelier it goes on to: how likely is counted while decoding, by the tokens before
+the guess that agree, and said in the tree's `chance`. So a size policy can verify long copies and leave a chance match alone.
 """
 
 from __future__ import annotations
@@ -11,8 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ramify.checks import flag, one_of, whole
 from ramify.draft.base import Drafter, drafter
+from ramify.size.base import SizePolicy
+from ramify.size.weighed import Weighed
 from ramify.tree import TokenTree
 
 if TYPE_CHECKING:
@@ -25,6 +32,7 @@ class _Source:
     """A text and where each of its n-grams goes on; `cursor` is where the running copy reads next, -1 when none runs.
 
     fresh: tokens after it that are not indexed yet; they are when a guess is wanted, and while none is the drafter costs nothing.
+    guess: what was guessed to follow, until that is seen; agreed: tokens before it that also stand before the place it is copied from.
     """
 
     fresh: list[int]
@@ -32,6 +40,44 @@ class _Source:
     after: dict[tuple[int, ...], int] = field(default_factory=dict)
     twice: set[tuple[int, ...]] = field(default_factory=set)
     cursor: int = -1
+    guess: list[int] = field(default_factory=list)
+    agreed: int = 0
+
+
+_LONG = 24  # tokens that agreed; more say no more
+_HALF = 40.0  # guesses of a kind after which what they taught counts half
+_LEAST = 0.02  # chance of a guess that is worth a row on any machine
+
+
+class _Odds:
+    """How often the next guess was right, by the tokens before it that agreed. Before any was seen: n of n + 2."""
+
+    def __init__(self) -> None:
+        self.tried = [2.0] * (_LONG + 1)
+        self.right = [2.0 * n / (n + 2) for n in range(_LONG + 1)]
+
+    def learn(self, agreed: int, guess: Sequence[int], emitted: Sequence[int]) -> None:
+        """Take in what came where `guess` was expected."""
+        for n, (expected, came) in enumerate(zip(guess, emitted), agreed):
+            n = min(n, _LONG)
+            self.tried[n] += 1
+            self.right[n] += expected == came
+            if self.tried[n] > _HALF:
+                self.tried[n] /= 2
+                self.right[n] /= 2
+            if expected != came:
+                break
+
+    def of(self, agreed: int, count: int) -> list[float]:
+        """The chance of each of `count` guesses in a row; the list ends before one that is not worth a row."""
+        chance, odds = [], 1.0
+        for n in range(agreed, agreed + count):
+            n = min(n, _LONG)
+            odds *= self.right[n] / self.tried[n]
+            if odds < _LEAST:
+                break
+            chance.append(odds)
+        return chance
 
 
 @drafter("prompt_lookup", lossless=True, trained=False, portfolio=True, source="Saxena 2023; Ge et al. 2022")
@@ -49,6 +95,7 @@ class PromptLookup(Drafter):
     anchor: str = "latest"
     copy_on: bool = True
     _sources: dict[int, _Source] = field(default_factory=dict, init=False, repr=False)
+    _odds: _Odds = field(default_factory=_Odds, init=False, repr=False)
     _eos: frozenset[int] = field(default=frozenset(), init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -61,6 +108,10 @@ class PromptLookup(Drafter):
         """Learn which tokens end a text."""
         self._eos = frozenset(model.config.eos_token_ids)
 
+    def size_policy(self) -> SizePolicy:
+        """Guesses are there for the taking; which of them to verify is a matter of their chance."""
+        return Weighed()
+
     def begin(self, slots: Sequence[int], prompts: Sequence[list[int]]) -> None:
         """Keep a copy of each prompt."""
         for slot, prompt in zip(slots, prompts, strict=True):
@@ -68,12 +119,27 @@ class PromptLookup(Drafter):
 
     def propose(self, slots: Sequence[int], roots: Sequence[int], rows: Sequence[int]) -> TokenTree:
         """Chains of the running copies; a sequence without a match is its root alone."""
-        return TokenTree.chains(roots, [self._guess(self._sources[slot], n - 1) for slot, n in zip(slots, rows, strict=True)])
+        guesses, chance = [], []
+        for slot, n in zip(slots, rows, strict=True):
+            source = self._sources[slot]
+            guess = source.guess = self._guess(source, n - 1)
+            odds = self._odds.of(source.agreed, len(guess)) if guess else []
+            guesses.append(guess[: len(odds)])
+            chance += [1.0, *odds]
+        if len(chance) == len(slots):
+            return TokenTree.roots(roots)
+        tree = TokenTree.chains(roots, guesses)
+        tree.chance = np.array(chance)
+        return tree
 
     def observe(self, slots: Sequence[int], tree: TokenTree, out: Any, verdict: Verdict) -> None:
         """Append what was emitted."""
         for slot, tokens in zip(slots, verdict.emitted, strict=True):
-            self._sources[slot].fresh += tokens
+            source = self._sources[slot]
+            source.fresh += tokens
+            if source.guess:
+                self._odds.learn(source.agreed, source.guess, tokens)
+                source.guess = []
 
     def end(self, slots: Sequence[int]) -> None:
         """Drop the texts."""
@@ -93,7 +159,8 @@ class PromptLookup(Drafter):
                 after[gram] = end  # written one token late, so a suffix never matches itself
             text.append(token)
         if (begin := source.cursor) >= 0:
-            source.cursor = begin + len(tokens) if text[begin : begin + len(tokens)] == tokens else -1
+            goes_on = text[begin : begin + len(tokens)] == tokens
+            source.cursor, source.agreed = (begin + len(tokens), source.agreed + len(tokens)) if goes_on else (-1, 0)
         source.fresh = []
 
     def _guess(self, source: _Source, count: int) -> list[int]:
@@ -102,6 +169,7 @@ class PromptLookup(Drafter):
         self._extend(source)
         if source.cursor < 0 or not self.copy_on:
             source.cursor = self._anchor(source)
+            source.agreed = _agreed(source.text, source.cursor)
         if source.cursor < 0:
             return []
         text, start = source.text, source.cursor
@@ -127,3 +195,11 @@ class PromptLookup(Drafter):
             if gram not in source.twice:
                 return after[gram]
         return -1
+
+
+def _agreed(text: list[int], start: int) -> int:
+    """How many tokens at the end of the text stand before `start` too."""
+    n, most = 0, min(start, _LONG)
+    while n < most and text[start - 1 - n] == text[-1 - n]:
+        n += 1
+    return n

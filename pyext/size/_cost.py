@@ -29,16 +29,17 @@ _tables: WeakKeyDictionary[Any, "CostTable"] = WeakKeyDictionary()
 class CostTable:
     """Seconds of a step by its rows: linear between the buckets, and beyond the last two as between them.
 
-    rest: seconds of verify and commit, whatever the rows. A plain step that follows wider ones says nothing of plain decoding: it takes
-    up to twice as long until a dozen of them have brought caches and clocks back (seen on a model that lies in the last-level cache),
-    so plain steps are taken in only where they follow each other. thaw: seconds that this dozen takes longer, in all.
+    rest, tree_rest: seconds of verify and commit, of plain steps and of others, whatever their rows. A plain step that follows wider
+    ones says nothing of plain decoding: it takes up to twice as long until a dozen of them have brought caches and clocks back (seen on
+    a model that lies in the last-level cache), so plain steps are taken in only where they follow each other. thaw: seconds that this
+    dozen takes longer, in all.
     stale: whether steps have come to take far less than the table said, as they do when other programs ran while it was measured.
     """
 
     def __init__(self, seconds: Sequence[float], rows: Sequence[int] = BUCKETS) -> None:
         self.rows = list(rows)
         self.seconds = [max(float(s), 1e-9) for s in seconds]
-        self.rest = self.thaw = self._excess = 0.0
+        self.rest = self.tree_rest = self.thaw = self._excess = 0.0
         self.stale, self._drift = False, 1.0  # mean of what steps took over what the table as it was measured says
         self._measured = list(self.seconds)
         self._plain = 0  # plain steps in a row
@@ -52,13 +53,21 @@ class CostTable:
         slope = (self.seconds[-1] - self.seconds[-2]) / (self.rows[-1] - self.rows[-2])
         return np.interp(rows, self.rows, self.seconds) + np.maximum(rows - self.rows[-1], 0) * slope
 
+    def whole(self, rows: np.ndarray, batch: int) -> np.ndarray:
+        """Seconds of steps of so many rows of `batch` sequences together, with all but drafting."""
+        return self.over(rows) + self.rest + max(0.0, self.tree_rest - self.rest) * np.minimum(rows / batch - 1, 1)
+
     def observe(self, rows: int, seconds: float, rest: float = 0.0, plain: bool = False, steps: int = 1) -> None:
         """Move the two nearest buckets a little towards what a step really took. One step counts at most for a factor of two.
 
         plain: whether it was a step without guesses, one row a sequence. steps: so many of them in a row, `seconds` and `rest` in all;
         at most `unsettled` where that is not 0.
         """
-        self.rest += (1 - (1 - _RATE) ** steps) * (rest / steps - self.rest)
+        weight = 1 - (1 - _RATE) ** steps
+        if plain:
+            self.rest += weight * (rest / steps - self.rest)
+        else:
+            self.tree_rest += weight * (rest / steps - self.tree_rest)
         self._plain = self._plain + steps if plain else 0
         if 0 < self._plain <= SETTLED:
             self._excess = seconds - steps * self.at(rows) + (self._excess if self._plain > steps else 0.0)

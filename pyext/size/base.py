@@ -24,5 +24,9 @@ class SizePolicy:
         """Return the most rows of each live sequence, 1 to MAX_ROWS. lengths: its committed tokens."""
         raise NotImplementedError
 
+    def trim(self, tree: TokenTree) -> TokenTree:
+        """Leave out drafted rows that are not worth verifying; of each sequence the first rows stay, its root among them."""
+        return tree
+
     def observe(self, tree: TokenTree, verdict: "Verdict", clock: "Clock") -> None:
         """See the tree that was verified, what was accepted, and in `clock.<phase>.last` the seconds of this step's phases."""

@@ -102,11 +102,10 @@ class Measured(SizePolicy):
             return 1
         self.decide(batch)
         e = self.experience
-        e.since += 1
         if self._best and self.share * (e.spent - e.checked) > self._spells:
             self._take(0)
             self._spell, e.checked = _SPELL - 1, e.spent
-        elif e.since > e.wait and self._wider > self._best and e.lost + self._loss <= self.share * e.spent:
+        elif e.since >= e.wait and self._wider > self._best and e.lost + self._loss <= self.share * e.spent:
             self._take(self._wider)
             self._trial, e.since = True, 0
             if not self._best:
@@ -116,7 +115,6 @@ class Measured(SizePolicy):
     def _begin_rest(self, batch: int) -> None:
         """Decode plainly, unasked, until the next trial is due."""
         e = self.experience
-        e.since -= 1  # the rest counts its steps itself
         self._learn()
         steps = max(e.wait - e.since, _REFUSED) if self._wider else MOST
         self._rest.begin(int(max(1, min(steps, self._left))), batch, self.costs)
@@ -184,6 +182,7 @@ class Measured(SizePolicy):
         seconds = draft + forward + rest
         tokens = sum(map(len, verdict.path)) / tree.B
         e.spent += seconds
+        e.since += 1
         self._left -= tokens
         self._drafted(draft)
         self._rows.append(tree.row_start)
@@ -236,7 +235,7 @@ class Measured(SizePolicy):
         e = self.experience
         count = min(len(self._widths), e.frontier)
         tokens, rows = (each[:count] for each in e.expected())
-        seconds = self.costs.over(batch * rows) + e.drafting()[:count] + self.costs.rest
+        seconds = self.costs.whole(batch * rows, batch) + e.drafting()[:count]
         if opening := self._opening():  # shared among the tokens that are still to come
             seconds[1:] += opening * tokens[1:] / max(1.0, self._left)
         return tokens / seconds, tokens, rows

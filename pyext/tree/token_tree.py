@@ -46,6 +46,8 @@ class TokenTree:
     kind: uint8 [M], CANDIDATE, PROBE or PAD.
     mode: how children were chosen, one of MODES, for the whole tree. Children stand in the order in which they were drawn.
     q: None or float32 [M, V]: what the children of each row were drawn from. Ignored for "det".
+    chance: None or float64 [M]: how likely each row is to be accepted in its drafter's eyes, 1 for roots and never above the parent's;
+    only for "det", where leaving out the unlikely ones changes no law.
 
     Arrays may be shared with other trees: replace them, never write into them.
     """
@@ -58,6 +60,7 @@ class TokenTree:
     kind: np.ndarray
     mode: str = "det"
     q: np.ndarray | None = None
+    chance: np.ndarray | None = None
 
     @classmethod
     def roots(cls, tokens: Sequence[int]) -> "TokenTree":
@@ -160,6 +163,12 @@ class TokenTree:
 
     def prefix(self, rows: Sequence[int]) -> "TokenTree":
         """The tree of the first rows[b] rows of each sequence (at least its root, at most all of them)."""
+        chance = self.chance
+        if self.B == 1 and self.ancestors.shape[1] == 1:  # most steps are, and views will do
+            n = min(max(int(rows[0]), 1), self.M)
+            q, start = (None if self.q is None else self.q[:n]), np.array([0, n], np.int32)
+            arrays = self.tokens[:n], self.parent[:n], self.depth[:n], start, self.ancestors[:n], self.kind[:n]
+            return TokenTree(*arrays, self.mode, q, None if chance is None else chance[:n])
         spans = [self.span(b) for b in range(self.B)]
         counts = [min(max(int(n), 1), s.stop - s.start) for n, s in zip(rows, spans, strict=True)]
         if counts == [s.stop - s.start for s in spans]:
@@ -170,7 +179,7 @@ class TokenTree:
         words = _words(max(counts))
         q = None if self.q is None else self.q[keep]
         arrays = (self.tokens[keep], self.parent[keep], self.depth[keep], start, self.ancestors[keep, :words].copy(), self.kind[keep])
-        return TokenTree(*arrays, self.mode, q)
+        return TokenTree(*arrays, self.mode, q, None if chance is None else chance[keep])
 
     def check(self, max_rows: int = MAX_ROWS) -> "TokenTree":
         """Checks every statement of the class docstring and returns self. For trees whose arrays were made by hand, and for tests.

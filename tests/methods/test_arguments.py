@@ -253,7 +253,7 @@ def test_drafters(model, still_writes, tmp_path):
 
 
 SIZES = [
-    (5, TypeError, HERE + "size is 5; takes a name or a SizePolicy. Known: fixed, measured."),
+    (5, TypeError, HERE + "size is 5; takes a name or a SizePolicy. Known: fixed, measured, weighed."),
     (True, TypeError, HERE + "size is True; takes a name"),
     ([1], TypeError, HERE + "size is [1]; takes a name"),
     (Fixed, TypeError, HERE + "size is <class"),

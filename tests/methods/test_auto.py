@@ -18,7 +18,7 @@ from ramify.tree import TokenTree
 from ramify.verify import Verdict
 
 
-class Watching:
+class Watching(Drafter):
     """A drafter of `auto` that never drafts here: the machine plays its part."""
 
     def __init__(self, name):

@@ -98,6 +98,50 @@ def test_rows_are_prefixes_and_slots_are_apart():
     assert not drafter._sources
 
 
+def chance(drafter, slot, root):
+    """Of the first guess; 0 where it is not worth a row."""
+    tree = drafter.propose([slot], [root], [9])
+    return tree.chance[1] if tree.M > 1 else 0.0
+
+
+def test_longer_agreement_is_likelier():
+    drafter = PromptLookup()
+    drafter.bind(SimpleNamespace(config=SimpleNamespace(eos_token_ids=())), [])
+    texts = ("xbcdefgh yb", "abcdefgh ab", "abcdefgh abcde")  # one, two and five tokens agree with where the copy begins
+    drafter.begin([0, 1, 2], [list(map(ord, text)) for text in texts])
+    tree = drafter.propose([0, 1, 2], [ord(text[-1]) for text in texts], [4, 4, 4])
+    one, two, five = (tree.chance[tree.span(b)] for b in range(3))
+    assert one[0] == two[0] == five[0] == 1 and one[1] < two[1] < five[1] < 1
+    assert all((np.diff(each) < 0).all() for each in (one, two, five))
+    assert two[1] / two[0] == pytest.approx(one[2] / one[1])  # a token further on one more agrees
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_chances_are_learned_from_what_came(right):
+    """Also where the guess was not verified, or only a part of it: what was emitted tells all the same."""
+    drafter = PromptLookup(longest=1, shortest=1, copy_on=False)
+    drafter.bind(SimpleNamespace(config=SimpleNamespace(eos_token_ids=())), [])
+    told = []
+    for slot in range(60):
+        drafter.begin([slot], [[1, 2, 3, 4, 9, 8, 1]])
+        told.append(chance(drafter, slot, 1))
+        drafter.observe([slot], None, None, Verdict([np.zeros(1, np.int32)], [[2 if right else 5]]))
+    assert told[-1] > 0.9 if right else told[-1] < 0.05
+    assert (np.diff(told[:30]) > 0).all() if right else (np.diff(told[:30]) < 0).all()
+    drafter.begin([60], [[1, 2, 3, 4, 9, 8, 1, 2]])
+    if not right:  # of two tokens that agree nothing was seen
+        assert chance(drafter, 60, 2) == 0.5
+
+
+def test_unlikely_guesses_take_no_rows():
+    drafter = PromptLookup()
+    drafter.bind(SimpleNamespace(config=SimpleNamespace(eos_token_ids=())), [])
+    drafter.begin([0, 1], [list(range(60)) + [70, 3], [1, 2, 3]])
+    tree = drafter.propose([0, 1], [3, 3], [200, 200])
+    assert 4 < tree.rows[0] < 20 and tree.chance.min() >= 0.02 and tree.rows[1] == 1 and tree.chance[-1] == 1
+    assert drafter.propose([1], [3], [200]).chance is None  # roots alone
+
+
 def test_bad_options():
     for options, told in (
         ({"shortest": 0}, "shortest is 0"),
