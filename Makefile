@@ -12,6 +12,7 @@ VENV          ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 RESULTS := benchmarks/results
+BUILD_TAKES := $(if $(shell command -v nvcc),about six minutes: with CUDA kernels as nvcc is here,a minute or two)
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 
 .PHONY: demo test test-slow lint format bench docs zoo clean
@@ -70,7 +71,7 @@ $(VENV)/.torch-$(TORCH_VERSION): | $(BIN)/python
 	@touch $@
 
 $(VENV)/.ramify: $(VENV)/.torch-$(TORCH_VERSION) pyproject.toml setup.py
-	@echo "make: ramify, its kernels compiled for every instruction set level (a minute or two)"
+	@echo "make: ramify, its kernels compiled for every instruction set level ($(BUILD_TAKES))"
 	@$(PIP) --no-build-isolation -e .
 	@touch $@
 

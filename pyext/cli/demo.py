@@ -6,6 +6,7 @@ from ramify.cli import main
 from ramify.zoo.corpus import held_out_texts
 
 MODULE, LINES = "queue", 42
+SAMPLED = ("--temperature", "0.6", "--seed", "1")  # at 0 a model this small soon repeats itself
 METHODS = ("prompt_lookup", "token_recycling", "draft_tree", "draft_chain", "auto")
 
 
@@ -20,4 +21,4 @@ def prompt(module: str = MODULE, lines: int = LINES) -> str:
 if __name__ == "__main__":
     print(f"The zoo model continues the first {LINES} lines of the standard library's {MODULE}.py, which its training never read:")
     print("first one token a step, then several (shaded where they landed at once), then every method measured.\n")
-    sys.exit(main(["generate", "--compare", "--max-new-tokens", "160", "--method", *METHODS, "--", prompt()]))
+    sys.exit(main(["generate", "--compare", "--max-new-tokens", "160", *SAMPLED, "--method", *METHODS, "--", prompt()]))
