@@ -31,14 +31,17 @@ if TYPE_CHECKING:
 class _Source:
     """A text and where each of its n-grams goes on; `cursor` is where the running copy reads next, -1 when none runs.
 
+    An n-gram is one whole number, 32 bits a token. last: those that end the text, of 1, 2, ... tokens. after, twice: by length from the
+    shortest on, where each goes on, and those that go on in several places.
     fresh: tokens after it that are not indexed yet; they are when a guess is wanted, and while none is the drafter costs nothing.
     guess: what was guessed to follow, until that is seen; agreed: tokens before it that also stand before the place it is copied from.
     """
 
     fresh: list[int]
     text: list[int] = field(default_factory=list)
-    after: dict[tuple[int, ...], int] = field(default_factory=dict)
-    twice: set[tuple[int, ...]] = field(default_factory=set)
+    last: list[int] = field(default_factory=list)
+    after: list[dict[int, int]] = field(default_factory=list)
+    twice: list[set[int]] = field(default_factory=list)
     cursor: int = -1
     guess: list[int] = field(default_factory=list)
     agreed: int = 0
@@ -115,7 +118,8 @@ class PromptLookup(Drafter):
     def begin(self, slots: Sequence[int], prompts: Sequence[list[int]]) -> None:
         """Keep a copy of each prompt."""
         for slot, prompt in zip(slots, prompts, strict=True):
-            self._sources[slot] = _Source(list(prompt))
+            lengths = range(self.shortest, self.longest + 1)
+            self._sources[slot] = _Source(list(prompt), after=[{} for _ in lengths], twice=[set() for _ in lengths])
 
     def propose(self, slots: Sequence[int], roots: Sequence[int], rows: Sequence[int]) -> TokenTree:
         """Chains of the running copies; a sequence without a match is its root alone."""
@@ -150,14 +154,16 @@ class PromptLookup(Drafter):
         """Index the fresh tokens, and move or end the running copy."""
         tokens, text, after, twice = source.fresh, source.text, source.after, source.twice
         unique = self.anchor == "unique"
+        last = source.last
         for token in tokens:
             end = len(text)
-            for n in range(self.shortest, min(self.longest, end) + 1):
-                gram = tuple(text[end - n :])
-                if unique and gram in after:
-                    twice.add(gram)
-                after[gram] = end  # written one token late, so a suffix never matches itself
+            for gram, places, more in zip(last[self.shortest - 1 :], after, twice):
+                if unique and gram in places:
+                    more.add(gram)
+                places[gram] = end  # written one token late, so a suffix never matches itself
             text.append(token)
+            last = [token, *[gram << 32 | token for gram in last[: self.longest - 1]]]
+        source.last = last
         if (begin := source.cursor) >= 0:
             goes_on = text[begin : begin + len(tokens)] == tokens
             source.cursor, source.agreed = (begin + len(tokens), source.agreed + len(tokens)) if goes_on else (-1, 0)
@@ -181,19 +187,17 @@ class PromptLookup(Drafter):
         return guess
 
     def _anchor(self, source: _Source) -> int:
-        text, after = source.text, source.after
-        lengths = range(self.shortest, min(self.longest, len(text)) + 1)
+        grams = list(zip(source.last[self.shortest - 1 :], source.after, source.twice))  # the shortest first
         if self.anchor == "latest":
-            for n in reversed(lengths):
-                if (start := after.get(tuple(text[-n:]))) is not None:
+            for gram, places, _ in reversed(grams):
+                if (start := places.get(gram)) is not None:
                     return start
             return -1
-        for n in lengths:
-            gram = tuple(text[-n:])
-            if gram not in after:
+        for gram, places, more in grams:
+            if gram not in places:
                 return -1
-            if gram not in source.twice:
-                return after[gram]
+            if gram not in more:
+                return places[gram]
         return -1
 
 

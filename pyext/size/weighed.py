@@ -2,8 +2,8 @@
 
 For drafters whose guesses cost next to nothing and that say in `TokenTree.chance` how likely each of them is. They are asked in every
 step, and what a step costs here decides how much of the tree is verified, down to the root alone. So a text that never repeats costs
-the asking, and one that does is copied as fast as the machine allows, from the first step on. A tree among plain steps is also charged
-for what the plain steps after it will take longer.
+the asking, and that a small share of the time once guesses have brought nothing for some steps; one that does is copied as fast as
+the machine allows.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ramify.checks import show, whole
+from ramify.checks import between, show, whole
 from ramify.size._cost import SETTLED, CostTable, cost_table
 from ramify.size.base import SizePolicy, size_policy
 from ramify.tree import MAX_ROWS, TokenTree
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from ramify.verify import Verdict
 
 _STANDS = 16  # steps until prices are taken from the cost table anew
+_GAIN = 1.2  # what a tree must promise over a plain step: among plain ones it finds neither its code nor its weights at hand
 _MEMORY = 0.05  # weight of the newest step
+_PATIENCE = 16.0  # times that a drafter whose guesses bring nothing is asked before it is asked within its share of the time
 
 
 @dataclass(slots=True)
@@ -45,20 +47,22 @@ class _Run:
 class Weighed(SizePolicy):
     """The cut of most tokens per second. A tree without `chance` is verified whole.
 
-    most: rows asked for, per sequence. costs: a CostTable; None measures.
+    most: rows asked for, per sequence. share: of the time, for asking while guesses bring nothing. costs: a CostTable; None measures.
     """
 
     most: int = 32
+    share: float = 0.02
     costs: Any = None
 
     def __post_init__(self) -> None:
         if whole("most", self.most, 1, "weighed") > MAX_ROWS:
             raise ValueError(f"weighed: most is {self.most}; takes 1 to {MAX_ROWS}.")
+        between("share", self.share, 0, 1, "weighed")
         if not (self.costs is None or isinstance(self.costs, CostTable)):
             raise TypeError(f"weighed: costs is {show(self.costs)}; takes a CostTable or None.")
-        self._speed: list[list[float]] = []  # steps per second by rows beyond the roots: after a tree, and after a plain step
-        self._after_plain = True
+        self._speed: list[float] = []  # steps per second by rows beyond the roots
         self._batch = self._stands = 0
+        self._asks, self._asked, self._ask = _PATIENCE, False, 0.0  # times that it may be asked; seconds that asking takes
         self._seen, self._tokens, self._seconds = 0, 1.0, 0.0  # steps, and what one of them brings and takes of late
         self.rate = 0.0
         self._run = _Run(0)
@@ -69,8 +73,8 @@ class Weighed(SizePolicy):
             self.costs = cost_table(model)
 
     def rows(self, live: Sequence[int], lengths: Sequence[int]) -> list[int]:
-        """As many as could pay."""
-        return [self.most] * len(live)
+        """As many as could pay, or none."""
+        return [self.choose(len(live))] * len(live)
 
     def trim(self, tree: TokenTree) -> TokenTree:
         """Keep the likeliest rows of all sequences, as many as bring most tokens per second."""
@@ -79,24 +83,24 @@ class Weighed(SizePolicy):
         if tree.B != self._batch or not self._stands:
             self._price(tree.B)
         self._stands -= 1
-        B, M, speed, chance = tree.B, tree.M, self._speed[self._after_plain], tree.chance.tolist()
+        B, M, speed, chance = tree.B, tree.M, self._speed, tree.chance.tolist()
         if B > 1:
             chance.sort(reverse=True)
-        tokens, best, kept = float(B), B * speed[0], B
+        tokens, best, kept = float(B), _GAIN * B * speed[0], B
         for row in range(B, M):
             tokens += chance[row]
             if tokens * speed[row + 1 - B] > best:
                 best, kept = tokens * speed[row + 1 - B], row + 1
-        if kept == M:
-            return tree
         if kept == B:
             return TokenTree.roots(tree.tokens[tree.row_start[:-1]].tolist())
+        if kept == M:
+            return tree
         return tree.prefix([kept] if B == 1 else np.add.reduceat(tree.chance >= chance[kept - 1], tree.row_start[:-1]))
 
     def observe(self, tree: TokenTree, verdict: "Verdict", clock: "Clock") -> None:
         """Correct the cost table, and count what the steps bring."""
+        tokens = sum(map(len, verdict.path))
         forward, rest, plain = clock.forward.last, clock.verify.last + clock.commit.last, tree.M == tree.B
-        self._after_plain = plain
         if not plain or self._run.batch != tree.B or self._run.steps == SETTLED:
             self._run.tell(self.costs)
             self._run = _Run(tree.B)
@@ -106,15 +110,25 @@ class Weighed(SizePolicy):
             self._run.rest += rest
         else:
             self.costs.observe(tree.M, forward, rest)
+        self._grant(clock.draft.last, clock.draft.last + forward + rest, tokens > tree.B)
         self._seen += 1
         weight = max(_MEMORY, 1 / self._seen)
-        self._tokens += weight * (sum(map(len, verdict.path)) / tree.B - self._tokens)
+        self._tokens += weight * (tokens / tree.B - self._tokens)
         self._seconds += weight * (clock.draft.last + forward + rest - self._seconds)
+
+    def _grant(self, draft: float, whole: float, right: bool) -> None:
+        """Another dozen times after a guess that was right, else what the time that went by allows."""
+        if self._asked:
+            self._asks -= 1
+            self._ask += _MEMORY * (draft - self._ask) if self._ask else draft
+        if right:
+            self._asks = _PATIENCE
+        elif self._ask:
+            self._asks = min(_PATIENCE, self._asks + self.share * whole / self._ask)
 
     def _price(self, batch: int) -> None:
         seconds = self.costs.whole(np.arange(batch, batch * self.most + 1), batch)
-        thaw = np.where(np.arange(len(seconds)) > 0, self.costs.thaw, 0.0)
-        self._speed, self._batch, self._stands = [(1 / seconds).tolist(), (1 / (seconds + thaw)).tolist()], batch, _STANDS
+        self._speed, self._batch, self._stands = (1 / seconds).tolist(), batch, _STANDS
 
     # ---- what `auto` asks of the policies of its drafters, as of Measured
 
@@ -124,9 +138,13 @@ class Weighed(SizePolicy):
     def choose(self, batch: int) -> int:
         """Rows per sequence of the next step."""
         self.decide(batch)
-        return self.most
+        self._asked = self._asks >= 1
+        return self.most if self._asked else 1
 
-    visit = choose
+    def visit(self, batch: int) -> int:
+        """Rows per sequence of a step that is there to learn about the drafter."""
+        self._asked = True
+        return self.most
 
     def decide(self, batch: int) -> float:
         """Tokens per second and sequence of late; before any step, of plain decoding."""
