@@ -48,8 +48,8 @@ def generate(
     stop: strings, ids, or lists of ids that end a text, besides the model's own end-of-text ids. The text ends before a stop string;
     token_ids end with the token that completed it. cache: an empty one of `model.new_cache` with room for every prompt and
     max_new_tokens, which this call frees, or None.
-    stream: called with (index, new ids, text) after every step. size: a size policy, by name with options or as an object; None is
-    "measured".
+    stream: called with (index, new ids, text) after every step. size: a size policy, by name with options or as an object; None is the
+    method's own, or "measured".
 
     Raises ValueError for an empty prompt, a prompt that with max_new_tokens passes the model's positions, an unknown method, a drafter
     of another vocabulary; TypeError for arguments of another kind.

@@ -117,7 +117,7 @@ class Weighed(SizePolicy):
         self._seconds += weight * (clock.draft.last + forward + rest - self._seconds)
 
     def _grant(self, draft: float, whole: float, right: bool) -> None:
-        """Another dozen times after a guess that was right, else what the time that went by allows."""
+        """Its full count after a guess that was right, else what the time that went by allows."""
         if self._asked:
             self._asks -= 1
             self._ask += _MEMORY * (draft - self._ask) if self._ask else draft

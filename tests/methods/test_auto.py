@@ -12,6 +12,7 @@ from ramify.size._cost import BUCKETS, CostTable
 from ramify.size._experience import WIDTHS
 from ramify.size.base import SizePolicy
 from ramify.size.measured import Measured
+from ramify.size.weighed import Weighed
 from ramify.testing import FakeModel
 from ramify.testing.machine import STEP, Machine, cpu_like, geometric
 from ramify.tree import TokenTree
@@ -79,6 +80,19 @@ def test_auto_notices_a_change():
     turn.reverse()
     machine.run(1000)
     assert chosen[-200:].count("a") > 160
+
+
+def test_a_drafter_that_weighs_its_guesses_is_one_arm_among_others():
+    """It brings its own policy; beside a hopeless drafter `auto` is nearly as fast as that policy alone."""
+    table = [cpu_like(rows) for rows in BUCKETS]
+    alone = Machine(Weighed(), accepts=geometric(0.8), chance=lambda n: 0.8 ** np.arange(n)).run(600)
+    auto = Auto()
+    auto.arms = [Arm(Watching("weighs")), Arm(Watching("hopeless"))]
+    auto.arms[0].size, auto.arms[1].size = Weighed(costs=CostTable(table)), Measured(costs=CostTable(table))
+    right = geometric(0.8)
+    machine = Machine(auto.size_policy(), accepts=lambda n: right(n) if auto.chosen == 0 else 0, chance=lambda n: 0.8 ** np.arange(n))
+    machine.run(600)
+    assert machine.speedup > 0.9 * alone.speedup > 2
 
 
 class Seeing(Drafter):
