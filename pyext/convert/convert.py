@@ -1,9 +1,9 @@
 """convert: quantise the linear layers of a checkpoint folder, one layer in memory at a time.
 
 gptq is the default for int4 where there is text, because it loses least: on the zoo's target about 0.4 of what rtn and hqq lose, in every
-group size. One scale a token is enough for inputs rounded to int8: it adds 0.0004 nats a token at most, one scale a group 0.0005.
+group size. One scale a token is enough for inputs rounded to int8: it adds 0.0005 nats a token at most, and so does one a group.
 benchmarks/accuracy.py measures all of it (benchmarks/results/accuracy.json). gptq sorts inputs (act-order), so groups matter less.
-Without text rtn is the default: hqq, for all its refining, loses no less in any format.
+Without text rtn is the default: hqq, for all its refining, is within the noise of it.
 """
 
 import time
