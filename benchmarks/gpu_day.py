@@ -107,7 +107,12 @@ class GpuDay:
         chip = "rehearsal" if self.options.rehearse else re.sub(r"[^a-z0-9]+", "-", self.doc["environment"]["gpu"].lower()).strip("-")
         self.path = self.options.out / f"gpu_day-{chip}.json"
         if self.path.is_file():
-            before = json.loads(self.path.read_text())
+            try:
+                before = json.loads(self.path.read_text())
+            except ValueError as problem:
+                raise ValueError(
+                    f"gpu_day: {self.path} is damaged ({problem}); takes what a day wrote. Move it away to begin anew."
+                ) from None
             validate(before)
             kept = {key: before[key] for key in EMPTY if key not in self.stages[0].fills}
             self.doc = {**self.doc, **kept, "stages": {**before["stages"], **self.doc["stages"]}}

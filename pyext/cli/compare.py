@@ -105,7 +105,8 @@ def wrong(found: Sequence[Measured], temperature: float) -> list[str]:
 def describe(found: Sequence[Measured], temperature: float) -> str:
     """The table that a person reads, the first difference where there is one, and a verdict as the last line."""
     plain = found[0]
-    heading = ["method", "lossless", "identical", "tok/s", "speedup", "spread", "tok/step", "steps", *(f"{phase} %" for phase in PHASES)]
+    heading = ["method", "lossless", "identical", "tok/s", "speedup", "spread", "tok/step", "steps", "ms/step"]
+    heading += [f"{phase} %" for phase in PHASES]
     rows = []
     for each in found:
         total = sum(each.seconds.values())
@@ -120,15 +121,25 @@ def describe(found: Sequence[Measured], temperature: float) -> str:
                 f"{each.spread:.0%}",
                 f"{each.tokens_per_step:.2f}",
                 str(each.steps),
+                f"{1e3 * _ratio(total, each.steps):.2f}",
                 *(f"{100 * _ratio(each.seconds[phase], total):.1f}" for phase in PHASES),
             ]
         )
     return "\n".join([table(heading, rows), "", *_remarks(found, temperature)])
 
 
-def _restless(plain: Measured) -> str:
-    """Why no verdict stands on runs of plain decoding that lie this far apart: the machine was too busy."""
-    return f"the runs of plain lie {plain.spread:.0%} apart" if plain.spread > 0.5 else ""
+def _restless(*runs: Measured) -> str:
+    """Why no verdict stands on runs that lie this far apart: the machine was too busy."""
+    return next((f"the runs of {each.name} lie {each.spread:.0%} apart" for each in runs if each.spread > 0.5), "")
+
+
+def _doubt(best: Measured, plain: Measured, times: float) -> str:
+    """Why it is not known that `best` is so many times as fast as plain; "" when it is."""
+    if not best.beats(plain):
+        return "their runs overlap"
+    if times > 1.2 * _ratio(best.tokens_per_step, plain.tokens_per_step):
+        return "that is more than its tokens a step can bring: other work held plain up"
+    return _restless(plain, best)
 
 
 def _remarks(found: Sequence[Measured], temperature: float) -> list[str]:
@@ -148,7 +159,7 @@ def _remarks(found: Sequence[Measured], temperature: float) -> list[str]:
     if best is plain:
         doubt = _restless(plain)
         lines.append(f"verdict: open; plain has the best median, and {doubt}" if doubt else "verdict: plain is the fastest here")
-    elif doubt := "their runs overlap" if not best.beats(plain) else _restless(plain):
+    elif doubt := _doubt(best, plain, times):
         lines.append(f"verdict: open; the median of {best.name} is {times:.2f}x that of plain, {same}, and {doubt}")
     else:
         lines.append(f"verdict: {best.name}, {times:.2f}x plain, {same}")

@@ -144,3 +144,12 @@ def _dtypes(dtypes: Sequence[torch.dtype]) -> str:
 
 def _cast(name: str, dtypes: Sequence[torch.dtype]) -> str:
     return f" Use {name}.{_CASTS[dtypes[0]]}." if dtypes[0] in _CASTS else ""
+
+
+def check_pages(op: str, page_table: Tensor, length: Tensor, k: Tensor) -> None:
+    """Every page that holds one of the first length[b] slots is one of k [pages, slots of a page, ...]."""
+    for b, n in enumerate(length.tolist()):
+        pages = page_table[b, : -(-n // k.shape[1])]
+        if n and not (0 <= int(pages.min()) and int(pages.max()) < k.shape[0]):
+            i = int(((pages < 0) | (pages >= k.shape[0])).nonzero()[0])
+            raise ValueError(f"{op}: page_table[{b}, {i}] is {int(pages[i])}; takes 0 to {k.shape[0] - 1}, the pages of k.")

@@ -11,7 +11,7 @@ from ramify.backends import native
 from ramify.checks import INT64_MAX, number, whole
 from ramify.ops import _cuda as _kernels
 from ramify.ops import _native
-from ramify.ops._checks import FLOATS, INT32, INT64, Results, Shapes, check_cache, outputs, tensor
+from ramify.ops._checks import FLOATS, INT32, INT64, Results, Shapes, check_cache, check_pages, outputs, tensor
 from ramify.ops._library import Op
 from ramify.tree import MAX_ROWS
 
@@ -182,10 +182,7 @@ def _check_values(q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, sc
             if not 0 <= n <= most:
                 raise ValueError(f"tree_attention: {name}[{b}] is {n}; takes 0 to {most}.")
     if page_table is not None:
-        for b, n in enumerate(prefix_len.tolist()):
-            pages = page_table[b, : -(-n // k.shape[1])]
-            if n and not (0 <= int(pages.min()) and int(pages.max()) < k.shape[0]):
-                raise ValueError(f"tree_attention: page_table[{b}] names a page that k lacks; takes 0 to {k.shape[0] - 1}.")
+        check_pages("tree_attention", page_table, prefix_len, k)
     row = native().check_words(ancestors.contiguous(), tail_rows)
     if row >= 0:
         b, i = divmod(row, T)

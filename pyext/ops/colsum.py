@@ -10,7 +10,7 @@ from ramify import reference
 from ramify.backends import native
 from ramify.checks import INT64_MAX, number, whole
 from ramify.ops import _cuda, _native
-from ramify.ops._checks import FLOATS, INT32, INT64, Results, Shapes, tensor
+from ramify.ops._checks import FLOATS, INT32, INT64, Results, Shapes, check_pages, tensor
 from ramify.ops._library import Op
 
 
@@ -92,10 +92,8 @@ def _check_values(
         for b, n in enumerate([] if lengths is None else lengths.tolist()):
             if not 0 <= n <= most:
                 raise ValueError(f"attention_colsum: {name}[{b}] is {n}; takes 0 to {most}.")
-    for b, n in enumerate([] if page_table is None else prefix_len.tolist()):
-        pages = page_table[b, : -(-n // k.shape[1])]  # type: ignore[index]
-        if n and not (0 <= int(pages.min()) and int(pages.max()) < k.shape[0]):
-            raise ValueError(f"attention_colsum: page_table[{b}] names a page that k lacks; takes 0 to {k.shape[0] - 1}.")
+    if page_table is not None:
+        check_pages("attention_colsum", page_table, prefix_len, k)
     if ancestors is not None and window:
         row = native().check_words(ancestors.contiguous(), tail_rows)
         if row >= 0:

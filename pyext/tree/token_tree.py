@@ -7,7 +7,7 @@ follows from the parents alone (depths, ancestor bits) is built once per shape a
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -243,6 +243,15 @@ def _as_list(values: Iterable[int]) -> list[int]:
     return values.tolist() if isinstance(values, np.ndarray) else list(values)
 
 
+def _check_whole(who: str, name: str, lists: Sequence[Sequence[Any]], least: int, most: int) -> None:
+    for b, values in enumerate(lists):
+        if set(map(type, values)) <= {int} and (not values or (min(values) >= least and max(values) <= most)):
+            continue
+        for row, value in enumerate(values):
+            if not (isinstance(value, (int, np.integer)) and least <= value <= most):
+                raise ValueError(f"{who}: {name}[{b}][{row}] is {value!r}; takes whole numbers from {least} to {most}.")
+
+
 def _words(rows: int) -> int:
     return (rows + 63) >> 6
 
@@ -307,6 +316,8 @@ def _check_parents(b: int, parents: tuple[int, ...], max_rows: int) -> None:
 
 def _check_lengths(rows: list[list[int]], links: list[tuple[int, ...]], marks: list[list[int]] | None) -> None:
     who = "TokenTree.from_parents"
+    _check_whole(who, "tokens", rows, 0, 2**31 - 1)
+    _check_whole(who, "parents", links, -(2**31), 2**31 - 1)
     if len(rows) != len(links) or (marks is not None and len(marks) != len(rows)):
         raise ValueError(f"{who}: parents has {len(links)} sequences; takes {len(rows)}, as tokens has. Give one list per sequence.")
     for b, (t, p) in enumerate(zip(rows, links, strict=True)):

@@ -81,7 +81,7 @@ def test_table_of_a_comparison(model, capsys):
     code, out, _ = run(capsys, "--compare", "--repeat", "1", "--max-new-tokens", "16", "--method", "prompt_lookup", PROMPT)
     lines = out.splitlines()
     [heading] = [line for line in lines if line.startswith("method ")]
-    assert heading.split()[:8] == ["method", "lossless", "identical", "tok/s", "speedup", "spread", "tok/step", "steps"]
+    assert heading.split()[:9] == ["method", "lossless", "identical", "tok/s", "speedup", "spread", "tok/step", "steps", "ms/step"]
     assert [line.split()[0] for line in lines[lines.index(heading) + 1 : lines.index(heading) + 3]] == ["plain", "prompt_lookup"]
     assert code == 0 and lines[-1].startswith("verdict: ")
 
@@ -94,7 +94,9 @@ def test_table_of_a_comparison(model, capsys):
             {"plain": (1.0, [10, 11]), "a": (1.5, [9, 15])},
             "the median of a is 1.14x that of plain, same text, and their runs",
         ),
-        ({"plain": (1.0, [2, 11]), "a": (1.5, [90, 95])}, "and the runs of plain lie 138% apart"),
+        ({"plain": (1.0, [2, 11]), "a": (9.0, [50, 55])}, "and the runs of plain lie 138% apart"),
+        ({"plain": (1.0, [10, 11]), "a": (3.0, [12, 30])}, "and the runs of a lie 86% apart"),
+        ({"plain": (1.0, [10, 11]), "a": (1.5, [90, 95])}, "and that is more than its tokens a step can bring"),
         ({"plain": (1.0, [10, 11]), "a": (1.0, [90, 95])}, "verdict: plain is the fastest here"),
         ({"plain": (1.0, [10, 11]), "a": (1.0, [90, 95]), "b": (2.0, [20, 21])}, "a: no step brought more than a token"),
     ],

@@ -267,7 +267,7 @@ def test_accepts_full_width_and_says_what_it_does_not_take():
         (TypeError, "out is list", {"out": [q]}),
         (ValueError, "out[0] is [2, 5, 4, 32]", {"out": torch.empty(2, 5, 4, 32)}),
         (TypeError, "tuple of 2", {"out": q, "return_lse": True}),
-        (ValueError, "page_table[0] names a page", {"k": k[0, :, None], "v": v[0, :, None], "page_table": torch.full((2, 9), 99).int()}),
+        (ValueError, "page_table[0, 0] is 99", {"k": k[0, :, None], "v": v[0, :, None], "page_table": torch.full((2, 9), 99).int()}),
         (ValueError, f"q has {MAX_ROWS + 1} rows", dict(zip(good, wide.tensors))),
     ]  # fmt: skip
     for kind, said, change in bad:

@@ -120,7 +120,7 @@ def test_says_what_it_does_not_take():
         ((q, k, lse, n + 9), {}, ValueError, "prefix_len[0] is 18; takes 0 to 14"),
         ((q[:, :, :3], k, lse[:, :, :3], n), {}, ValueError, "q has 3 heads and k has 2"),
         ((q[..., :32], k, lse, n), {}, ValueError, "k is [2, 14, 2, 64]; takes [B, S, Hkv, D] with D = 32, as in q"),
-        ((q, k, lse, n), {"page_table": table + 2}, ValueError, "page_table[0] names a page that k lacks; takes 0 to 1"),
+        ((q, k, lse, n), {"page_table": table + 2}, ValueError, "takes 0 to 1, the pages of k"),
         ((q, k, lse, n), {"tail_rows": n}, ValueError, "tail_rows[0] is 9; takes 0 to 3"),
         ((q, k, lse, n), {"ancestors": case.ancestors * 0, "window": 3}, ValueError, "ancestors[0, 0] lacks the row's own bit"),
         ((q, k, lse, n), {"ancestors": case.ancestors.int()}, TypeError, "ancestors is int32; takes int64"),

@@ -84,7 +84,7 @@ def test_debug_looks_at_what_is_on_a_device():
         looking[name]._values(*_copied(inputs))
     bad = list(fine["tree_attention"])
     bad[7] = bad[7] + 100
-    with pytest.raises(ValueError, match=r"page_table\[0\] names a page that k lacks"):
+    with pytest.raises(ValueError, match=r"page_table\[0, 0\] is 1\d\d; takes 0 to \d+, the pages of k"):
         looking["tree_attention"]._values(*_copied(tuple(bad)))
 
 
