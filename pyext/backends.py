@@ -377,10 +377,14 @@ def _missing_triton() -> str:
 
 
 def native() -> ModuleType:
-    """ramify.native, on first use: importing ramify must not load the kernels, and a build without them must still import."""
+    """ramify.native, on first use: importing ramify must not load the kernels. RuntimeError in a build without them."""
     global _native
-    if _native is None:
-        _native = import_module("ramify.native")
+    if _native is None and find_spec("ramify._cpu") is None:
+        raise RuntimeError(
+            "ramify._cpu is not built, and models on the CPU are made of its kernels; takes a build without RAMIFY_CPU=off. "
+            'Build it again, or load the model with device="cuda".'
+        )
+    _native = _native or import_module("ramify.native")
     return _native
 
 

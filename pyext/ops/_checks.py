@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ramify import backends
 from ramify.checks import show
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -153,3 +154,23 @@ def check_pages(op: str, page_table: Tensor, length: Tensor, k: Tensor) -> None:
         if n and not (0 <= int(pages.min()) and int(pages.max()) < k.shape[0]):
             i = int(((pages < 0) | (pages >= k.shape[0])).nonzero()[0])
             raise ValueError(f"{op}: page_table[{b}, {i}] is {int(pages[i])}; takes 0 to {k.shape[0] - 1}, the pages of k.")
+
+
+def wrong_row(ancestors: Tensor, used: Tensor | None) -> tuple[int, int] | None:
+    """The first row (b, i) of ancestor words [B, T, W] that lacks its own bit or has a later row's; of used[b] rows, or of all T."""
+    judge = _first_wrong if backends.missing("cpu") else backends.native().check_words
+    row = judge(ancestors.contiguous(), used)
+    return None if row < 0 else divmod(row, ancestors.shape[1])
+
+
+def _first_wrong(ancestors: Tensor, used: Tensor | None) -> int:
+    """What native.check_words returns, in plain torch: b * T + i of that row, or -1."""
+    _, T, W = ancestors.shape
+    i, w = torch.arange(T)[:, None], torch.arange(W)
+    own = torch.where(w == i // 64, torch.ones(1, dtype=torch.int64) << i % 64, 0)
+    upto = torch.where(w < i // 64, -1, own | own - (own != 0).long())  # bits of rows up to i, word by word
+    wrong = ((ancestors & own != own) | (ancestors & ~upto != 0)).any(-1)
+    if used is not None:
+        wrong &= torch.arange(T) < used[:, None]
+    first = wrong.flatten().nonzero()
+    return int(first[0]) if len(first) else -1

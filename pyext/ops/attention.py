@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from ramify import reference
-from ramify.backends import native
 from ramify.checks import INT64_MAX, number, whole
 from ramify.ops import _cuda as _kernels
 from ramify.ops import _native
-from ramify.ops._checks import FLOATS, INT32, INT64, Results, Shapes, check_cache, check_pages, outputs, tensor
+from ramify.ops._checks import FLOATS, INT32, INT64, Results, Shapes, check_cache, check_pages, outputs, tensor, wrong_row
 from ramify.ops._library import Op
 from ramify.tree import MAX_ROWS
 
@@ -183,9 +182,8 @@ def _check_values(q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, sc
                 raise ValueError(f"tree_attention: {name}[{b}] is {n}; takes 0 to {most}.")
     if page_table is not None:
         check_pages("tree_attention", page_table, prefix_len, k)
-    row = native().check_words(ancestors.contiguous(), tail_rows)
-    if row >= 0:
-        b, i = divmod(row, T)
+    if wrong := wrong_row(ancestors, tail_rows):
+        b, i = wrong
         words = [f"{int(word) % 2**64:#x}" for word in ancestors[b, i]]
         raise ValueError(
             f"tree_attention: ancestors[{b}, {i}] is {', '.join(words)}; takes the row's own bit and bits of rows before it. "

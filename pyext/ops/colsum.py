@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from ramify import reference
-from ramify.backends import native
 from ramify.checks import INT64_MAX, number, whole
 from ramify.ops import _cuda, _native
-from ramify.ops._checks import FLOATS, INT32, INT64, Results, Shapes, check_pages, tensor
+from ramify.ops._checks import FLOATS, INT32, INT64, Results, Shapes, check_pages, tensor, wrong_row
 from ramify.ops._library import Op
 
 
@@ -94,14 +93,12 @@ def _check_values(
                 raise ValueError(f"attention_colsum: {name}[{b}] is {n}; takes 0 to {most}.")
     if page_table is not None:
         check_pages("attention_colsum", page_table, prefix_len, k)
-    if ancestors is not None and window:
-        row = native().check_words(ancestors.contiguous(), tail_rows)
-        if row >= 0:
-            b, i = divmod(row, q.shape[1])
-            raise ValueError(
-                f"attention_colsum: ancestors[{b}, {i}] lacks the row's own bit or has one of a later row; takes the words that "
-                "tree_attention takes."
-            )
+    if ancestors is not None and window and (wrong := wrong_row(ancestors, tail_rows)):
+        b, i = wrong
+        raise ValueError(
+            f"attention_colsum: ancestors[{b}, {i}] lacks the row's own bit or has one of a later row; takes the words that "
+            "tree_attention takes."
+        )
 
 
 def _reference(q: Tensor, k: Tensor, lse: Tensor, prefix_len: Tensor, *rest: Any) -> tuple[Tensor]:

@@ -1,13 +1,19 @@
 """The table of backends: who is chosen, why not another, what is forced, and that a fallback is said once."""
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import ramify
 from ramify import backends, floors, ops
+from ramify.ops import _checks
+from ramify.testing.tensors import ancestor_words, random_tree
 
 x = torch.randn(3, 8)
 here = "reference" if backends.missing("cpu") else "cpu"
@@ -152,3 +158,47 @@ def test_params_name_what_runs():
 def test_limits_are_those_of_the_kernels():
     source = (Path(__file__).parents[2] / "csrc/common/args.h").read_text()
     assert f"kMaxTopK = {backends.MAX_TOPK};" in source
+
+
+WITHOUT = """if True:
+    import sys
+    sys.modules["ramify._cpu"] = None  # as if it were not there
+    import torch, ramify
+    from ramify import ops
+    from ramify.testing.tensors import attention_case
+    case = attention_case([30, 5], 20, tail_rows=[20, 3])
+    lse = torch.zeros(case.q.shape[:3])
+    def tried(call):
+        try: return tuple(call().shape)
+        except (ValueError, RuntimeError) as error: return f"{type(error).__name__}: {error}"
+    for bit in (None, 7, 2):
+        if bit is not None: case.ancestors[1, 2, 0] ^= 1 << bit  # sees a later row; then does not see itself either
+        print(tried(lambda: ops.tree_attention(*case.tensors, **case.options)))
+        print(tried(lambda: ops.attention_colsum(case.q, case.k, lse, case.prefix_len, ancestors=case.ancestors, window=9,
+                                                 tail_rows=case.tail_rows)))
+    print(tried(lambda: ramify.load("zoo")))
+"""
+
+
+def test_a_build_without_cpu_kernels_checks_values_and_says_what_a_model_lacks():
+    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *ran, load = done.stdout.splitlines()
+    assert ran[:2] == ["(2, 20, 4, 64)", "(2, 2, 35)"]
+    for tree, colsum in zip(ran[2::2], ran[3::2]):
+        assert tree.startswith("ValueError: tree_attention: ancestors[1, 2] is ")
+        assert colsum.startswith("ValueError: attention_colsum: ancestors[1, 2] lacks")
+    assert load.startswith("RuntimeError: ramify._cpu is not built, ") and 'or load the model with device="cuda".' in load
+
+
+@pytest.mark.skipif(bool(backends.missing("cpu")), reason="needs the CPU kernels")
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(data=st.data(), B=st.integers(1, 3), T=st.integers(1, 130), more=st.integers(0, 1), ragged=st.booleans())
+def test_ancestor_words_are_judged_alike_with_and_without_the_cpu_kernels(data, B, T, more, ragged):
+    W = -(-T // 64) + more
+    words = torch.stack([ancestor_words(random_tree(T), W) for _ in range(B)])
+    used = torch.tensor(data.draw(st.lists(st.integers(0, T), min_size=B, max_size=B)), dtype=torch.int32) if ragged else None
+    bits = st.tuples(st.integers(0, B - 1), st.integers(0, T - 1), st.integers(0, 64 * W - 1))
+    for b, i, j in data.draw(st.lists(bits, max_size=3)):
+        words[b, i, j // 64] ^= torch.ones((), dtype=torch.int64) << j % 64
+    assert _checks._first_wrong(words, used) == backends.native().check_words(words, used)
