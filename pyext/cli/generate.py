@@ -218,7 +218,7 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 def load_plugin(file: str) -> None:
     """Run a Python file, so that its decorated classes are registered."""
-    path = Path(file)
+    path, before = Path(file), set(drafters.names())
     if not path.is_file():
         raise ValueError(f"generate: --plugin is {file}, and there is no such file; takes a Python file.")
     spec = importlib.util.spec_from_file_location(f"ramify_plugin_{path.stem}", path)
@@ -228,12 +228,13 @@ def load_plugin(file: str) -> None:
     sys.modules[spec.name] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-    except (ValueError, TypeError, OSError, ImportError):
-        raise
     except SystemExit as ended:
         raise ValueError(f"generate: --plugin {file} ended with exit code {ended.code}; takes one that registers classes.") from None
     except Exception as error:
-        raise ValueError(f"generate: --plugin {file} raised {type(error).__name__}: {error}") from error
+        said = str(error).splitlines()[0] if str(error) else "no message"
+        raise ValueError(f"generate: --plugin {file} raised {type(error).__name__}: {said}") from error
+    if set(drafters.names()) == before:
+        raise ValueError(f"generate: --plugin {file} registers no method; takes a file with a class decorated by @drafter.")
 
 
 def progress(text: str) -> None:

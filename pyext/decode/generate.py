@@ -143,7 +143,10 @@ def _ids(model: Any, prompt: Any, i: int) -> list[int]:
     vocab = model.config.vocab_size
     if isinstance(prompt, str):
         if prompt and model.tokenizer is None:
-            raise ValueError(f"generate: prompt {i} is a string and the model has no tokenizer; takes token ids. Give a list of ids.")
+            raise ValueError(
+                f"generate: prompt {i} is a string and the model's folder has no tokenizer.json; takes token ids. "
+                "Add the file, or give ids in Python."
+            )
         try:
             prompt.encode()
         except UnicodeEncodeError as error:

@@ -8,7 +8,7 @@ Matrices that the config's quantization_config covers come as QuantizedWeight, w
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from ramify.checks import show
 from ramify.errors import CheckpointError
 from ramify.model.config import ModelConfig, read_json
-from ramify.quant import QuantizedWeight
+from ramify.quant import Format, QuantizedWeight
 from ramify.quant.sources import source_of
 
 log = logging.getLogger("ramify")
@@ -91,6 +91,30 @@ class Checkpoint:
         """Shape of a tensor by canonical name."""
         return self._table[name][1]
 
+    @property
+    def low_bit(self) -> Collection[str]:
+        """Canonical names of the tensors that are stored in a low-bit format."""
+        return self._low_bit.keys()
+
+    def nbytes(self, name: str) -> int:
+        """Bytes in the files of a tensor by canonical name, of all its parts where it is low-bit."""
+        if name not in self._low_bit:
+            return self.stored(name).nbytes
+        assert self._source is not None
+        parts = (self._raw(theirs) for names in self._source.tensors(self._low_bit[name]) for theirs in names)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def check_groups(self, layers: Format | None, head: Format | None) -> None:
+        """ValueError for the first dense matrix whose inputs are no multiple of the group of the format that it is to be rounded to."""
+        for name, (theirs, shape) in self._table.items():
+            is_head = name == ("lm_head" if "lm_head" in self._table else "embed")
+            form = head if is_head else layers if name.startswith("layers.") and len(shape) == 2 else None
+            if form is not None and form.kind == "int4" and name not in self._low_bit and shape[1] % form.group:
+                raise ValueError(
+                    f'load: tensor "{theirs}" has K = {shape[1]}; {form.name} takes multiples of {form.group}. '
+                    "Choose a smaller group, or int8."
+                )
+
     def tensor(self, name: str) -> Tensor | QuantizedWeight:
         """One tensor by canonical name: float32 or bfloat16 as stored; float16 comes as float32, which loses nothing.
 
@@ -133,7 +157,7 @@ class Checkpoint:
         return tensor
 
     def _file(self, theirs: str) -> str:
-        return self._where[theirs].name if theirs in self._where else self.folder.name
+        return self._where[theirs].name if theirs in self._where else str(self.folder)
 
     def _find_low_bit(self) -> dict[str, str]:
         """Canonical name -> prefix of the low-bit matrices. The config names them; one that lies in the files dense stays dense."""
@@ -185,7 +209,7 @@ class Checkpoint:
         shards: dict[Path, list[tuple[str, tuple[int, ...] | None]]] = {}
         for theirs, wanted_shape in wanted_of.items():
             if theirs not in self._where:
-                raise CheckpointError(f'load: {self.folder.name}, tensor "{theirs}" is missing; config.json asks for it. Fetch it again.')
+                raise CheckpointError(f'load: {self.folder}, tensor "{theirs}" is missing; config.json asks for it. Fetch it again.')
             shards.setdefault(self._where[theirs], []).append((theirs, wanted_shape))
         for file, wanted in shards.items():
             with _opened(file) as shard:

@@ -192,11 +192,21 @@ def test_a_plugin_is_a_method(model, capsys, tmp_path, monkeypatch):
     assert code == 0 and json.loads(out)["methods"][1]["name"] == "always_seven_for_test" and json.loads(out)["methods"][1]["identical"]
 
 
-def test_a_plugin_that_breaks_is_told(model, capsys, tmp_path):
+@pytest.mark.parametrize(
+    "source, says",
+    [
+        ("def broken(:", "raised SyntaxError"),
+        ("import no_such_module_of_ours", "raised ModuleNotFoundError: No module named"),
+        ("raise ValueError('one\\ntwo')", "raised ValueError: one"),
+        ("x = 1", "registers no method; takes a file with a class decorated by @drafter"),
+    ],
+    ids=["syntax", "import", "lines", "empty"],
+)
+def test_a_plugin_that_breaks_is_told(model, capsys, tmp_path, source, says):
     plugin = tmp_path / "broken.py"
-    plugin.write_text("def broken(:\n")
+    plugin.write_text(source)
     code, _, err = run(capsys, "--plugin", str(plugin), PROMPT)
-    assert code == 2 and "SyntaxError" in err and err.count("\n") == 1
+    assert code == 2 and f"generate: --plugin {plugin} {says}" in err and err.count("\n") == 1
 
 
 def test_runs_of_several_tokens_are_shaded_on_a_terminal(model, monkeypatch):
