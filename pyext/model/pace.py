@@ -5,11 +5,12 @@ slices of the scheduler, and steps on two threads may come to ten times the seco
 on its threads (law 8), so their number may change from step to step: while steps stall, one thread is tried, and kept if it is faster.
 """
 
+import math
 import time
 from collections.abc import Callable
 
 WINDOW, PROBE = 32, 16  # steps that are judged together; steps on all threads that end a spell on one
-STALLED = 2.0  # a window's mean, without its worst step, over its fastest step; beyond it, threads wait for each other
+STALLED = 2.0  # a window's mean, without its worst step, over the fastest step; beyond it, threads wait for each other
 FIRST, LAST = 32, 512  # steps of a spell on one thread, at first and after many
 
 
@@ -20,6 +21,7 @@ class Pace:
         self.threads, self._clock = threads, clock
         self._times: list[float] = []  # of the steps that will be judged together
         self._alone = False
+        self._fastest = math.inf  # step on all threads, of this window and those before it
         self._all = 0.0  # mean seconds on all threads that a first spell on one has to beat; 0 behind it
         self._budget = 0.0  # seconds that a probe may still take; 0 without a probe
         self._spell, self._patience = FIRST, 0  # steps of the next spell; windows before another is thought of
@@ -44,7 +46,8 @@ class Pace:
         """Go on alone if the threads wait for each other most of the time."""
         mean = (sum(self._times) - max(self._times)) / (len(self._times) - 1)
         self._patience -= 1
-        if mean > STALLED * min(self._times) and self._patience <= 0:
+        self._fastest = min(self._fastest, *self._times)
+        if mean > STALLED * self._fastest and self._patience <= 0:
             self._alone, self._all, self._spell = True, mean, FIRST
         self._times = []
 
@@ -53,6 +56,7 @@ class Pace:
         mean, self._times, self._alone = sum(self._times) / len(self._times), [], False
         if self._all and mean >= self._all:
             self._patience = LAST // WINDOW
+            self._fastest = math.inf  # the text has grown: steps are slower now and stall no more than before
         else:
             self._budget = PROBE * mean
         self._all = 0.0
