@@ -54,7 +54,7 @@ class Contest:
 
     def __init__(self, quick: bool) -> None:
         import ramify
-        from ramify.convert.convert import HELD_OUT_CHARACTERS
+        from ramify.convert.evaluate import HELD_OUT_CHARACTERS
         from ramify.zoo.corpus import held_out_texts
 
         texts = [text[:HELD_OUT_CHARACTERS] for text in held_out_texts().values()]
@@ -96,7 +96,7 @@ class Contest:
 
         if way.weights == DENSE:
             return self.load("zoo", dtype="fp32")
-        convert("zoo", folder, to=way.weights, method=way.method, head=way.head, evaluate="x = 1\n")
+        convert("zoo", folder, to=way.weights, method=way.method, head=way.head or "dense", evaluate=False)
         return self.load(folder, dtype="fp32", activations=way.activations)
 
     @staticmethod

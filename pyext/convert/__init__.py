@@ -1,5 +1,6 @@
-"""A dense checkpoint folder becomes a low-bit one: layer by layer, measured, and whole or not at all."""
+"""A checkpoint folder becomes a low-bit one: rounded layer by layer or repacked as it is, measured, and whole or not at all."""
 
-from ramify.convert.convert import Conversion, convert
+from ramify.convert.conversion import Conversion
+from ramify.convert.convert import convert
 
 __all__ = ["Conversion", "convert"]

@@ -28,6 +28,9 @@ WINDOW = 512
 TOKENS = 16384
 """Of a calibration text that are read where nobody says how many."""
 
+LONGEST = 64
+"""Characters a token at most, on average: of a whole library no more is read than is needed."""
+
 LEAST = 128
 """Tokens below which a calibration text is taken for a mistake. `warn_of_few` says where more than these are too few."""
 
@@ -56,7 +59,7 @@ def windows(tokenizer: Tokenizer | None, text: str | Path | None, is_zoo: bool, 
             middle = max(0, len(each) // 2 - 4 * WINDOW)
             ids = tokenizer.encode(each[middle : middle + 8 * WINDOW])[: min(WINDOW, left)]
         else:
-            ids = tokenizer.encode(each)[:left]
+            ids = tokenizer.encode(each[: LONGEST * left])[:left]
         found += [ids[at : at + WINDOW] for at in range(0, len(ids), WINDOW)]
         if left <= len(ids):
             break
@@ -88,6 +91,11 @@ def read_text(file: Path) -> str:
     except (OSError, UnicodeDecodeError) as problem:
         reason = getattr(problem, "strerror", None) or problem
         raise ValueError(f"convert: {file} cannot be read ({reason}); takes a UTF-8 text file.") from None
+
+
+def named(text: str | Path) -> str:
+    """What a text is called."""
+    return text.name if isinstance(text, Path) else f"a text of {len(text):,} characters"
 
 
 class Stream:

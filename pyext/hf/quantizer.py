@@ -35,8 +35,8 @@ class RamifyConfig(QuantizationConfigMixin):
     """What `quantization_config=` of from_pretrained takes to quantise a dense checkpoint while it loads. Needs `pip install 'ramify[hf]'`.
 
     format: "int4-g64", "int8", "fp8", ... by name. modules_to_not_convert: names of layers, or parts of names, that stay dense
-    besides the head. method and head are notes of the quantizer that wrote a checkpoint. Raises UnsupportedModelError for an
-    unknown format.
+    besides the head. formats: names of layers, or parts of names, that have another format. method and head are notes of the quantizer
+    that wrote a checkpoint. Raises UnsupportedModelError for an unknown format.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class RamifyConfig(QuantizationConfigMixin):
         modules_to_not_convert: list[str] | None = None,
         method: str = "rtn",
         head: str | None = None,
+        formats: dict[str, str] | None = None,
         version: int = VERSION,
         quant_method: str | None = None,
     ) -> None:
@@ -53,6 +54,7 @@ class RamifyConfig(QuantizationConfigMixin):
             quant_method = method_of(Format.parse(format))
         self.quant_method: Any = quant_method
         self.format, self.method, self.head, self.version = format, method, head, version
+        self.formats = formats or {}
         self.modules_to_not_convert = ["lm_head"] if modules_to_not_convert is None else modules_to_not_convert
         self.modules_to_not_convert = list(_source(self).dense)  # raises for what is not read
 

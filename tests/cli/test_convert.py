@@ -49,7 +49,7 @@ def test_too_little_text_is_told_in_one_line(tmp_path, text):
 
 
 def test_a_person_reads_before_and_after(tmp_path, text, capsys):
-    code, told, err = run(capsys, "zoo-drafter", tmp_path / "out", "--to", "int8", "--head", "none", "--evaluate", text)
+    code, told, err = run(capsys, "zoo-drafter", tmp_path / "out", "--to", "int8", "--head", "dense", "--evaluate", text)
     assert (code, err) == (0, "")
     assert "int8 by rtn" in told and "head as it is" in told
     for line in ("all tensors, MB", "weight error", "nats a token", "perplexity"):
@@ -106,7 +106,7 @@ def test_a_full_disk(tmp_path, capsys, monkeypatch):
     for writer in ("ramify.convert.folder.save_file", "pathlib.Path.write_text", "pathlib.Path.write_bytes", "pathlib.Path.mkdir"):
         with monkeypatch.context() as patch:
             patch.setattr(writer, full)
-            code, _, err = run(capsys, "zoo-drafter", out, "--method", "rtn", "--evaluate", __file__)
+            code, _, err = run(capsys, "zoo-drafter", out, "--method", "rtn", "--evaluate", "none")
         assert (code, err) == (
             2,
             f"ramify convert: OUT {out} cannot be written (No space left on device); takes a new folder in a place that can be.\n",
@@ -119,7 +119,7 @@ def test_interrupted(tmp_path, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("ramify.cli.convert.progress", stop)
-    assert run(capsys, "zoo-drafter", tmp_path / "out", "--method", "rtn", "--evaluate", __file__)[0] == 130
+    assert run(capsys, "zoo-drafter", tmp_path / "out", "--method", "rtn", "--evaluate", "none")[0] == 130
     assert list(tmp_path.iterdir()) == []
 
 
@@ -131,13 +131,13 @@ def test_ended_by_a_signal(tmp_path, name):
         import ramify.cli.convert
         from ramify.cli import main
 
-        def layers(numbers):
+        def layers(numbers, stage):
             print(os.listdir({str(tmp_path / "new")!r}), flush=True)
             os.kill(os.getpid(), signal.{name})
             return numbers
 
         ramify.cli.convert.progress = layers
-        sys.exit(main(["convert", "zoo-drafter", {str(tmp_path / "new" / "out")!r}, "--method", "rtn", "--evaluate", {__file__!r}]))
+        sys.exit(main(["convert", "zoo-drafter", {str(tmp_path / "new" / "out")!r}, "--method", "rtn", "--evaluate", "none"]))
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ".part" in done.stdout and (done.returncode, done.stderr) == (128 + getattr(signal, name), "")
@@ -145,5 +145,5 @@ def test_ended_by_a_signal(tmp_path, name):
 
 
 def test_the_bar_is_off_in_a_pipe(capsys):
-    assert list(progress(range(3))) == [0, 1, 2]
+    assert list(progress(range(3), "layers")) == [0, 1, 2]
     assert capsys.readouterr() == ("", "")

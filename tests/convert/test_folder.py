@@ -43,8 +43,8 @@ WRITTEN = {"out", "out/config.json", f"out/{SINGLE}"}
 def test_out_that_appears_meanwhile(tmp_path, what, force):
     """Refused at the end as it would have been at the start; --force replaces what it may."""
 
-    def appear(layers):
-        yield from layers
+    def appear(items, stage):
+        yield from items
         out, other = tmp_path / "out", tmp_path / "other"
         {
             "folder": lambda: made(out, thesis="mine"),
@@ -56,7 +56,7 @@ def test_out_that_appears_meanwhile(tmp_path, what, force):
 
     found = set()
     says = "exists; takes a new folder" if not force else "so --force does not replace it"
-    options = {"method": "rtn", "evaluate": "def f(x): return x", "force": force, "progress": appear}
+    options = {"method": "rtn", "evaluate": False, "force": force, "progress": appear}
     if force and what == "empty":
         convert("zoo-drafter", tmp_path / "out", **options)
         assert (tmp_path / "out" / SINGLE).is_file() and [each.name for each in tmp_path.iterdir()] == ["out"]
@@ -128,7 +128,7 @@ def test_links_are_refused(tmp_path, force, dangling):
     (tmp_path / "out").symlink_to(tmp_path / "real")
     before = listing(tmp_path)
     with pytest.raises(ValueError, match=r"OUT .*out is a symbolic link to .*real; takes a folder"):
-        convert("zoo-drafter", tmp_path / "out", force=force, progress=lambda layers: pytest.fail("it had begun"))
+        convert("zoo-drafter", tmp_path / "out", force=force, progress=lambda items, stage: pytest.fail("it had begun"))
     assert listing(tmp_path) == before and (tmp_path / "out").is_symlink()
 
 

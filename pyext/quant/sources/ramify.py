@@ -3,10 +3,11 @@
 A layer has `weight` (the codes), `weight_scale` and, where its format asks for them, `weight_zero` and `weight_perm`, with shapes
 and dtypes as in QuantizedWeight. quantization_config: {"quant_method": "ramify_w4" (int4) or "ramify_w8" (int8, fp8), "format":
 "int4-g64", "method": the quantizer's name, "head": the format of lm_head or null, "modules_to_not_convert": [...], "version": 1}.
-A head among modules_to_not_convert lies in the file dense, and `head` says what the model layer makes of it.
+A head among modules_to_not_convert lies in the file dense, and `head` says what the model layer makes of it. "formats" is there
+where some layers have another format: {"layers.3.mlp.down_proj": "int8", ...}, names or parts of names.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,12 +35,16 @@ class Ramify(Source):
             raise refuse(config, "version", f"{VERSION}: a newer ramify wrote it")
         self.format = _format(config, "format")
         self.head = None if config.get("head") is None else _format(config, "head")
+        others = config.object("formats")
+        self.others = {name: _format(others, name) for name in others.values}
         if config.get("quant_method") != method_of(self.format):
             raise refuse(config, "quant_method", f"{method_of(self.format)} for the format {self.format.name}")
 
     def format_of(self, module: str) -> Format:
         """The format of one covered layer."""
-        return self.head if module == "lm_head" and self.head is not None else self.format
+        if module == "lm_head" and self.head is not None:
+            return self.head
+        return next((form for part, form in self.others.items() if f".{part}." in f".{module}."), self.format)
 
     def _read(self, parts: Parts) -> QuantizedWeight:
         form = self.format_of(parts.prefix)
@@ -56,14 +61,24 @@ def method_of(form: Format) -> str:
     return "ramify_w4" if form.bits == 4 else "ramify_w8"
 
 
-def config_of(form: Format, method: str = "rtn", head: Format | None = None, dense: Sequence[str] = ("lm_head",)) -> dict[str, Any]:
-    """The quantization_config of a checkpoint in this format. method: the quantizer; dense: layers that are left as they are."""
+def config_of(
+    form: Format,
+    method: str = "rtn",
+    head: Format | None = None,
+    dense: Sequence[str] = ("lm_head",),
+    others: Mapping[str, Format] | None = None,
+) -> dict[str, Any]:
+    """The quantization_config of a checkpoint in this format. method: the quantizer; dense: layers that are left as they are.
+
+    others: layers that have another format.
+    """
     return {
         "quant_method": method_of(form),
         "format": form.name,
         "method": method,
         "head": None if head is None else head.name,
         "modules_to_not_convert": list(dense),
+        **({"formats": {name: other.name for name, other in others.items()}} if others else {}),
         "version": VERSION,
     }
 
