@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from ramify import ops, reference
-from ramify.testing.tensors import TREES, attention_case, levels, padded, poisoned, running, runs, threads
+from ramify.testing.tensors import attention_case, levels, padded, poisoned, running, runs, threads
 from ramify.tree import MAX_ROWS
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -90,25 +88,6 @@ def test_large_scores(backend, level):
         o, lse = ops.tree_attention(*case.tensors, return_lse=True)
         assert o.isfinite().all() and lse.isfinite().all()
         check(case, scale=0.01)
-
-
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(
-    prefix=st.lists(st.integers(0, 140), min_size=1, max_size=3),
-    T=st.integers(1, 70),
-    group=st.sampled_from([1, 2, 3, 4, 8]),
-    Hkv=st.integers(1, 2),
-    D=st.sampled_from([64, 96]),
-    tree=st.sampled_from(TREES),
-    page=st.sampled_from([None, 1, 16, 64]),
-    window=st.one_of(st.none(), st.integers(1, 150)),
-    kv_dtype=st.sampled_from([F32, BF16]),
-    seed=st.integers(0, 99),
-)
-def test_any_shape(prefix, T, group, Hkv, D, tree, page, window, kv_dtype, seed):
-    rows = [(T * (b + 1) + seed) % (T + 1) for b in range(len(prefix))]
-    case = attention_case(prefix, T, group * Hkv, Hkv, D, kv_dtype=kv_dtype, tree=tree, tail_rows=rows, page=page, seed=seed)
-    check(case, window=window, sink=None if window is None else window % 7, dot=levels()[-1:] == ["avx512_bf16"] and kv_dtype == BF16)
 
 
 @pytest.mark.parametrize("level", levels())

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from ramify import ops, reference
 from ramify.testing.tensors import levels, padded, poisoned, running, runs, threads
@@ -50,16 +48,6 @@ def test_against_reference(backend, level, dtype, cache, M, Hq, Hkv, D, half):
     for norm in (False, True):
         with running(backend, level):
             check(*make(M, Hq, Hkv, D, half, 20, dtype, cache, norm, seed=D))
-
-
-@pytest.mark.parametrize(("backend", "level"), runs("rope_append"))
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(
-    M=st.integers(0, 9), Hq=st.integers(1, 5), Hkv=st.integers(1, 3), half=st.integers(1, 40), norm=st.booleans(), seed=st.integers(0, 99)
-)
-def test_any_shape(backend, level, M, Hq, Hkv, half, norm, seed):
-    with running(backend, level):
-        check(*make(M, Hq, Hkv, 2 * half, half, 12, F32, F32, norm, seed))
 
 
 @pytest.mark.parametrize("level", levels())
