@@ -40,7 +40,7 @@ class Stage:
 STAGES = (
     Stage("identify", 1.0, "benchmarks.gpu_stages:identify", ("environment", "sources")),
     Stage("build", 1.5, "benchmarks.gpu_stages:build", ("build",)),
-    Stage("tests", 2.25, "benchmarks.gpu_tests:tests", ("tests",)),
+    Stage("tests", 2.25, "benchmarks.gpu_tests:tests", ("tests", "tested")),
     Stage("sanitize", 1.25, "benchmarks.gpu_stages:sanitize", ("sanitize",)),
     Stage("probes", 0.25, "benchmarks.gpu_stages:probes", ("limits",)),
     Stage("model", 1.5, "benchmarks.gpu_model:model", ("model",)),
@@ -48,7 +48,8 @@ STAGES = (
     Stage("tune", 0.5, "benchmarks.gpu_speed:tune", ("tune",)),
 )
 EMPTY: dict[str, Any] = {
-    **{"environment": {}, "sources": {}, "build": {}, "tests": [], "sanitize": [], "limits": {}, "model": {}, "rows": [], "tune": []}
+    **{"environment": {}, "sources": {}, "build": {}, "tests": [], "tested": {}},
+    **{"sanitize": [], "limits": {}, "model": {}, "rows": [], "tune": []},
 }
 KEYS = ("schema", "benchmark", "options", "stages", *EMPTY, "verdict")
 READ = ("csrc", "kernels", "pyext/ops", "pyext/testing", "pyext/reference", "tests/ops", "tests/gates", "benchmarks", "pyext/backends.py")

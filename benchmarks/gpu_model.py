@@ -8,7 +8,7 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
-from benchmarks.gpu_run import ROOT, Day, bare
+from benchmarks.gpu_run import ROOT, Day, bare, counted
 from benchmarks.harness import quantile
 
 FILE = "tests/model/test_device_model.py"
@@ -42,7 +42,7 @@ def _tests(day: Day) -> dict[str, Any]:
         said = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, timeout=limit).stdout
     except subprocess.TimeoutExpired:
         return {"passed": 0, "failed": 1, "skipped": 0, "said": ["did not end in time"]}
-    counts = {word: int(found[0]) if (found := re.findall(rf"(\d+) {word}", said)) else 0 for word in ("passed", "failed", "skipped")}
+    counts = counted(said)
     failures = [bare(line)[:300] for line in said.splitlines() if re.match(r"(FAILED|ERROR|E  )", line)]
     if not counts["passed"] and not counts["failed"]:
         counts["failed"], failures = 1, [bare(line)[:300] for line in said.splitlines() if line.strip()][-1:]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from benchmarks.gpu_run import ROOT, Day, output
+from benchmarks.gpu_run import ROOT, Day, counted, output
 
 SMI = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu", "memory.total")
 NVCC_ARCHS = {(9, 0): "90a", (10, 0): "100a", (10, 3): "103a", (12, 0): "120a"}
@@ -152,16 +152,16 @@ def watched() -> int:
 
 def verdict(text: str, code: int) -> dict[str, Any]:
     """What a sanitizer's words come to: status ok, failed or not run, and why."""
-    found, tests = SUMMARY.findall(text), re.findall(r"\b(\d+) passed", text)
-    if not found or not tests:
+    found, tests = SUMMARY.findall(text), counted(text)
+    if not found or not tests["passed"] + tests["failed"]:
         lines = [line for line in text.splitlines() if line.strip()]
         return {"status": "not run", "reason": f"no summary, code {code}: {lines[-1][:200] if lines else ''}"}
     if code == 0 and re.match(r"0 (errors|hazards)", found[-1]):
-        return {"status": "ok", "reason": "", "tests": int(tests[-1]), "said": found[-1]}
+        return {"status": "ok", "reason": "", "tests": tests["passed"], "said": found[-1]}
     said = [line.removeprefix("=========").strip() for line in text.splitlines() if line.startswith("=========")]
     at = [line for line in said if re.match(r"Invalid|Error|.*[Rr]ace|Barrier|Uninit|at ", line)]
-    at += re.findall(r"\d+ failed, \d+ passed", text)
-    return {"status": "failed", "reason": "; ".join([found[-1], *at[:3]])[:300], "tests": int(tests[-1])}
+    at += [f"{tests['failed']} failed, {tests['passed']} passed"] if tests["failed"] else []
+    return {"status": "failed", "reason": "; ".join([found[-1], *at[:3]])[:300], "tests": tests["passed"]}
 
 
 def probes(day: Day) -> None:

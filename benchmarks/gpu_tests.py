@@ -44,9 +44,9 @@ def tests(day: Day) -> None:
         process = subprocess.Popen(command, cwd=ROOT, env=os.environ | settings, stdout=words, stderr=subprocess.STDOUT)
         while process.poll() is None:
             time.sleep(0.5)
-            day.part["tests"] = summary(log)
+            day.part |= {"tests": summary(log), "tested": total(log)}
             day.save()
-    day.part["tests"] = summary(log)
+    day.part |= {"tests": summary(log), "tested": total(log)}
     day.save()
     if process.returncode not in (0, 1):
         said = [line for line in (day.folder / "tests.txt").read_text(errors="replace").splitlines() if line.strip()]
@@ -70,6 +70,14 @@ def summary(log: Path) -> list[dict[str, Any]]:
     for (op, backend), row in rows.items():
         row["sources"] = evidence.digests(ROOT, op, backend) if op in backends.OPS and backend in evidence.GPU else {}
     return [rows[key] for key in sorted(rows)]
+
+
+def total(log: Path) -> dict[str, int]:
+    """Tests passed, failed and skipped, each once whatever it ran, and failed where anything of it did."""
+    worst: dict[str, str] = {}
+    for test in map(json.loads, log.read_text().splitlines()):
+        worst[test["test"]] = max(test["outcome"], worst.get(test["test"], ""), key=("", "skipped", "passed", "failed").index)
+    return {outcome: sum(each == outcome for each in worst.values()) for outcome in ("passed", "failed", "skipped")}
 
 
 # ---- the plugin

@@ -175,12 +175,14 @@ def test_registers_are_read():
     ("text", "code", "status", "said"),
     [
         ("== 12 passed in 3s\n========= ERROR SUMMARY: 0 errors", 0, "ok", ""),
-        ("== 12 passed\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0, "ok", ""),
+        ("== 12 passed in 1s\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0, "ok", ""),
         (
-            "========= Invalid __global__ read of size 4 bytes\n=========     at k+0x1\n2 passed\n========= ERROR SUMMARY: 1 error",
+            "========= Invalid __global__ read of size 4 bytes\n=========     at k+0x1\n2 passed in 4.1s\n========= ERROR SUMMARY: 1 error",
             9, "failed", "1 error; Invalid __global__ read of size 4 bytes; at k+0x1",
         ),
-        ("========= ERROR SUMMARY: 0 errors\n1 failed, 3 passed", 1, "failed", "0 errors; 1 failed, 3 passed"),
+        ("========= ERROR SUMMARY: 0 errors\n1 failed, 3 passed in 2s", 1, "failed", "0 errors; 1 failed, 3 passed"),
+        ("========= ERROR SUMMARY: 0 errors\n3 passed, 2 errors in 0:01:02", 1, "failed", "0 errors; 2 failed, 3 passed"),
+        ("========= ERROR SUMMARY: 0 errors\n4 errors in 2s", 1, "failed", "0 errors; 4 failed, 0 passed"),
         ("Device not supported", 1, "not run", "no summary, code 1: Device not supported"),
         ("", 3, "not run", "no summary, code 3: "),
     ],
@@ -188,6 +190,20 @@ def test_registers_are_read():
 def test_verdict_of_a_sanitizer(text, code, status, said):
     found = gpu_stages.verdict(text, code)
     assert (found["status"], found["reason"]) == (status, said)
+
+
+@pytest.mark.parametrize(
+    ("text", "counts"),
+    [
+        ("7 failed and more\n== 1 failed, 3 passed, 2 skipped, 9 deselected, 1 warning, 2 errors in 61.20s (0:01:01) ==", (3, 3, 2)),
+        ("1 error in 0.2s", (0, 1, 0)),
+        ("5 skipped in 0.2s", (0, 0, 5)),
+        ("checked 12 passed tensors\nno tests ran in 0.01s", (0, 0, 0)),
+        ("", (0, 0, 0)),
+    ],
+)
+def test_what_pytest_sums_up(text, counts):
+    assert tuple(gpu_run.counted(text).values()) == counts
 
 
 def test_watched_tests_exist():
@@ -231,6 +247,10 @@ def test_tests_are_told_op_by_op(tmp_path):
     ]
     assert rows["rope", "cuda"]["skips"] == ["dtype is float32"] and list(rows["rope", "cuda"]["sources"]) == ["csrc/cuda/glue.cu"]
     assert rows["tree_uniforms", "cuda"]["sources"] == {}
+    assert gpu_tests.total(log) == {"passed": 2, "failed": 1, "skipped": 1}  # though its failure stands in two rows
+    with log.open("a") as more:  # passed, and then its teardown failed
+        more.write(json.dumps(tests[0] | {"outcome": "failed", "said": "E"}) + "\n")
+    assert gpu_tests.total(log) == {"passed": 1, "failed": 2, "skipped": 1}
     assert gpu_speed.red_ops({"tests": list(rows.values())}) == {("embed", "triton"): "assert 1 == 2", ("rope", "triton"): "assert 1 == 2"}
 
 
