@@ -14,8 +14,8 @@ tags: [ramify, quantized, {format}]
 ---
 # {name}: {format}
 
-The linear layers of {base} in ramify's {formats}{method_line}. Embeddings, norms and biases are as they were; the head is
-{head}.
+The linear layers of {base} in ramify's {formats}{method_line}.
+Embeddings, norms and biases are as they were; the head is {head}.
 
 | | before | after |
 |---|---|---|

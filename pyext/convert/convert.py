@@ -76,7 +76,7 @@ def convert(
     with _own_name(), torch.no_grad():
         checkpoint = Checkpoint(folder, finite=True, name=str(source) if is_zoo else None)
         before = _head_before(checkpoint)
-        repacked = bool(checkpoint.low_bit)
+        repacked = bool(checkpoint.low_bit_names)
         if repacked:
             refuse_rounding(checkpoint, wanted, {"method": method, "calibration": calibration}, head)
             held, layers = before if head is None else held, None

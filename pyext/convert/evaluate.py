@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ramify.checks import show
 from ramify.convert import calibrate
 from ramify.convert.conversion import Progress
 from ramify.model.checkpoint import Checkpoint
@@ -67,7 +68,7 @@ def judged(evaluate: str | Path | bool | None, checkpoint: Checkpoint, tokenizer
     elif isinstance(evaluate, (str, Path)):
         texts, name = [calibrate.read_text(evaluate) if isinstance(evaluate, Path) else evaluate], calibrate.named(evaluate)
     else:
-        raise TypeError(f"convert: evaluate is {evaluate}; takes a text, a Path, None or False.")
+        raise TypeError(f"convert: evaluate is {show(evaluate)}; takes a text, a Path, None or False.")
     window = min(WINDOW, checkpoint.config.max_positions - 1)
     found = [tokenizer.encode(text) for text in texts]
     windows = [ids[first : first + window + 1] for ids in found for first in range(0, len(ids) - 1, window)]
@@ -79,6 +80,8 @@ def judged(evaluate: str | Path | bool | None, checkpoint: Checkpoint, tokenizer
 def _held_out(checkpoint: Checkpoint) -> tuple[list[str], str]:
     """As many of the zoo's held-out modules as the model's size allows, and what they are called."""
     texts = [text[:HELD_OUT_CHARACTERS] for text in corpus.held_out_texts().values()]
+    if not texts:
+        return [], ""
     weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names)
     count = min(len(texts), max(1, int(WORK / weights / 1300)))
     name = "the zoo's held-out modules" if count == len(texts) else f"{count} of the zoo's {len(texts)} held-out modules"
@@ -88,7 +91,7 @@ def _held_out(checkpoint: Checkpoint) -> tuple[list[str], str]:
 def _too_large(checkpoint: Checkpoint) -> str:
     """Why a model is not measured unasked: with all its weights at once it does not fit. Empty where it does, or nobody knows."""
     names = [*checkpoint.names, *(["embed"] if "lm_head" not in checkpoint.names else [])]  # the head is packed apart
-    needed = sum(math.prod(checkpoint.shape(name)) * (1 if name in checkpoint.low_bit else 4) for name in names)
+    needed = sum(math.prod(checkpoint.shape(name)) * (1 if name in checkpoint.low_bit_names else 4) for name in names)
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))

@@ -17,7 +17,7 @@ from ramify.quant.sources.ramify import config_of, stored
 def refuse_rounding(checkpoint: Checkpoint, to: Format | None, rounding: Mapping[str, object], head: str | None) -> None:
     """ValueError where quantised weights were to be rounded again. rounding: arguments that only rounding takes, None where not given."""
     name = checkpoint.config.name
-    first = _format(checkpoint, next(each for each in checkpoint.names if each in checkpoint.low_bit))
+    first = _format(checkpoint, next(each for each in checkpoint.names if each in checkpoint.low_bit_names))
     for argument, value in rounding.items():
         if value is not None:
             raise ValueError(
@@ -26,7 +26,7 @@ def refuse_rounding(checkpoint: Checkpoint, to: Format | None, rounding: Mapping
             )
     if to is not None and first != to:
         raise _twice(name, first, to)
-    if head is not None and "lm_head" in checkpoint.low_bit and head != (own := _format(checkpoint, "lm_head").name):
+    if head is not None and "lm_head" in checkpoint.low_bit_names and head != (own := _format(checkpoint, "lm_head").name):
         raise ValueError(f'convert: head is "{head}" and that of {name} is {own} already; takes no other. Leave out --head.')
 
 
@@ -41,7 +41,7 @@ def write_repacked(checkpoint: Checkpoint, new: NewFolder, made: Conversion, to:
     for name in progress(checkpoint.names, "tensors"):
         theirs = checkpoint.source_name(name)
         prefix = theirs.removesuffix(".weight")
-        tensor = checkpoint.tensor(name) if name in checkpoint.low_bit else checkpoint.stored(name)
+        tensor = checkpoint.tensor(name) if name in checkpoint.low_bit_names else checkpoint.stored(name)
         tensors = {theirs: tensor} if not isinstance(tensor, QuantizedWeight) else stored(prefix, tensor)
         sizes = checkpoint.nbytes(name), sum(each.nbytes for each in tensors.values())
         total_bytes = [total + size for total, size in zip(total_bytes, sizes)]

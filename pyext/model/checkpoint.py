@@ -92,7 +92,7 @@ class Checkpoint:
         return self._table[name][1]
 
     @property
-    def low_bit(self) -> Collection[str]:
+    def low_bit_names(self) -> Collection[str]:
         """Canonical names of the tensors that are stored in a low-bit format."""
         return self._low_bit.keys()
 

@@ -62,6 +62,7 @@ def build(
     if head is None:
         head = stored.get("head") if stored else "int8" if layers else None
     head_format = None if head in (None, "dense") else Format.parse(head, "load: head")
+    checkpoint.check_groups(layers, head_format)
     settings = Settings(DTYPES[str(dtype).removeprefix("torch.")], layers, head_format, activations, place)
     return Model(checkpoint.config, Weights.load(checkpoint, settings), Tokenizer.from_folder(folder))
 

@@ -168,7 +168,6 @@ class Weights:
         """Read, fuse and pack layer by layer, so that a large checkpoint is never in memory twice."""
         if settings.device is None:
             native()  # so that kernels which cannot be loaded are not taken for a tensor's fault
-        checkpoint.check_groups(settings.layers, settings.head)
         config: ModelConfig = checkpoint.config
         embed = checkpoint.stored("embed")
         weights = cls(settings, settings.on_device(embed.to(settings.dtype).contiguous()))

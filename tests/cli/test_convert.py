@@ -57,6 +57,45 @@ def test_a_person_reads_before_and_after(tmp_path, text, capsys):
     assert "tokens of text.py" in told.splitlines()[-1]
 
 
+def test_a_quantised_folder_is_repacked(tmp_path, text, capsys):
+    """Its own format may be named, no other; nothing is rounded, and the table says so."""
+    first, out = tmp_path / "first", tmp_path / "out"
+    assert run(capsys, "zoo-drafter", first, "--to", "int8", "--evaluate", "none")[0] == 0
+    code, told, err = run(capsys, first, out, "--to", "int8", "--evaluate", text)
+    assert (code, err) == (0, "") and "int8, repacked from ramify_w8 bit for bit; head int8" in told and "error" not in told
+    [nats] = [line.split()[-2:] for line in told.splitlines() if line.startswith("nats a token")]
+    assert nats[0] == nats[1]
+    for option, value in (("--to", "int4-g64"), ("--method", "rtn"), ("--calibration", text)):
+        code, told, err = run(capsys, first, tmp_path / "no", option, value)
+        assert (code, told, err.count("\n")) == (2, "", 1) and "first is int8 already" in err and f"Leave out {option}" in err
+    assert not (tmp_path / "no").exists()
+
+
+def test_without_perplexity(tmp_path, capsys):
+    """Asked for, or for want of a tokenizer: the last line says why."""
+    bare = tmp_path / "bare"
+    shutil.copytree(folder_of("zoo-drafter"), bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    for source, options, says in (
+        ("zoo-drafter", ["--evaluate", "none"], "it was not asked for"),
+        (bare, [], "the model has no tokenizer.json"),
+    ):
+        code, told, _ = run(capsys, source, tmp_path / "out", "--to", "int8", "--force", *options)
+        assert code == 0 and told.splitlines()[-1] == f"Perplexity was not measured: {says}."
+    code, _, err = run(capsys, bare, tmp_path / "no", "--to", "int8", "--evaluate", __file__)
+    assert (
+        code == 2
+        and err == "ramify convert: evaluate is given and IN has no tokenizer.json; takes one to read a text with. Leave it out.\n"
+    )
+
+
+def test_one_message_for_groups(tmp_path, capsys):
+    """Whether weights are rounded into a folder or while they are loaded."""
+    code, _, err = run(capsys, "zoo-drafter", tmp_path / "out", "--to", "int4-g128")
+    assert code == 2
+    assert main(["generate", "--model", "zoo-drafter", "--weights", "int4-g128", "x"]) == 2
+    assert capsys.readouterr().err.replace("ramify load: ", "ramify convert: ") == err
+
+
 def test_errors_are_one_line_and_leave_nothing(tmp_path, text, capsys):
     broken = tmp_path / "broken"
     shutil.copytree(folder_of("zoo-drafter"), broken)
@@ -89,6 +128,10 @@ def test_errors_are_one_line_and_leave_nothing(tmp_path, text, capsys):
             f"ramify convert: {tmp_path} cannot be read (Is a directory); takes",
         ),
         (["zoo-drafter"], "OUT"),
+        (["", out], 'ramify convert: IN is ""; takes a checkpoint folder'),
+        (["zoo-drafter", ""], 'ramify convert: OUT is ""; takes the name of a new folder'),
+        (["zoo-drafter", out, "--calibration", ""], '--calibration: "" is no file'),
+        (["zoo-drafter", out, "--evaluate", ""], '--evaluate: "" is no file'),
     ]
     for argv, says in cases:
         code, told, err = run(capsys, *argv)

@@ -88,7 +88,7 @@ def repacked(source, out, **options):
     """The conversion; checked: every tensor and all logits are those of the source, bit for bit."""
     made = convert(source, out, **options)
     before, after = Checkpoint(source), Checkpoint(out)
-    assert before.names == after.names and set(before.low_bit) == set(after.low_bit) and made.method == "repack"
+    assert before.names == after.names and set(before.low_bit_names) == set(after.low_bit_names) and made.method == "repack"
     assert after.config.quantization["quant_method"].startswith("ramify_w")
     for name in before.names:
         assert same_bits(before.tensor(name), after.tensor(name)), name
@@ -229,7 +229,7 @@ def test_transformers_loads_it(tmp_path, name):
     model, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
     assert not any(info.values()), info
     checkpoint = Checkpoint(source)
-    for ours in checkpoint.low_bit:
+    for ours in checkpoint.low_bit_names:
         layer = model.get_submodule(checkpoint.source_name(ours).removesuffix(".weight"))
         assert same_bits(layer.quantized, checkpoint.tensor(ours)), ours
     with torch.no_grad():
