@@ -99,4 +99,4 @@ def _too_large(checkpoint: Checkpoint) -> str:
         return ""
     if needed <= free:
         return ""
-    return f"it takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
+    return f"the model takes {needed / 1e9:.1f} GB of memory as float32, and {free / 1e9:.1f} GB are free"

@@ -47,7 +47,7 @@ def test_what_does_not_fit_is_not_measured_unasked(drafter, monkeypatch):
     """But it is where a text is given."""
     checkpoint, tokenizer = drafter
     monkeypatch.setattr(evaluate.Path, "read_text", lambda path: "MemTotal: 9000 kB\nMemAvailable: 1000 kB\n")
-    assert evaluate.judged(None, checkpoint, tokenizer) == "it takes 0.0 GB of memory, and 0.0 GB are free"
+    assert evaluate.judged(None, checkpoint, tokenizer) == "the model takes 0.0 GB of memory as float32, and 0.0 GB are free"
     assert evaluate.judged(TEXT, checkpoint, tokenizer).measure(checkpoint, None, silent, "").tokens > 100
     monkeypatch.setattr(evaluate.Path, "read_text", lambda path: "nothing of the kind")
     assert isinstance(evaluate.judged(None, checkpoint, tokenizer), evaluate.Judged)
