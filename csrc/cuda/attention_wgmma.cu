@@ -4,6 +4,8 @@
 //
 // Kernels  columns (attention_columns.cuh): up to 64 packed rows T * Hq/Hkv a block, as 16 or 64 columns of wgmma; one warpgroup, and a
 //          warp that fills its ring. rows (attention_rows.cuh): more rows; two warpgroups of 64 rows share every tile, two warps copy.
+//          Every block reads its own tiles: no clusters and no multicast, so row blocks of one head meet in L2 only, and rows are at most
+//          128 a block. To be weighed against a run on hardware.
 // Takes    bf16 and f16, head sizes 64, 96, 128 and 256, keys and values at multiples of 16 bytes; attention.cu takes the rest.
 // Bits     as attention.cu: chunks end at multiples of `chunk` slots, weights are 2^(s - m) with an integral m that only a row's own
 //          scores move, so scaling is exact; the same bits for any grid. The order in which wgmma adds is the chip's own.

@@ -98,6 +98,15 @@ def check_cache(check: Shapes, k_name: str, k: Tensor, v_name: str, v: Tensor, p
         check("page_table", page_table, "B P", INT32)
 
 
+def check_window(check: Shapes, window: int, sink: int) -> None:
+    """A window and the sink behind it; 0 is none."""
+    for name, value in (("window", window), ("sink", sink)):
+        if value < 0:
+            raise check.fail(f"{name} is {value}", "0 or more")
+    if sink and not window:
+        raise check.fail(f"sink is {sink} and window is None", "a sink behind a window", "Give a window too, or leave sink out.")
+
+
 def tensor(op: str, name: str, x: object) -> Tensor:
     """x, which is a tensor of the ordinary kind: strided, not nested, not one of torch's quantized ones."""
     if not isinstance(x, Tensor):

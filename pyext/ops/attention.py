@@ -10,7 +10,7 @@ from ramify import reference
 from ramify.checks import INT64_MAX, number, whole
 from ramify.ops import _cuda as _kernels
 from ramify.ops import _native
-from ramify.ops._checks import FLOATS, INT32, INT64, Results, Shapes, check_cache, check_pages, outputs, tensor, wrong_row
+from ramify.ops._checks import FLOATS, INT32, INT64, Results, Shapes, check_cache, check_pages, check_window, outputs, tensor, wrong_row
 from ramify.ops._library import Op
 from ramify.tree import MAX_ROWS
 
@@ -39,7 +39,8 @@ def tree_attention(
     ancestors int64 [B, T, W]: bit j & 63 of word j >> 6 of row i is set when row i sees row j; itself always, a later row never.
     prefix_len int32 [B]: slots of k and v that every row sees. scale: 1 / sqrt(D) by default.
     window: a row at position p sees keys above p - window; a row's position is prefix_len + its ancestors without itself.
-    sink: with a window, the first slots that stay visible. tail_rows int32 [B]: rows in use; the others give 0 and -inf.
+    sink: the first slots, visible behind the window as well; none is taken without one. tail_rows int32 [B]: rows in use; the others
+    give 0 and -inf.
 
     Returns o [B, T, Hq, D] in q's dtype (, lse float32 [B, T, Hq], natural logarithm, with return_lse). Slots of the prefix that no row
     sees may hold anything; a value of the tail that is NaN or infinite reaches every row of its sequence. A row that sees a score,
@@ -146,9 +147,7 @@ def _check_tree_attention(
         raise check.fail(f"ancestors has {ancestors.shape[2]} words a row", f"{-(-T // 64)} for {T} rows")
     if not math.isfinite(scale):
         raise check.fail(f"scale is {scale}", "a finite number")
-    for name, value in (("window", window), ("sink", sink)):
-        if value < 0:
-            raise check.fail(f"{name} is {value}", "0 or more")
+    check_window(check, window, sink)
     return ((q.shape, q.dtype), (q.shape[:3], torch.float32))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ramify import reference
 from ramify.checks import INT64_MAX, number, whole
 from ramify.ops import _cuda, _native
-from ramify.ops._checks import FLOATS, INT32, INT64, Results, Shapes, check_pages, tensor, wrong_row
+from ramify.ops._checks import FLOATS, INT32, INT64, Results, Shapes, check_pages, check_window, tensor, wrong_row
 from ramify.ops._library import Op
 
 
@@ -35,6 +35,7 @@ def attention_colsum(
     gets nothing from it; a row whose lse is -inf gives nothing; a score or lse that is NaN or beyond float32 makes the slots that the
     row sees NaN.
 
+    A pass of its own over the keys, behind the tree_attention whose lse it takes and no part of it: who scores no slots pays nothing.
     Returns float32 [B, Hkv, S], or [B, Hkv, P * page]: 0 for slots that nobody sees, whatever they hold. With the shares of the rows' own
     tails the slots of a head sum to the number of its rows. Rows are added in one fixed order. Raises ValueError for shapes and values,
     TypeError for dtypes. Source: the accumulated scores of H2O (arXiv 2306.14048) and SnapKV (arXiv 2404.14469).
@@ -72,9 +73,7 @@ def _check(
         )
     if not math.isfinite(scale):
         raise check.fail(f"scale is {scale}", "a finite number")
-    for name, value in (("window", window), ("sink", sink)):
-        if value < 0:
-            raise check.fail(f"{name} is {value}", "0 or more")
+    check_window(check, window, sink)
     return (((B, Hkv, _slots(k, page_table)), torch.float32),)
 
 

@@ -348,11 +348,11 @@ def calls():
         case.k, case.v = case.k.contiguous(), case.v.contiguous()
         case.tail_k = case.tail_k.contiguous() if page else case.tail_k
         window = None if page else 300
-        _, lse = ops.tree_attention(*case.tensors, **case.options, window=window, sink=2, return_lse=True)
+        _, lse = ops.tree_attention(*case.tensors, **case.options, window=window, sink=window and 2, return_lse=True)
         with ramify.row_invariant(True):
-            ops.tree_attention(*case.tensors, **case.options, window=window, sink=2)
+            ops.tree_attention(*case.tensors, **case.options, window=window, sink=window and 2)
         tree = {"ancestors": case.ancestors, "page_table": case.page_table}
-        ops.attention_colsum(case.q, case.k, lse, case.prefix_len, window=window, sink=2, **tree)
+        ops.attention_colsum(case.q, case.k, lse, case.prefix_len, window=window, sink=window and 2, **tree)
     for D in (96, 128, 256):  # each head size is a kernel of its own
         case = attention_case([70], 5, 2, 1, D, dtype=BF16, tree="random", seed=1)
         ops.tree_attention(*case.tensors, **case.options)

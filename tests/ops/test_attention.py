@@ -104,15 +104,15 @@ def test_row_equals_plain_decoding(level, dtype, D, prefix, T, page, window):
     case = attention_case(prefix, T, 4, 2, D, dtype=dtype, tree="bushy", page=page, seed=D + T)
     with running("cpu", level):
         with threads(1):
-            o, lse = ops.tree_attention(*case.tensors, **case.options, window=window, sink=3, return_lse=True)
+            o, lse = ops.tree_attention(*case.tensors, **case.options, window=window, sink=window and 3, return_lse=True)
         with threads(2):
-            o2, lse2 = ops.tree_attention(*case.tensors, **case.options, window=window, sink=3, return_lse=True)
+            o2, lse2 = ops.tree_attention(*case.tensors, **case.options, window=window, sink=window and 3, return_lse=True)
         assert torch.equal(o, o2) and torch.equal(lse, lse2)
         for b in range(len(prefix)):
             for r in {0, 1, T // 2, T - 2, T - 1}:
                 plain, with_threads = case.row(b, r), threads(1 + r % 2)
                 with with_threads:
-                    o1, lse1 = ops.tree_attention(*plain.tensors, window=window, sink=3, return_lse=True)
+                    o1, lse1 = ops.tree_attention(*plain.tensors, window=window, sink=window and 3, return_lse=True)
                 assert torch.equal(o1[0, 0], o[b, r]), f"sequence {b}, row {r}"
                 assert torch.equal(lse1[0, 0], lse[b, r]), f"lse of sequence {b}, row {r}"
 
@@ -240,6 +240,7 @@ def test_accepts_full_width_and_says_what_it_does_not_take():
         (ValueError, "ancestors[0, 3] is", {"ancestors": lost}),
         (ValueError, "window is 0; takes 1 or more", {"window": 0}),
         (ValueError, "sink is -1", {"sink": -1}),
+        (ValueError, "sink is 3 and window is None; takes a sink behind a window. Give a window too", {"sink": 3}),
         (ValueError, "scale is nan", {"scale": float("nan")}),
         (TypeError, "scale is", {"scale": "0.1"}),
         (ValueError, "tail_rows[1] is 6", {"tail_rows": torch.tensor([5, 6], dtype=torch.int32)}),

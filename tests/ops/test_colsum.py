@@ -126,6 +126,7 @@ def test_says_what_it_does_not_take():
         ((q, k, lse, n), {"ancestors": case.ancestors.int()}, TypeError, "ancestors is int32; takes int64"),
         ((q, k, lse, n), {"window": 0}, ValueError, "window is 0"),
         ((q, k, lse, n), {"sink": -1}, ValueError, "sink is -1"),
+        ((q, k, lse, n), {"sink": 2}, ValueError, "sink is 2 and window is None; takes a sink behind a window."),
         ((q, k, lse, n), {"scale": float("nan")}, ValueError, "scale is nan"),
         (("q", k, lse, n), {}, TypeError, 'q is "q"; takes a tensor'),
     ]
