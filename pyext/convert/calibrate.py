@@ -104,6 +104,11 @@ class Stream:
     def __init__(self, checkpoint: Checkpoint, texts: Sequence[Sequence[int]]) -> None:
         self.config = checkpoint.config
         embed = checkpoint.stored("embed")
+        if (last := max(map(max, texts))) >= len(embed):
+            raise ValueError(
+                f"convert: calibration has token {last}, and the model takes 0 to {len(embed) - 1}: tokenizer.json is another model's. "
+                "Fetch it again."
+            )
         self.hidden = [embed[torch.tensor(ids, device="cpu")].float() for ids in texts]
         longest = max(map(len, texts))
         self._rope = rope_tables(self.config.rope, self.config.head_dim, longest)

@@ -6,6 +6,7 @@ benchmarks/accuracy.py measures all of it (benchmarks/results/accuracy.json). gp
 Without text rtn is the default: hqq, for all its refining, is within the noise of it.
 """
 
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ramify.checks import one_of, whole
+from ramify.checks import one_of, show, whole
 from ramify.convert import calibrate
 from ramify.convert.card import card
 from ramify.convert.conversion import Conversion, Progress, silent
@@ -61,12 +62,14 @@ def convert(
     Raises ValueError, UnsupportedModelError and CheckpointError, naming the tensor.
     """
     for name, path, takes in (("IN", source, 'a checkpoint folder, "zoo" or "zoo-drafter"'), ("OUT", out, "the name of a new folder")):
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"convert: {name} is {show(path)}; takes {takes}.")
         if not str(path):
             raise ValueError(f'convert: {name} is ""; takes {takes}.')
     start, folder, out = time.perf_counter(), folder_of(source), Path(out)
     is_zoo = str(source) in ZOO
     wanted = None if to is None else Format.parse(to, "convert: format")
-    held = None if head in (None, "dense") else Format.parse(head, "convert: head")
+    held = None if head in (None, "dense") else Format.parse(head, "convert: head", ", dense")
     if method is not None:
         one_of("method", method, METHODS, "convert")
     whole("calibration_tokens", calibration_tokens, calibrate.LEAST, "convert")

@@ -69,8 +69,14 @@ def judged(evaluate: str | Path | bool | None, checkpoint: Checkpoint, tokenizer
         texts, name = [calibrate.read_text(evaluate) if isinstance(evaluate, Path) else evaluate], calibrate.named(evaluate)
     else:
         raise TypeError(f"convert: evaluate is {show(evaluate)}; takes a text, a Path, None or False.")
-    window = min(WINDOW, checkpoint.config.max_positions - 1)
     found = [tokenizer.encode(text) for text in texts]
+    vocabulary = checkpoint.config.vocab_size
+    if (last := max((token for ids in found for token in ids), default=0)) >= vocabulary:
+        says = f"its tokenizer.json has token {last}, and the model takes 0 to {vocabulary - 1}"
+        if evaluate is None:
+            return says
+        raise ValueError(f"convert: evaluate is given to a model with another's tokenizer: {says}. Fetch tokenizer.json again.")
+    window = min(WINDOW, checkpoint.config.max_positions - 1)
     windows = [ids[first : first + window + 1] for ids in found for first in range(0, len(ids) - 1, window)]
     if not windows:
         raise ValueError(f"convert: evaluate, {name}, has no token to predict; takes two tokens or more. Give a longer text.")

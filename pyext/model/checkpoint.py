@@ -25,6 +25,8 @@ log = logging.getLogger("ramify")
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+CODES = ("qweight", "weight_packed", "_weight_qdata")
+"""Parts of a layer that only quantised checkpoints have."""
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # older files carry the table that `rope` computes
 
 
@@ -183,7 +185,9 @@ class Checkpoint:
                 return dict.fromkeys(shard.keys(), single)
         if not index.is_file():
             pickled = sorted(p.name for p in self.folder.glob("pytorch_model*"))
+            others = sorted(p.name for p in self.folder.glob("*.safetensors"))
             hint = f"{pickled[0]} is not read: save it again with safe_serialization." if pickled else "Fetch the checkpoint again."
+            hint = f"Rename {others[0]} to {SINGLE}." if len(others) == 1 else hint
             raise CheckpointError(f"load: {self.folder} has neither {SINGLE} nor {INDEX}. {hint}")
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
@@ -209,7 +213,7 @@ class Checkpoint:
         shards: dict[Path, list[tuple[str, tuple[int, ...] | None]]] = {}
         for theirs, wanted_shape in wanted_of.items():
             if theirs not in self._where:
-                raise CheckpointError(f'load: {self.folder}, tensor "{theirs}" is missing; config.json asks for it. Fetch it again.')
+                raise self._missing(theirs)
             shards.setdefault(self._where[theirs], []).append((theirs, wanted_shape))
         for file, wanted in shards.items():
             with _opened(file) as shard:
@@ -220,6 +224,14 @@ class Checkpoint:
         extra = [name for name in extra if not IGNORED.search(name) and not (name == "lm_head.weight" and self.config.tied_embeddings)]
         if extra:
             log.warning("load: %s has %d tensors that its config does not use, %s first", self.folder, len(extra), extra[0])
+
+    def _missing(self, theirs: str) -> CheckpointError:
+        """The error for a tensor that no file has, with what may be the reason."""
+        prefix = theirs.removesuffix("weight")
+        if self._source is None and theirs.endswith(".weight") and any(f"{prefix}{part}" in self._where for part in CODES):
+            does = 'Put quantize_config.json or quant_config.json into config.json as "quantization_config", with its "quant_method".'
+            return CheckpointError(f'load: {self.folder}, layer "{prefix[:-1]}" is quantised and config.json does not say how. {does}')
+        return CheckpointError(f'load: {self.folder}, tensor "{theirs}" is missing; config.json asks for it. Fetch it again.')
 
 
 def _check_header(file: Path, shard: safe_open, present: set[str], name: str, shape: tuple[int, ...] | None) -> None:

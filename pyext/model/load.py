@@ -61,7 +61,7 @@ def build(
         raise ValueError(f"load: weights is {layers.name} and {folder.name} is quantised already; takes None: it is read as it is stored.")
     if head is None:
         head = stored.get("head") if stored else "int8" if layers else None
-    head_format = None if head in (None, "dense") else Format.parse(head, "load: head")
+    head_format = None if head in (None, "dense") else Format.parse(head, "load: head", ", dense")
     checkpoint.check_groups(layers, head_format)
     settings = Settings(DTYPES[str(dtype).removeprefix("torch.")], layers, head_format, activations, place)
     return Model(checkpoint.config, Weights.load(checkpoint, settings), Tokenizer.from_folder(folder))

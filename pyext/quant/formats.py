@@ -33,16 +33,16 @@ class Format:
             raise ValueError(f"Format: zero_point is True; {self.kind} takes False: only int4 groups have zero points.")
 
     @classmethod
-    def parse(cls, name: str, what: str = "format") -> "Format":
+    def parse(cls, name: str, what: str = "format", besides: str = "") -> "Format":
         """The format of a name such as "int4-g64"; "int4" alone is int4-g64. Raises ValueError that lists the names.
 
-        what: the caller and the argument that gave the name, for the message.
+        what: the caller and the argument that gave the name, for the message; besides: what else that argument takes.
         """
         wanted = "int4-g64" if name == "int4" else name
         for known in ALL:
             if known.name == wanted:
                 return known
-        raise ValueError(f"{what} is {show(name)}; takes {', '.join(known.name for known in ALL)}.")
+        raise ValueError(f"{what} is {show(name)}; takes {', '.join(known.name for known in ALL)}{besides}.")
 
     @property
     def name(self) -> str:

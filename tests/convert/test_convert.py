@@ -344,7 +344,7 @@ def poison(tensors):
         (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), {}, CheckpointError, r"layers\.1\.mlp\.up_proj\.weight.*missing"),
         (poison, {}, CheckpointError, r"gate_proj\.weight.*NaN"),
         (None, {"to": "int3"}, ValueError, 'format is "int3"; takes int8, int4-g32'),
-        (None, {"head": "int3"}, ValueError, 'head is "int3"'),
+        (None, {"head": "int3"}, ValueError, 'head is "int3"; takes int8, .*fp8-b128, dense'),
         (None, {"method": "awq"}, ValueError, 'convert: method is "awq"; takes "rtn" or "hqq" or "gptq"'),
         (None, {"method": "gptq"}, ValueError, "calibration is missing.*--calibration FILE"),
         (None, {"method": "hqq", "to": "int8"}, ValueError, 'convert: method "hqq": to is "int8"; takes "int4"'),
@@ -382,3 +382,26 @@ def test_refuses_a_truncated_file(source, tmp_path):
         convert(source, tmp_path / "out")
     with pytest.raises(CheckpointError, match="absent is no folder"):
         convert(tmp_path / "absent", tmp_path / "out")
+
+
+def test_refuses_what_is_no_path(source, tmp_path):
+    for given, says in (
+        ((None, tmp_path / "out"), "convert: IN is None; takes a checkpoint"),
+        ((source, 5), "convert: OUT is 5; takes the"),
+    ):
+        with pytest.raises(TypeError, match=says):
+            convert(*given)
+
+
+def test_a_tokenizer_of_another_model(tmp_path):
+    """Nothing is measured unasked with it, and what was asked for is refused by name."""
+    source = write(tmp_path / "in", {**CONFIG, "vocab_size": 40})
+    made = convert(source, tmp_path / "out")
+    assert made.before is None and "and the model takes 0 to 39" in made.unmeasured
+    for options, says in (
+        ({"evaluate": TEXT}, "evaluate is given to a model with another's"),
+        ({"calibration": TEXT}, "calibration has token"),
+    ):
+        with pytest.raises(ValueError, match=rf"^convert: {says}.* takes 0 to 39"):
+            convert(source, tmp_path / "no", **options)
+    assert not (tmp_path / "no").exists()

@@ -347,3 +347,21 @@ def test_formats_by_layer_are_read_by_parts_of_names():
     assert [source.format_of(name).name for name in names] == ["int8", "int8", "fp8", "int4-g64", "int4-g64"]
     weight = quantize(torch.randn(8, 64), Format("int8"))
     assert same_bits(source.read(stored("layers.1.mlp.up_proj", weight).get, "layers.1.mlp.up_proj"), weight)
+
+
+def test_older_folders_are_told_what_they_lack(tmp_path):
+    """AutoGPTQ wrote its config into a file of its own, and the weights under names of their own."""
+    source = make(tmp_path / "in", *WHOLE["gptq"][:2], WIDE)
+    settings = json.loads((source / "config.json").read_text())
+    (source / "quantize_config.json").write_text(json.dumps(settings.pop("quantization_config")))
+    (source / "config.json").write_text(json.dumps(settings))
+    says = (
+        '^convert: .*in, layer "model.layers.0.self_attn.q_proj" is quantised and config.json does not say how. Put quantize_config.json or'
+    )
+    with pytest.raises(CheckpointError, match=says):
+        convert(source, tmp_path / "out")
+    (source / SINGLE).rename(source / "gptq_model-4bit-32g.safetensors")
+    with pytest.raises(
+        CheckpointError, match="^convert: .*in has neither .*. Rename gptq_model-4bit-32g.safetensors to model.safetensors.$"
+    ):
+        convert(source, tmp_path / "out")
