@@ -26,10 +26,13 @@ instructions: use it to see decoding methods work, not to write software.
 | held-out loss | **{nats:.3f} nats a token**, {bits:.3f} bits a byte, over {held:,} tokens of the held-out modules |
 | held-out modules | {modules} (and every file named after them) |
 
+Conversions and the benchmark of accuracy read the beginnings of these modules only, mostly docstrings, and come to a higher loss.
+
 To train it again: `pip install 'ramify[zoo]'`, then `python -m ramify.zoo.train --out zoo --only {name} --tokens {tokens_flag}{flags}`.
-The training text is licensed under the PSF licence; the weights are released with ramify under Apache-2.0.
+{again}The training text is licensed under the PSF licence; the weights are released with ramify under Apache-2.0.
 """
 
+AGAIN = "That is one schedule for all tokens; these weights, taken up again, had more than one, and it comes to others.\n"
 AIM = """
 | training aim | the law of the {teacher}; both think the same token likeliest at **{agreement:.1%}** of held-out positions |"""
 
@@ -54,6 +57,7 @@ def write_card(folder: Path, summary: dict, packages: Sequence[str] = ()) -> Non
             held=summary["held_out"]["tokens"],
             modules=", ".join(f"`{name}`" for name in corpus.HELD_OUT),
             tokens_flag=f"{summary['tokens']:.3g}".replace("e+0", "e"),
+            again=AGAIN if len(summary["planned"]) > 1 else "",
             flags=" --distil" * bool(summary.get("teacher")) + "".join(f" --package {name}" for name in packages),
         )
     )
