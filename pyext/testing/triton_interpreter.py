@@ -1,8 +1,9 @@
 """Triton's interpreter, mended and guarded: a kernel's values, bounds and races proved on a machine without a GPU.
 
 With TRITON_INTERPRET=1 in the environment before the first `import triton`, kernels run on CPU tensors, one program after the
-other. As it comes, that interpreter multiplies the bits of bf16 numbers, truncates where a GPU rounds, and reads past the end
-of a tensor without a word. `install` mends the first two and proves it by six probes; `guarded` makes a launch fail when a
+other. As it comes, that interpreter multiplies the bits of bf16 numbers, truncates where a GPU rounds, on numpy 2.4 does not loop up to
+a number that was loaded (Triton 3.6), and reads past the end of a tensor without a word. `install` mends the first three and proves it
+by seven probes; `guarded` makes a launch fail when a
 program touches bytes outside its tensors, or bytes that another program has written. Needs ml_dtypes.
 """
 
@@ -48,6 +49,7 @@ def install() -> None:
     casts = ["create_fp_ext", "create_fp_trunc", "create_si_to_fp", "create_ui_to_fp", "create_fp_to_si", "create_fp_to_ui"]
     for name in ["cast_impl", *casts]:
         setattr(Builder, name, _cast)
+    _count_by_tensors()
     _watch_launches()
     if failed := [name for name, right in probes().items() if not right]:
         raise RuntimeError(
@@ -57,13 +59,14 @@ def install() -> None:
 
 
 def probes() -> dict[str, bool]:
-    """The six things that an unmended interpreter gets wrong, each compared with torch bit for bit."""
+    """The seven things that an unmended interpreter gets wrong, each compared with torch bit for bit."""
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 32, 32, generator=g) * 3
+    steps = torch.tensor([3])
     x[0, :4] = torch.tensor([1e-3, -7e-4, 500.0, 0.0])  # subnormal and out of range in 8 bits
     a, b = x.bfloat16(), y.bfloat16()
     out = {name: torch.empty(32, 32, dtype=dtype) for name, dtype in _PROBE_OUTPUTS.items()}
-    _probe[(1,)](x, a, b, *out.values(), N=32)
+    _probe[(1,)](x, a, b, steps, *out.values(), N=32)
     chain = ((a * b).float() + 1.5).bfloat16() - a  # three roundings, each to nearest even
     exact, terms = a.double() @ b.double(), a.double().abs() @ b.double().abs()
     want = {
@@ -73,6 +76,7 @@ def probes() -> dict[str, bool]:
         "f32 -> e5m2": out["f32 -> e5m2"].float().equal(x.to(torch.float8_e5m2).float()),
         "bf16 add": out["bf16 add"].equal(a + b),
         "bf16 chain": out["bf16 chain"].equal(chain),
+        "loaded bound": out["loaded bound"].equal(3 * x),
     }
     return {name: bool(right) for name, right in want.items()}
 
@@ -84,11 +88,12 @@ _PROBE_OUTPUTS = {
     "f32 -> e5m2": torch.float8_e5m2,
     "bf16 add": torch.bfloat16,
     "bf16 chain": torch.bfloat16,
+    "loaded bound": torch.float32,
 }
 
 
 @triton.jit
-def _probe(x, a, b, dot, to_bf16, to_e4m3, to_e5m2, add, chain, N: tl.constexpr):
+def _probe(x, a, b, steps, dot, to_bf16, to_e4m3, to_e5m2, add, chain, sums, N: tl.constexpr):
     at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
     wide, p, q = tl.load(x + at), tl.load(a + at), tl.load(b + at)
     tl.store(dot + at, tl.dot(p, q))
@@ -97,6 +102,10 @@ def _probe(x, a, b, dot, to_bf16, to_e4m3, to_e5m2, add, chain, N: tl.constexpr)
     tl.store(to_e5m2 + at, wide.to(tl.float8e5))
     tl.store(add + at, p + q)
     tl.store(chain + at, ((p * q).to(tl.float32) + 1.5).to(tl.bfloat16) - p)
+    total = tl.zeros([N, N], tl.float32)
+    for _ in range(0, tl.load(steps)):
+        total += wide
+    tl.store(sums + at, total)
 
 
 # ---- values
@@ -150,6 +159,17 @@ def _cast(self: Any, source: Any, to: Any, *_: Any) -> Any:
 
 def _widened(h: Any) -> Any:
     return Handle(_f32(h), tl.float32) if _is_bf16(h) or h.dtype.scalar in F8 else h
+
+
+def _count_by_tensors() -> None:
+    """A loaded number, which is an array of one element here, may be where a loop ends."""
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, *scope: Any) -> None:
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())  # undone with the rest of the patch when the launch is over
+
+    interpreter._patch_lang_tensor = patched
 
 
 # ---- memory
