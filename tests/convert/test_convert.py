@@ -231,24 +231,6 @@ def test_later_layers_see_the_low_bit_earlier_ones(source, tmp_path):
                 stream.advance(i, stage, w)
 
 
-def test_calibration_text(monkeypatch, tmp_path):
-    tokenizer = calibrate.Tokenizer.from_folder(folder_of("zoo"))
-    ids = tokenizer.encode(TEXT)
-    for limit in (130, 256, 300, 10**6):
-        found = calibrate.windows(tokenizer, TEXT, False, limit)
-        assert [token for part in found for token in part] == ids[:limit] and max(map(len, found)) <= 512
-    file = tmp_path / "text"
-    file.write_text(TEXT)
-    assert calibrate.windows(tokenizer, file, False, 600) == calibrate.windows(tokenizer, TEXT, False, 600)
-    asked = []
-    monkeypatch.setattr(calibrate.corpus, "training_texts", lambda *args: asked.append(args) or [TEXT, TEXT * 9, TEXT * 30])
-    found = calibrate.windows(tokenizer, None, True, 1200)
-    assert asked and list(map(len, found)) == [len(found[0]), 512, 1200 - 512 - len(found[0])]
-    for text in ("", TEXT[:300]):
-        with pytest.raises(ValueError, match=rf"has {len(tokenizer.encode(text))} tokens; takes 128 or more.*Give a longer text"):
-            calibrate.windows(tokenizer, text, False, 1000)
-
-
 def test_a_warning_where_tokens_are_fewer_than_inputs(source, tmp_path, caplog):
     """256 inputs of down; 384 tokens of text. The warning says what came, what is taken, of which layer, and what to do."""
     convert(source, tmp_path / "a", calibration=TEXT)
@@ -260,18 +242,6 @@ def test_a_warning_where_tokens_are_fewer_than_inputs(source, tmp_path, caplog):
         assert f"calibration has {made.calibration_tokens} tokens; " in said and "takes 256 or more here" in said
         assert "model.layers.0.mlp.down_proj.weight" in said and said.endswith(advice) and "\n" not in said
         caplog.clear()
-
-
-def test_the_zoo_is_calibrated_on_nothing_held_out():
-    """Whatever the library's training text is, it holds no held-out module."""
-    held_out = calibrate.corpus.held_out_texts().values()
-    assert held_out and not set(held_out) & set(calibrate.corpus.training_texts())
-
-
-def test_the_zoo(tmp_path):
-    made = convert("zoo-drafter", tmp_path / "out", calibration_tokens=1024, evaluate=TEXT)
-    assert (made.method, made.calibration_tokens) == ("gptq", 1024)
-    assert abs(made.after.nats_per_token - made.before.nats_per_token) < 0.1
 
 
 # ---- failures ------------------------------------------------------------------------------------------------------
