@@ -238,6 +238,8 @@ def test_transformers_loads_it(tmp_path, name):
     rows = []
     ours.prefill([list(range(0, 63, 3))], ours.new_cache([32]), rows_out=lambda slot, tokens, out: rows.append(torch.tensor(out.logits)))
     assert (torch.cat(rows) - theirs).abs().max() < 1e-3 * theirs.abs().max()  # float32, sums in other orders
+    model.save_pretrained(tmp_path / "again")
+    assert all(same_bits(Checkpoint(tmp_path / "again").tensor(name), checkpoint.tensor(name)) for name in checkpoint.low_bit_names)
     base = transformers.AutoModel.from_pretrained(tmp_path / "out")  # its layers lack the prefix "model."
     assert same_bits(base.layers[0].mlp.down_proj.quantized, checkpoint.tensor("layers.0.down"))
 

@@ -126,6 +126,10 @@ ENUM = {"_type": "Int4PackingFormat", "_data": "TILE_PACKED_TO_4D"}
         ({"quant_method": "ramify_w4", "format": "int5"}, '"int5" for "format".*takes int8, int4-g32'),
         ({"quant_method": "ramify_w4", "format": "int8"}, "ramify_w8 for the format int8"),
         ({"quant_method": "ramify_w8", "format": "int8", "version": 2}, '2 for "version"'),
+        (
+            {"quant_method": "ramify_w8", "format": "int8", "formats": {"layers.1": "int5"}},
+            '"int5" for "layers.1" in quantization_config.formats; takes int8, int4-g32',
+        ),
     ],
 )
 def test_variants_that_are_refused(config, says):
