@@ -19,6 +19,7 @@ from triton.runtime.driver import driver
 from ramify.kernels._softmax import NOTHING, again, counted, join, load_tile, positions_seen, step
 
 LOG2E = 1.4426950408889634
+REGISTERS = 255  # a thread may take: left alone, ptxas spills a few bytes where that fits one more block on an SM
 FUSED, LINES = 8, 4  # chunks that `_join` adds at a time, and its rows a program
 
 
@@ -164,7 +165,8 @@ def config(rows, D, itemsize, masked=False):
 
     A tile of keys is 16 KiB at most (64 keys: the bits of one ancestor word), so that three stages of K and V fit the 99 KiB of the
     smallest chips. Hopper and Blackwell's data-centre chips multiply 64 rows with four warps; the others keep the accumulators of 64 rows
-    in eight warps, or they spill. Read from the compiler for every row of this table; to be timed on each chip.
+    in eight warps, or they spill, and so they would with a whole tile of keys that need a mask. Read from the compiler for every row of
+    this table; to be timed on each chip.
     """
     keys = min(64, 16384 // (triton.next_power_of_2(D) * itemsize))
     if itemsize == 4:
@@ -175,7 +177,7 @@ def config(rows, D, itemsize, masked=False):
         if D > 128:
             return 64, min(keys, 16 if masked else 64), 8, 3
         return (64, keys, 8, 3) if masked else (64, keys, 4, 3) if rows <= 64 else (128, keys, 8, 3)
-    return 64, min(keys, 16 if D > 128 else 64), 8, 3
+    return 64, min(keys, 16 if D > 128 else 32 if masked else 64), 8, 3
 
 
 def again_of(D, itemsize):

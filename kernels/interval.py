@@ -3,14 +3,15 @@
 Status: interpreted and compiled, not yet run on hardware.
 
 interval_attention: a program = (sequence, KV head, block of the T * Hq/Hkv rows that share that head); it walks the slots that any of
-its rows sees. Tiles that all of them see run without mask code. No split over keys: made for many rows, as in prefill.
+its rows sees. Tiles that all of them see run without mask code, three stages ahead; the few at both ends run with it and without
+stages, which would cost the registers of a second pipeline. No split over keys: made for many rows, as in prefill.
 """
 
 import triton
 import triton.language as tl
 
 from ramify.kernels._softmax import NOTHING, again, load_tile, step
-from ramify.kernels.attention import LOG2E, again_of, config, work_type
+from ramify.kernels.attention import LOG2E, REGISTERS, again_of, config, work_type
 
 
 @triton.jit(do_not_specialize=["T", "S"])
@@ -56,10 +57,11 @@ def _interval_attention(
         m, mass, acc = step(rows, keys, values, live[:, None], m, mass, acc, scale, False)
     for part in range(2):  # what lies before and behind the tiles that all rows see
         from_slot, to_slot = tl.where(part == 0, begin, rest), tl.where(part == 0, whole, last)
-        for lo in range(from_slot, to_slot, KEYS):
-            at = (lo + j).to(tl.int64)
-            seen = (at[None, :] >= low[:, None]) & (at[None, :] < high[:, None]) & (at[None, :] < to_slot)
+        for lo in tl.range(from_slot, to_slot, KEYS, num_stages=1):
+            slot = lo + j
+            seen = (slot[None, :] >= low[:, None]) & (slot[None, :] < high[:, None]) & (slot[None, :] < to_slot)
             used = tl.max(seen.to(tl.int32), 0) > 0  # 0 * NaN is NaN: what nobody sees must not reach the products
+            at = slot.to(tl.int64)
             keys = load_tile(from_k + at * k_stride_s, d, used, D, BLOCK, True).to(WORK)
             values = load_tile(from_v + at * v_stride_s, d, used, D, BLOCK, True).to(WORK)
             rows = again(rows, row_at, d, live, D, BLOCK, AGAIN)
@@ -100,7 +102,7 @@ def interval_attention(q, k, v, start, end, scale, out, lse):
         q, k, v, start, end, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], start.stride(0), end.stride(0),
         *out.stride()[:3], *lse.stride()[:2], T, S, group, scale * LOG2E,
         D=D, WORK=kind, ROWS=rows, KEYS=keys, AGAIN=again_of(D, itemsize), BLOCK=triton.next_power_of_2(D),
-        num_warps=warps, num_stages=stages,
+        num_warps=warps, num_stages=stages, maxnreg=REGISTERS,
     )  # fmt: skip
 
 

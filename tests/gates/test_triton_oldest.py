@@ -17,7 +17,7 @@ GATE = "tests/gates/test_triton_compile.py"
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(5400)
 def test_kernels_compile_on_the_oldest_release():
     """The whole gate in a process of its own, whose `import triton` finds that folder first: nothing of it may be skipped."""
     if not (OLDEST / "triton").is_dir():
