@@ -28,6 +28,7 @@ constexpr int kDepth = 512;  // inputs of a panel that stay in L1 while every ro
 struct Dense {
   static int64_t packed_bytes(const LinearArgs& a, int64_t M) { return M * pad_to(a.K, 16) * 4; }
   static int64_t work_bytes(const LinearArgs&, int64_t M) { return M * kPanel * 4; }
+  static int64_t group(const LinearArgs&, int64_t) { return kRows; }
 
   static void pack(const LinearArgs& a, const float* x, int64_t M, int64_t m, void* packed) {
     const int64_t first = m / kRows * kRows, rows = M - first < kRows ? M - first : kRows;

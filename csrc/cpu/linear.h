@@ -3,6 +3,7 @@
 // What     run_layer<Layer> drives a kernel that says how it packs a row of input and how it fills a block of columns:
 //            int64_t packed_bytes(a, M)                      the packed input of M rows
 //            int64_t work_bytes(a, M)                        what a thread's block() needs beside it
+//            int64_t group(a, M)                             rows that the packed input interleaves
 //            void pack(a, x, M, m, packed)                   row m of M, prepared f32 [K], into the packed input
 //            const void* pack_one(a, x, packed)              the same for a single row, which may stay where it is
 //            void block(a, packed, M, begin, end, work)      columns [begin, end) of all rows, both multiples of kPanel
@@ -90,17 +91,20 @@ RAMIFY_INLINE void tile(const LinearArgs& a, const Part& part, int64_t column, c
     }
 }
 
-// Bytes: shared by the team the packed input and the statistics of each (row, block); for each thread two rows to prepare an input
-// row in, its own packed input when there is one row only, and what its block() works in.
+// Rows that every thread packs for itself. A meeting costs more, and so do cores that write the interleaved rows of one line in turns.
+constexpr int64_t kOwnRows = 8;
+
+// Bytes: shared by the team the packed input of many rows and the statistics of each (row, block); for each thread two rows to prepare
+// an input row in, the packed input of few rows, and what its block() works in.
 struct Scratch {
-  int64_t packed, stats, row, one, work;
+  int64_t shared, stats, row, own_packed, work;
   template <class Layer>
   static Scratch of(const LinearArgs& a, int64_t M) {
-    const int64_t blocks = pad_to(a.N, kStatsBlock) / kStatsBlock;
-    return {lines(Layer::packed_bytes(a, M)), a.argmax ? lines(M * blocks * int64_t(sizeof(BlockStats))) : 0, lines(pad_to(a.K, 16) * 4),
-            lines(Layer::packed_bytes(a, 1)), lines(Layer::work_bytes(a, M))};
+    const int64_t blocks = pad_to(a.N, kStatsBlock) / kStatsBlock, packed = lines(Layer::packed_bytes(a, M));
+    return {M > kOwnRows ? packed : 0, a.argmax ? lines(M * blocks * int64_t(sizeof(BlockStats))) : 0, lines(pad_to(a.K, 16) * 4),
+            M > kOwnRows ? 0 : packed, lines(Layer::work_bytes(a, M))};
   }
-  int64_t own() const { return 2 * row + one + work; }
+  int64_t own() const { return 2 * row + own_packed + work; }
 };
 
 template <class Layer>
@@ -109,19 +113,22 @@ void run_layer(const LinearArgs& a, Team& team) {
   if (M == 0) return;
   const Scratch s = Scratch::of<Layer>(a, M);
   char* const base = static_cast<char*>(a.scratch);
-  BlockStats* const stats = reinterpret_cast<BlockStats*>(base + s.packed);
-  char* const own = base + s.packed + s.stats + team.id * s.own();
+  BlockStats* const stats = reinterpret_cast<BlockStats*>(base + s.shared);
+  char* const own = base + s.shared + s.stats + team.id * s.own();
   float* const row = reinterpret_cast<float*>(own);
   float* const other = reinterpret_cast<float*>(own + s.row);
-  void* const work = own + 2 * s.row + s.one;
+  void* const work = own + 2 * s.row + s.own_packed;
 
-  const void* packed = base;
-  if (M == 1) {  // every thread prepares the one row for itself: cheaper than a meeting
-    packed = Layer::pack_one(a, prepare(a, a.x, row, other), own + 2 * s.row);
+  char* const to = M > kOwnRows ? base : own + 2 * s.row;
+  const void* packed = to;
+  if (M == 1) {
+    packed = Layer::pack_one(a, prepare(a, a.x, row, other), to);
   } else {
-    const Range mine = share(team, M);
-    for (int64_t m = mine.begin; m < mine.end; ++m) Layer::pack(a, prepare(a, a.x + m * a.x_stride, row, other), M, m, base);
-    wait(team);
+    const int64_t group = Layer::group(a, M);
+    const Range groups = M > kOwnRows ? share(team, (M + group - 1) / group) : Range{0, M};
+    for (int64_t m = groups.begin * group; m < groups.end * group && m < M; ++m)
+      Layer::pack(a, prepare(a, a.x + m * a.x_stride, row, other), M, m, to);
+    if (M > kOwnRows) wait(team);
   }
 
   const int64_t width = pad_to(a.N, kPanel);
@@ -144,10 +151,15 @@ void run_layer(const LinearArgs& a, Team& team) {
                a.topk_values + m * a.topk);
 }
 
+// For a.rows rows or fewer: a captured step has room for its bucket and runs what it is given.
 template <class Layer>
 int64_t layer_scratch(const LinearArgs& a, int threads) {
-  const Scratch s = Scratch::of<Layer>(a, *a.rows);
-  return s.packed + s.stats + threads * s.own();
+  const auto bytes = [&](int64_t M) {
+    const Scratch s = Scratch::of<Layer>(a, M);
+    return s.shared + s.stats + threads * s.own();
+  };
+  const int64_t M = *a.rows, all = bytes(M), few = bytes(M < kOwnRows ? M : kOwnRows);
+  return all > few ? all : few;
 }
 
 }  // namespace

@@ -78,6 +78,7 @@ void dequantize_group(const LinearArgs& a, const LowBitLayout& w, const uint8_t*
 struct Exact {
   static int64_t packed_bytes(const LinearArgs& a, int64_t M) { return M * pad_to(a.K, 16) * 4; }
   static int64_t work_bytes(const LinearArgs&, int64_t M) { return (kLowBitGroup + M) * kPanel * 4; }
+  static int64_t group(const LinearArgs&, int64_t) { return kRows; }
 
   // The packed input: [128 inputs][rows in groups of kRows], so that what meets one slab of weights lies together.
   static int64_t offset(const LinearArgs& a, int64_t M, int64_t first, int64_t k) {
@@ -154,11 +155,14 @@ struct Codes {
   float* scales;    // [M], or [groups][M]
 
   Codes(const LowBitLayout& w, int64_t rows, void* packed) : M(rows) {
-    const int64_t most = most_tokens(w.small), tiles = (M + most - 1) / most;
-    tile = (M + tiles - 1) / tiles;
+    tile = tile_of(w, M);
     codes = static_cast<int8_t*>(packed);
     offsets = reinterpret_cast<Offset*>(codes + lines(M * w.K));
     scales = reinterpret_cast<float*>(offsets + w.groups * M);
+  }
+  static int64_t tile_of(const LowBitLayout& w, int64_t M) {
+    const int64_t most = most_tokens(w.small), tiles = (M + most - 1) / most;
+    return (M + tiles - 1) / tiles;
   }
   static int64_t bytes(const LowBitLayout& w, int64_t M) { return lines(M * w.K) + 2 * w.groups * M * 4; }
   int8_t* at(const LowBitLayout& w, int64_t g, int64_t first) const { return codes + g * w.group * M + first * w.inputs(g); }
@@ -266,6 +270,7 @@ RAMIFY_INLINE void add_groups(const LinearArgs& a, const LowBitLayout& w, const 
 struct Rounded {
   static int64_t packed_bytes(const LinearArgs& a, int64_t M) { return Codes::bytes(layout_of(a), M); }
   static int64_t work_bytes(const LinearArgs&, int64_t M) { return M * kWide * 4; }
+  static int64_t group(const LinearArgs& a, int64_t M) { return Codes::tile_of(layout_of(a), M); }
 
   static void pack(const LinearArgs& a, const float* x, int64_t M, int64_t m, void* packed) {
     const LowBitLayout w = layout_of(a);
