@@ -115,7 +115,7 @@ def inspect(kernel: Any) -> Report:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage, listing = _tool("cuobjdump", "-res-usage", file.name), _tool("nvdisasm", "-c", file.name)
+        usage, listing = _tool("cuobjdump", "-res-usage", file.name), _tool("nvdisasm", "-c", "-ndf", file.name)
 
     def number(key: str) -> int:
         return int(re.findall(rf"\b{key}:(\d+)", usage)[0])

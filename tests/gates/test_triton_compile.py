@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -258,12 +259,13 @@ def compile_part(slow, part):
 def compile_all(slow):
     """(case, chip) -> reports of the kernels that the case launches, of the slow cases or of the others."""
     environment = {**os.environ, "TRITON_DEFAULT_FP_FUSION": "1"}  # what 3.9 does anyway, with a warning
-    workers = [
-        subprocess.Popen([sys.executable, __file__, str(int(slow)), str(part)], stdout=subprocess.PIPE, env=environment, text=True)
-        for part in range(PROCESSES)
-    ]
-    lines = [line for worker in workers for line in worker.communicate()[0].splitlines()]
-    assert all(worker.returncode == 0 for worker in workers)
+
+    def compiled(part):
+        command = [sys.executable, __file__, str(int(slow)), str(part)]
+        return subprocess.run(command, stdout=subprocess.PIPE, env=environment, text=True, check=True)
+
+    with ThreadPoolExecutor(PROCESSES) as pool:  # each worker has its reader: a full pipe would stop it
+        lines = [line for done in pool.map(compiled, range(PROCESSES)) for line in done.stdout.splitlines()]
     return {(case, arch): [Report(**each) for each in found] for case, arch, found in map(json.loads, lines)}
 
 
