@@ -256,46 +256,47 @@ def compile_part(slow, part):
         print(json.dumps([case, arch, [asdict(inspect(kernel)) for kernel in kernels]]), flush=True)
 
 
+@functools.cache
 def compile_all(slow):
     """(case, chip) -> reports of the kernels that the case launches, of the slow cases or of the others."""
     environment = {**os.environ, "TRITON_DEFAULT_FP_FUSION": "1"}  # what 3.9 does anyway, with a warning
 
     def compiled(part):
         command = [sys.executable, __file__, str(int(slow)), str(part)]
-        return subprocess.run(command, stdout=subprocess.PIPE, env=environment, text=True, check=True)
+        return subprocess.run(command, stdout=subprocess.PIPE, env=environment, text=True)
 
     with ThreadPoolExecutor(PROCESSES) as pool:  # each worker has its reader: a full pipe would stop it
         lines = [line for done in pool.map(compiled, range(PROCESSES)) for line in done.stdout.splitlines()]
     return {(case, arch): [Report(**each) for each in found] for case, arch, found in map(json.loads, lines)}
 
 
-@pytest.fixture(scope="module")
-def reports(request):
-    return compile_all(slow=request.param)
+def reports_of(case, arch):
+    """What the case launches there. A worker that ended early has said why on stderr, in the test that came first."""
+    found = compile_all(CASES[case].slow)
+    assert (case, arch) in found, "its worker ended before it got there"
+    return found[case, arch]
 
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
-    ("reports", "case", "arch"),
-    [pytest.param(slow, *pair, marks=[pytest.mark.slow] * slow) for slow in (False, True) for pair in pairs(slow)],
-    indirect=["reports"],
+    ("case", "arch"), [pytest.param(*pair, marks=[pytest.mark.slow] * slow) for slow in (False, True) for pair in pairs(slow)]
 )
-def test_kernel(reports, case, arch):
+def test_kernel(case, arch):
     """No spills, shared memory that the chip has, and the instructions it must have."""
     need = [word[arch] if isinstance(word, dict) else word for word in CASES[case].need]
-    faults = [report.faults(need=() if i else need) for i, report in enumerate(reports[case, arch])]
+    faults = [report.faults(need=() if i else need) for i, report in enumerate(reports_of(case, arch))]
     assert sum(faults, []) == []
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("reports", "case"), [(False, name) for name, case in CASES.items() if not case.slow], indirect=["reports"])
-def test_registers(reports, case):
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if not case.slow])
+def test_registers(case):
     """At most a tenth more than the baseline of this release of Triton."""
     if not BASELINE.exists():
         pytest.skip(f"no baseline of triton {triton.__version__}: run {Path(__file__).name}")
     limits, faults = json.loads(BASELINE.read_text()).get(case, {}), []
     for arch in CASES[case].chips:
-        for report in reports[case, arch]:
+        for report in reports_of(case, arch):
             most = limits.get(f"sm_{arch}", {}).get(report.name)
             assert most is not None, f"{report.name} of {case} has no baseline: run {Path(__file__).name}"
             faults += report.faults(registers=min(255, int(most * 1.1) + 1))
@@ -303,15 +304,14 @@ def test_registers(reports, case):
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("reports", [False], indirect=True)
-def test_every_kernel_is_here(reports):
+def test_every_kernel_is_here():
     """Each @triton.jit function that a launch names is compiled by some case."""
     from ramify import kernels
 
     folder = Path(kernels.__file__).parent
     launched = {word.split("[")[0].strip() for path in folder.glob("*.py") for word in path.read_text().splitlines() if "[(" in word}
     launched = {name for name in launched if name.startswith("_")}
-    assert launched and launched <= {report.name for found in reports.values() for report in found}
+    assert launched and launched <= {report.name for found in compile_all(False).values() for report in found}
 
 
 # ---- the tester, tested
@@ -362,7 +362,7 @@ def test_too_many_registers_are_caught():
 
 def write_baseline():
     found = {}
-    for (case, arch), reports in sorted(compile_all(slow=False).items()):
+    for (case, arch), reports in sorted(compile_all(False).items()):
         found.setdefault(case, {})[f"sm_{arch}"] = {report.name: report.registers for report in reports}
         for report in reports:
             print(case, report, *report.faults(), sep="\n    ")
