@@ -223,10 +223,14 @@ def verdict(rows: Sequence[dict]) -> str:
 
 
 def _best(rows: dict[str, dict], plain: str) -> str:
-    """The fastest method on the weights of provider `plain`, "" when there is none."""
+    """The fastest method on the weights of provider `plain` that guessed right now and then; "" where no method was run."""
+    from ramify.results import GUESSED
+
     others = [row for name, row in rows.items() if plain_of(name) == plain != name and ours(row) and engines.HOPELESS not in name]
-    best = max(others, key=lambda row: row["over_plain"], default=None)
-    return f", best {best['provider'].removeprefix('ramify ')} {best['over_plain']:.2f}x that" if best else ""
+    best = max((row for row in others if row["tokens_per_step"] >= GUESSED), key=lambda row: row["over_plain"], default=None)
+    if best is None:
+        return ", no method guessed right" if others else ""
+    return f", best {best['provider'].removeprefix('ramify ')} {best['over_plain']:.2f}x that"
 
 
 def _part(row: dict) -> tuple[str, float]:

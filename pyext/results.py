@@ -47,7 +47,7 @@ def _best_ways(doc: dict[str, Any]) -> str:
         methods = [name for name in names if name.startswith("ramify ") and name.partition(", ")[2] == plain.partition(", ")[2]]
         auto, hopeless = f"ramify auto{end}", f"ramify {_HOPELESS}{end}"
         kinds |= {plain: [plain], f"ramify auto, the default{end}": [auto]}
-        kinds[f"ramify, its fastest method{end}"] = [name for name in methods if name not in (plain, hopeless)]
+        kinds[f"ramify, its fastest method that guesses{end}"] = [name for name in methods if name not in (plain, hopeless)]
         kinds |= {f"ramify, guessing at random{end}": [hopeless]} if hopeless in names else {}
     lines = []
     for title, mine in kinds.items():
@@ -55,7 +55,7 @@ def _best_ways(doc: dict[str, Any]) -> str:
         for column in columns:
             found = [row for row in rows if row["provider"] in mine and _column(row) == column]
             if "method" in title:
-                found = [row for row in found if row["tokens_per_step"] >= _GUESSED]
+                found = [row for row in found if row["tokens_per_step"] >= GUESSED]
             best = max(found, key=lambda row: row["tokens_per_second"], default=None)
             if best is None:
                 cells.append("-")
@@ -68,7 +68,7 @@ def _best_ways(doc: dict[str, Any]) -> str:
     return f"{_where(doc)}\n\n{table(['tokens a second', *columns], lines)}"
 
 
-_GUESSED = 1.02  # tokens a step below which a method hardly ever guessed right
+GUESSED = 1.02  # tokens a step, below which a method hardly ever guessed right: plain decoding by another name
 _HOPELESS = "random_draft"  # what a drafter costs that is never right
 _ROWS = (1, 8, 64)
 

@@ -136,14 +136,18 @@ def test_each_weight_has_its_own_plain():
 def test_verdict_of_low_bits():
     shape = {"model": "160m", "temperature": 0.0}
     facts = {"status": "ok", "shape": shape, "backend": "ramify avx2", "over_plain": 1.0, "ratio": 4.0, "share_of_floor": 0.9}
+    facts["tokens_per_step"] = 1.0
+    low = {**facts, "dtype": "int4-g64", "ms_per_step": 8.0}
     rows = [
         {**facts, "provider": "ramify plain", "dtype": "bf16", "us": {"median": 100.0}, "ms_per_step": 10.0},
         {**facts, "provider": "ramify plain, int4-g64", "dtype": "int4-g64", "us": {"median": 40.0}, "ms_per_step": 4.0},
-        {**facts, "provider": "ramify auto, int4-g64", "dtype": "int4-g64", "us": {"median": 20.0}, "ms_per_step": 8.0, "over_plain": 2.0},
+        {**low, "provider": "ramify auto, int4-g64", "us": {"median": 20.0}, "over_plain": 2.0, "tokens_per_step": 1.9},
+        {**low, "provider": "ramify draft_chain, int4-g64", "us": {"median": 19.0}, "over_plain": 2.1},
         {**facts, "provider": "llama.cpp Q4_0", "backend": "llama.cpp", "dtype": "Q4_0", "us": {"median": 50.0}, "ms_per_step": 5.0},
     ]
     text = end_to_end.verdict(rows)
     assert "int4-g64 2.50x plain in bf16, step 0.80 of llama.cpp Q4_0's, best auto, int4-g64 2.00x that" in text
+    assert "no method guessed right" in end_to_end.verdict([row for row in rows if "auto" not in row["provider"]])
 
 
 def test_step(tmp_path, monkeypatch, capsys):

@@ -148,5 +148,5 @@ def test_headline(tmp_path):
     (tmp_path / "benchmarks/results/end_to_end.json").write_text(json.dumps(document(rows=rows)))
     text = docs.headline(tmp_path)
     assert "| transformers, its fastest way | 12 | - |" in text and "| ramify plain | 50 | - |" in text
-    assert "| ramify, its fastest method | 60 (1.21x, one) | - |" in text and "| ramify auto, the default | - | - |" in text
-    assert "| ramify plain, int8 | - | 65 |" in text and "| ramify, its fastest method, int8 | 70 (1.40x, one) | - |" in text
+    assert "| ramify, its fastest method that guesses | 60 (1.21x, one) | - |" in text and "| ramify auto, the default | - | - |" in text
+    assert "| ramify plain, int8 | - | 65 |" in text and "| ramify, its fastest method that guesses, int8 | 70 (1.40x, one) | - |" in text
