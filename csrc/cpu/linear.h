@@ -7,6 +7,7 @@
 //            void pack(a, x, M, m, packed)                   row m of M, prepared f32 [K], into the packed input
 //            const void* pack_one(a, x, packed)              the same for a single row, which may stay where it is
 //            void block(a, packed, M, begin, end, work)      columns [begin, end) of all rows, both multiples of kPanel
+// SiLU*up  is the prologue of the layer behind it: gate and up are the halves of one product, which different threads finish.
 // Bits     a row is prepared from that row alone; who computes which columns does not show (row_invariance).
 #pragma once
 #include "cpu/gemm.h"
@@ -92,6 +93,7 @@ RAMIFY_INLINE void tile(const LinearArgs& a, const Part& part, int64_t column, c
 }
 
 // Rows that every thread packs for itself. A meeting costs more, and so do cores that write the interleaved rows of one line in turns.
+// What is repeated, norm and rounding of 8 K values, is small beside a thread's 8 K N / threads products, on dozens of cores too.
 constexpr int64_t kOwnRows = 8;
 
 // Bytes: shared by the team the packed input of many rows and the statistics of each (row, block); for each thread two rows to prepare

@@ -14,6 +14,8 @@
 //          products with another instruction.
 // Traffic  N K bits / 8 bytes and the scales once for 64 rows; 2 M K bytes of x for every 256 outputs, which the L2 cache serves.
 // Shared   133 KiB, one block an SM.
+// Left out 65 to 128 rows take two blocks beside each other, and each decodes the weights: the second's come from the L2 cache. Clusters
+//          that share a decoded tile, and a launch that starts before its predecessor ends, wait for a chip that can say what they bring.
 #include "cuda/linear_parts.cuh"
 #include "cuda/rt_hopper.cuh"
 

@@ -11,7 +11,7 @@ from ramify.convert.conversion import Conversion, Progress
 from ramify.convert.folder import NewFolder
 from ramify.model.checkpoint import Checkpoint
 from ramify.quant import Format, QuantizedWeight
-from ramify.quant.sources.ramify import config_of, stored
+from ramify.quant.sources.ramify import config_of, shortest, stored
 
 
 def refuse_rounding(checkpoint: Checkpoint, to: Format | None, rounding: Mapping[str, object], head: str | None) -> None:
@@ -37,6 +37,7 @@ def write_repacked(checkpoint: Checkpoint, new: NewFolder, made: Conversion, to:
     """
     formats: dict[str, Format] = {}
     dense: list[str] = []
+    ordered: list[str] = []
     layer_bytes, total_bytes = [0, 0], [0, 0]
     for name in progress(checkpoint.names, "tensors"):
         theirs = checkpoint.source_name(name)
@@ -47,6 +48,8 @@ def write_repacked(checkpoint: Checkpoint, new: NewFolder, made: Conversion, to:
         total_bytes = [total + size for total, size in zip(total_bytes, sizes)]
         if isinstance(tensor, QuantizedWeight):
             formats[prefix] = tensor.format
+            if tensor.perm is not None:
+                ordered.append(prefix)
             layer_bytes = [total + size for total, size in zip(layer_bytes, sizes)]
             if to is not None and name != "lm_head" and tensor.format != to:
                 raise _twice(f'"{prefix}"', tensor.format, to)
@@ -71,7 +74,8 @@ def write_repacked(checkpoint: Checkpoint, new: NewFolder, made: Conversion, to:
     method = quantization.get("method", "unknown") if quantization["quant_method"].startswith("ramify") else quantization["quant_method"]
     others = {_short(prefix): form for prefix, form in formats.items() if form != most}
     made_head = None if made.head is None else Format.parse(made.head)
-    return config_of(most, method, made_head, [_short(prefix) for prefix in dense], others)
+    short = [_short(prefix) for prefix in dense]
+    return config_of(most, method, made_head, short, others, shortest(ordered, len(formats)))
 
 
 def _format(checkpoint: Checkpoint, name: str) -> Format:

@@ -15,8 +15,12 @@ from ramify.quant.sources.ramify import stored
 
 def write_rounded(
     checkpoint: Checkpoint, new: NewFolder, made: Conversion, format: Format, texts: Sequence[Sequence[int]], progress: Progress
-) -> None:
-    """Every tensor into the new folder, in order of use; sizes and errors into `made`. texts: what gptq calibrates on."""
+) -> list[str]:
+    """Every tensor into the new folder, in order of use; sizes and errors into `made`. texts: what gptq calibrates on.
+
+    Returns the layers that have an order of inputs.
+    """
+    ordered = []
     stream = calibrate.Stream(checkpoint, texts) if texts else None
     layer_bytes, total_bytes = [0, 0], [0, 0]
 
@@ -35,6 +39,8 @@ def write_rounded(
         for name, weight, size in _rounded_layer(checkpoint, i, stream, made, format):
             layer_bytes[0] += size
             layer_bytes[1] += weight.nbytes
+            if weight.perm is not None:
+                ordered.append(name.removesuffix(".weight"))
             for theirs, tensor in stored(name.removesuffix(".weight"), weight).items():
                 new.add(theirs, tensor)
     keep("final_norm")
@@ -43,6 +49,7 @@ def write_rounded(
     made.formats = {format.name: len(made.errors)}
     made.layer_bytes = (layer_bytes[0], layer_bytes[1])
     made.total_bytes = (total_bytes[0] + layer_bytes[0], total_bytes[1] + layer_bytes[1])
+    return ordered
 
 
 def _rounded_layer(

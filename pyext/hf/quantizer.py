@@ -8,7 +8,7 @@ what `ramify convert` writes, and loading that gives the same bits. Importing th
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -19,7 +19,7 @@ from ramify.errors import CheckpointError
 from ramify.fields import Fields
 from ramify.hf.low_bit import LowBitLinear
 from ramify.quant import Format, quantize
-from ramify.quant.sources.ramify import FIELDS, VERSION, Ramify, method_of
+from ramify.quant.sources.ramify import FIELDS, ORDER_MISSING, VERSION, Ramify, method_of
 from ramify.quant.weight import CODES, SCALES
 
 METHODS = ("ramify_w4", "ramify_w8")
@@ -35,8 +35,8 @@ class RamifyConfig(QuantizationConfigMixin):
     """What `quantization_config=` of from_pretrained takes to quantise a dense checkpoint while it loads. Needs `pip install 'ramify[hf]'`.
 
     format: "int4-g64", "int8", "fp8", ... by name. modules_to_not_convert: names of layers, or parts of names, that stay dense
-    besides the head. formats: names of layers, or parts of names, that have another format. method and head are notes of the quantizer
-    that wrote a checkpoint. Raises UnsupportedModelError for an unknown format.
+    besides the head. formats: names of layers, or parts of names, that have another format. method, head and act_order are notes of the
+    quantizer that wrote a checkpoint. Raises UnsupportedModelError for an unknown format.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class RamifyConfig(QuantizationConfigMixin):
         method: str = "rtn",
         head: str | None = None,
         formats: dict[str, str] | None = None,
+        act_order: list[str] | None = None,
         version: int = VERSION,
         quant_method: str | None = None,
     ) -> None:
@@ -54,7 +55,7 @@ class RamifyConfig(QuantizationConfigMixin):
             quant_method = method_of(Format.parse(format))
         self.quant_method: Any = quant_method
         self.format, self.method, self.head, self.version = format, method, head, version
-        self.formats = formats or {}
+        self.formats, self.act_order = formats or {}, act_order or []
         self.modules_to_not_convert = ["lm_head"] if modules_to_not_convert is None else modules_to_not_convert
         self.modules_to_not_convert = list(_source(self).dense)  # raises for what is not read
 
@@ -82,8 +83,10 @@ class RamifyQuantizer(HfQuantizer):
                         f'RamifyConfig: layer "{name}" has {K} inputs; {form.name} takes multiples of {form.group}. '
                         "Choose a smaller group, or name it in modules_to_not_convert."
                     )
-                perm = stored is not None and stored.check(name, form)
+                perm = stored is not None and stored.check(name, form, source.ordered(name))
                 layer = LowBitLinear(form, N, K, module.bias is not None, perm, module.weight.dtype, device="meta")
+                if stored is not None:
+                    stored.fits(name, layer)
                 model.set_submodule(name, layer)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
@@ -146,11 +149,16 @@ class _Stored:
         """base: the prefix of names that a model with a head has and one without has not."""
         self.base = base
         self.dtypes: dict[str, str] = {}
+        self.shapes: dict[str, list[int]] = {}
         for file in files or ():
-            with safe_open(str(file), framework="pt") as shard:
-                self.dtypes |= {name: shard.get_slice(name).get_dtype() for name in shard.keys()}  # noqa: SIM118
+            try:
+                with safe_open(str(file), framework="pt") as shard:
+                    for name in shard.keys():  # noqa: SIM118
+                        self.dtypes[name], self.shapes[name] = shard.get_slice(name).get_dtype(), shard.get_slice(name).get_shape()
+            except SafetensorError as problem:
+                raise CheckpointError(f"from_pretrained: {file} is cut off or damaged ({problem}). Fetch the file again.") from None
 
-    def check(self, layer: str, form: Format) -> bool:
+    def check(self, layer: str, form: Format, ordered: bool) -> bool:
         """Whether the layer has an order of inputs. CheckpointError for a tensor that is missing or would be cast in silence."""
         taken = {"weight": (DTYPES[CODES[form.kind]],), "weight_scale": tuple(DTYPES[scale] for scale in SCALES)}
         if form.zero_point:
@@ -161,12 +169,27 @@ class _Stored:
                 raise _wrong(f"{layer}.{part}", f"is missing; the layer is {form.name}")
             if came is not None and came not in dtypes:
                 raise _wrong(f"{layer}.{part}", f"is {came}; the layer is {form.name}, which takes {' or '.join(dtypes)}")
-        return self._dtype(f"{layer}.weight_perm") is not None
+        perm = self._dtype(f"{layer}.weight_perm") is not None
+        if ordered and not perm and self.dtypes:
+            raise _wrong(f"{layer}.weight_perm", ORDER_MISSING)
+        return perm
+
+    def fits(self, name: str, layer: LowBitLinear) -> None:
+        """CheckpointError for a tensor of another shape than the layer's."""
+        for part in FIELDS.values():
+            stored, wanted = self._stored(f"{name}.{part}"), getattr(layer, part, None)
+            if stored is not None and wanted is not None and self.shapes[stored] != list(wanted.shape):
+                raise _wrong(stored, f"is {self.shapes[stored]}; the layer is {layer.format.name}, which takes {list(wanted.shape)}")
 
     def _dtype(self, name: str) -> str | None:
-        """As the file writes it. A name may lack the base's prefix, here or in the file, or have one more."""
+        """As the file writes it."""
+        stored = self._stored(name)
+        return None if stored is None else self.dtypes[stored]
+
+    def _stored(self, name: str) -> str | None:
+        """The name in the files, which may lack the base's prefix, here or there, or have one more."""
         short = f".{name.removeprefix(f'{self.base}.')}"
-        return self.dtypes.get(name) or next((dtype for other, dtype in self.dtypes.items() if f".{other}".endswith(short)), None)
+        return name if name in self.dtypes else next((other for other in self.dtypes if f".{other}".endswith(short)), None)
 
 
 def _wrong(tensor: str, says: str) -> CheckpointError:

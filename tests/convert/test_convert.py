@@ -212,6 +212,7 @@ def test_later_layers_see_the_low_bit_earlier_ones(source, tmp_path):
     """With all layers before it taken from the result, a layer's Hessian gives the codes that were written."""
     convert(source, tmp_path / "out", method="gptq", calibration=TEXT)
     written, checkpoint = Checkpoint(tmp_path / "out"), Checkpoint(source)
+    assert written.config.quantization["act_order"] == ["layers"]  # a lost weight_perm would be noticed
     texts = calibrate.windows(calibrate.Tokenizer.from_folder(source), TEXT, False, 16384)
     stream = calibrate.Stream(checkpoint, texts)
     with torch.no_grad():

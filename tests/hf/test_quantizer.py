@@ -106,6 +106,26 @@ def test_a_file_with_an_order_of_inputs(dense, tmp_path):
         assert torch.equal(again(TOKENS).logits, logits)
 
 
+def test_a_lost_order_of_inputs_is_noticed(dense, tmp_path):
+    """A folder that says which layers have one: by load, and by from_pretrained."""
+    model = load(dense["llama"], quantization_config=RamifyConfig("int4-g64", act_order=["layers.1.mlp.down_proj"]))
+    model.model.layers[1].mlp.down_proj.weight_perm = torch.randperm(192).int()
+    model.save_pretrained(tmp_path)
+    assert ramify.load(tmp_path) and load(tmp_path)
+    changed(tmp_path, lambda tensors: tensors.pop(f"{LAYER}.weight_perm"))
+    for read in (ramify.load, load):
+        with pytest.raises(ramify.CheckpointError, match=rf'"{LAYER}\.weight_perm" is missing; act_order names the layer'):
+            read(tmp_path)
+
+
+def test_a_file_that_is_cut_off(dense, tmp_path):
+    load(dense["llama"], quantization_config=RamifyConfig("int8")).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ramify.CheckpointError, match=r"model\.safetensors is cut off or damaged"):
+        load(tmp_path)
+
+
 def test_layers_left_dense(dense, tmp_path):
     model = load(dense["qwen2"], quantization_config=RamifyConfig("int8", modules_to_not_convert=["layers.0", "down_proj"]))
     assert all(name.startswith("model.layers.1.") and "down_proj" not in name for name in low_bit(model)) and len(low_bit(model)) == 6
@@ -157,6 +177,7 @@ def poison(part):
         ("int8", lambda t: t.update({f"{LAYER}.weight_scale": torch.ones(128, 1).int()}), rf'"{LAYER}\.weight_scale" is I32'),
         ("int8", poison("weight_scale"), rf'"{LAYER}\.weight_scale" holds NaN or infinity'),
         ("int4-g64-zp", poison("weight_zero"), rf'"{LAYER}\.weight_zero" holds NaN or infinity'),
+        ("int8", lambda t: t.update({f"{LAYER}.weight": t[f"{LAYER}.weight"][:, :96].clone()}), r"is \[128, 96\]; .* takes \[128, 192\]"),
         ("int8", lambda t: t.update({f"{LAYER}.weight_perm": torch.zeros(192).int()}), rf'layer "{LAYER}": .*perm is not a permutation'),
     ],
 )

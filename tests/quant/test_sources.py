@@ -17,7 +17,7 @@ from safetensors import safe_open
 from ramify.errors import CheckpointError, UnsupportedModelError
 from ramify.quant import Format, QuantizedWeight
 from ramify.quant.sources import SOURCES, source_of
-from ramify.quant.sources.ramify import config_of, stored
+from ramify.quant.sources.ramify import config_of, shortest, stored
 from ramify.quant.weight import pack_nibbles
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "quant"
@@ -239,6 +239,22 @@ def test_own_scales_and_zeros_are_finite(part):
     weight = made(Format("int4", 32, zero_point=True))
     getattr(weight, part)[3, 1] = torch.inf
     refused(config_of(weight.format), stored("proj", weight), f'"proj.weight_{part}" holds NaN or infinity', CheckpointError)
+
+
+def test_an_order_that_is_named_has_to_be_there():
+    weight = made(Format("int8"), perm=True)
+    tensors = stored("proj", weight)
+    config = config_of(weight.format, ordered=["proj"])
+    assert torch.equal(read(config, tensors).perm, weight.perm)
+    lost = {name: tensor for name, tensor in tensors.items() if not name.endswith("perm")}
+    refused(config, lost, '"proj.weight_perm" is missing; act_order names the layer', CheckpointError)
+    assert read(config_of(weight.format, ordered=["other"]), lost).perm is None
+
+
+def test_orders_are_named_in_short():
+    every = [f"model.layers.{i}.mlp.up_proj" for i in range(3)]
+    assert shortest(every, 3) == ["layers"] and shortest([*every, "lm_head"], 3) == ["layers", "lm_head"]
+    assert shortest(every[:2], 3) == ["layers.0.mlp.up_proj", "layers.1.mlp.up_proj"] and shortest([], 0) == []
 
 
 def test_orders_that_make_no_sense():
