@@ -54,11 +54,9 @@ class Contest:
 
     def __init__(self, quick: bool) -> None:
         import ramify
-        from ramify.convert.evaluate import HELD_OUT_CHARACTERS
-        from ramify.zoo.corpus import held_out_texts
+        from ramify.convert.evaluate import held_out
 
-        texts = [text[:HELD_OUT_CHARACTERS] for text in held_out_texts().values()]
-        self.texts = [text[:600] for text in texts[:3]] if quick else texts
+        self.texts = [text[:600] for text in held_out()[:3]] if quick else held_out()
         self.load = ramify.load
         self.dense: list[float] = []  # nats of each text
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks import engines, models, plots, probes, report
 from benchmarks.harness import Entry, Plan, Timing, measure
+from ramify.results import HOPELESS
 
 AXES = {"model": ("zoo", "160m"), "temperature": ("0", "0.8")}
 QUICK = {"model": ("zoo", "tiny"), "temperature": ("0",)}
@@ -226,7 +227,7 @@ def _best(rows: dict[str, dict], plain: str) -> str:
     """The fastest method on the weights of provider `plain` that guessed right now and then; "" where no method was run."""
     from ramify.results import GUESSED
 
-    others = [row for name, row in rows.items() if plain_of(name) == plain != name and ours(row) and engines.HOPELESS not in name]
+    others = [row for name, row in rows.items() if plain_of(name) == plain != name and ours(row) and HOPELESS not in name]
     best = max((row for row in others if row["tokens_per_step"] >= GUESSED), key=lambda row: row["over_plain"], default=None)
     if best is None:
         return ", no method guessed right" if others else ""

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from benchmarks.models import Generate, Run, quiet, weights_read
+from ramify.results import HOPELESS
 
 NO_SECOND = "no second model has this vocabulary"
-HOPELESS = "random_draft"
 
 
 class Transformers:

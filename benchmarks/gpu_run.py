@@ -179,12 +179,12 @@ def main() -> None:
     day.save()
 
 
-if __name__ == "__main__":
-    import_module("benchmarks.gpu_run").main()  # whose DeviceLost is the one that stages raise
-
-
 def counted(text: str) -> dict[str, int]:
     """Tests passed, failed and skipped, as the last line in which pytest sums up says; a fixture's error is a failure."""
     sums = [line for line in text.splitlines() if re.search(r"\b\d+ (passed|failed|errors?|skipped|deselected)\b.* in [\d.:]+", line)]
     of = {word: int(n) for n, word in re.findall(r"\b(\d+) (passed|failed|error|skipped)", sums[-1] if sums else "")}
     return {"passed": of.get("passed", 0), "failed": of.get("failed", 0) + of.get("error", 0), "skipped": of.get("skipped", 0)}
+
+
+if __name__ == "__main__":
+    import_module("benchmarks.gpu_run").main()  # whose DeviceLost is the one that stages raise

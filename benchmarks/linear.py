@@ -82,8 +82,8 @@ for format in ("int4-g64", "int4-g128", "int8"):
     ours_as(f"ramify {format}", format, layers.low_bit(format, "int8"), INT8, "int8")
     if format == "int4-g64":
         ours_as(f"ramify {format}, scale a group", format, layers.low_bit(format, "int8-group"), INT8, "int8")
-    ours_as(f"ramify {format}, exact", format, layers.low_bit(format, "exact"), HALF, "bf16")
-ours_as("ramify fp8, exact", "fp8", layers.low_bit("fp8", "exact"), HALF, "bf16")
+    ours_as(f"ramify {format}, exact", format, layers.low_bit(format, "exact"), FLOAT, "fp32")
+ours_as("ramify fp8, exact", "fp8", layers.low_bit("fp8", "exact"), FLOAT, "fp32")
 ours_as("ramify bf16", "bf16", layers.dense, HALF, "bf16")
 ours_as("ramify int4-g64, ops.linear", "int4-g64", layers.eager("int4-g64", "int8"), INT8, "int8", layers.op)
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 
 def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -32,6 +32,15 @@ def headline(root: Path) -> str:
     return "\n\n".join(parts) or "Not measured yet."
 
 
+class _Kind(NamedTuple):
+    """A kind of decoding. over_plain: its speed over plain decoding is told; a_choice: of methods that guessed, the fastest is named."""
+
+    title: str
+    providers: list[str]
+    over_plain: bool = False
+    a_choice: bool = False
+
+
 def _best_ways(doc: dict[str, Any]) -> str:
     """A line for each kind of decoding, its fastest way in each cell; of methods also how they stand to plain decoding.
 
@@ -40,36 +49,38 @@ def _best_ways(doc: dict[str, Any]) -> str:
     rows = [row for row in doc["rows"] if row["status"] == "ok"]
     columns = list(dict.fromkeys(_column(row) for row in rows))
     names = list(dict.fromkeys(row["provider"] for row in rows))
-    kinds = {"transformers, its fastest way": [name for name in names if name.startswith("transformers")]}
-    kinds |= {name: [name] for name in names if name.startswith("llama")}
+    kinds = [_Kind("transformers, its fastest way", [name for name in names if name.startswith("transformers")])]
+    kinds += [_Kind(name, [name]) for name in names if name.startswith("llama")]
     for plain in (name for name in names if name.startswith("ramify plain")):
         end = plain.removeprefix("ramify plain")
         methods = [name for name in names if name.startswith("ramify ") and name.partition(", ")[2] == plain.partition(", ")[2]]
-        auto, hopeless = f"ramify auto{end}", f"ramify {_HOPELESS}{end}"
-        kinds |= {plain: [plain], f"ramify auto, the default{end}": [auto]}
-        kinds[f"ramify, its fastest method that guesses{end}"] = [name for name in methods if name not in (plain, hopeless)]
-        kinds |= {f"ramify, guessing at random{end}": [hopeless]} if hopeless in names else {}
+        auto, hopeless = f"ramify auto{end}", f"ramify {HOPELESS}{end}"
+        guessing = [name for name in methods if name not in (plain, hopeless)]
+        kinds.append(_Kind(plain, [plain]))
+        kinds.append(_Kind(f"ramify auto, the default{end}", [auto], over_plain=True))
+        kinds.append(_Kind(f"ramify, its fastest method that guesses{end}", guessing, over_plain=True, a_choice=True))
+        if hopeless in names:
+            kinds.append(_Kind(f"ramify, guessing at random{end}", [hopeless], over_plain=True))
     lines = []
-    for title, mine in kinds.items():
+    for kind in kinds:
         cells = []
         for column in columns:
-            found = [row for row in rows if row["provider"] in mine and _column(row) == column]
-            if "method" in title:
+            found = [row for row in rows if row["provider"] in kind.providers and _column(row) == column]
+            if kind.a_choice:
                 found = [row for row in found if row["tokens_per_step"] >= GUESSED]
             best = max(found, key=lambda row: row["tokens_per_second"], default=None)
             if best is None:
                 cells.append("-")
                 continue
-            over = [f"{best['over_plain']:.2f}x"] if "over_plain" in best and title.startswith("ramify") and "plain" not in title else []
-            named = [best["provider"].removeprefix("ramify ").partition(",")[0]] if "method" in title else []
-            beside = f" ({', '.join(over + named)})" if over or named else ""
-            cells.append(f"{best['tokens_per_second']:.0f}{beside}")
-        lines.append([title, *cells])
+            beside = [f"{best['over_plain']:.2f}x"] if kind.over_plain and "over_plain" in best else []
+            beside += [best["provider"].removeprefix("ramify ").partition(",")[0]] if kind.a_choice else []
+            cells.append(f"{best['tokens_per_second']:.0f}" + (f" ({', '.join(beside)})" if beside else ""))
+        lines.append([kind.title, *cells])
     return f"{_where(doc)}\n\n{table(['tokens a second', *columns], lines)}"
 
 
 GUESSED = 1.02  # tokens a step, below which a method hardly ever guessed right: plain decoding by another name
-_HOPELESS = "random_draft"  # what a drafter costs that is never right
+HOPELESS = "random_draft"  # what a drafter costs that is never right
 _ROWS = (1, 8, 64)
 
 

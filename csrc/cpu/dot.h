@@ -21,7 +21,6 @@ RAMIFY_INLINE Ints load_ints(const void* p) {
   __builtin_memcpy(&r, p, sizeof(r));
   return r;
 }
-RAMIFY_INLINE void store_ints(void* p, Ints x) { __builtin_memcpy(p, &x, sizeof(x)); }
 RAMIFY_INLINE Ints shift_right(Ints x, int bits) {  // zeros come in
   typedef uint32_t Words __attribute__((vector_size(4 * L)));
   return (Ints)((Words)x >> bits);

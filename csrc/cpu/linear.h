@@ -22,7 +22,7 @@ constexpr int kPanelVecs = kPanel / L;
 inline int64_t lines(int64_t bytes) { return pad_to(bytes, 64); }
 
 // Both operands of the product are pairs of bf16.
-inline bool uses_dot(const LinearArgs& a) { return RAMIFY_BF16_DOT && a.dtype != kF32; }
+inline bool uses_dot(const LinearArgs& a) { return RAMIFY_BF16_DOT && a.dtype == kBf16; }
 inline int64_t value_bytes(const LinearArgs& a) { return uses_dot(a) ? 2 : 4; }
 
 // One input row, prepared: f32 [K]. `row` and `other` have room for one each.

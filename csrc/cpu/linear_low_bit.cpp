@@ -4,8 +4,8 @@
 //          scale a row or one a group (Rounded), or stays as it is (Exact).
 // Rounded  y = x_scale * sum over groups of w_scale * (codes . x_codes - zero * sum(x_codes)): integer dots inside a group (dot.h),
 //          then one f32 multiply-add a group, groups in ascending order. A constant zero is taken off by the dot's first value.
-// Exact    128 inputs of a panel at a time become f32 (bf16 pairs where the level multiplies those) in L1, and go through the loop
-//          that dense layers use.
+// Exact    128 inputs of a panel at a time become f32 in L1, and go through the loop that dense f32 layers use: a level that
+//          multiplies bf16 pairs would round both factors.
 // Tiling   16 features (32 with AVX-512) x most_tokens rows, nibbles unpacked in registers. Several tiles share 512 inputs of the
 //          panel in L1. A panel is read from memory once.
 // Traffic  the packed bytes, once for all rows.
@@ -40,20 +40,9 @@ RAMIFY_INLINE Vec fp8_value(Ints code) {
   return as_float(as_ints(minus) ^ ((code & 0x80) ^ 0x80) << 24);
 }
 
-// Two neighbouring inputs of L features: row k of f32 [k][32], or of bf16 pairs [k / 2][32][2].
-RAMIFY_INLINE void put(void* slab, int64_t k, int64_t feature, Vec even, Vec odd) {
-#if RAMIFY_BF16_DOT
-  const auto rounded = [](Vec x) { return as_ints(x) + 0x7fff + (shift_right(as_ints(x), 16) & 1); };
-  store_ints(static_cast<uint32_t*>(slab) + k / 2 * kPanel + feature,
-             shift_right(rounded(even), 16) | (rounded(odd) & int32_t(0xffff0000)));
-#else
-  float* const to = static_cast<float*>(slab) + k * kPanel + feature;
-  even.store(to), odd.store(to + kPanel);
-#endif
-}
-
+// One group of the weight: f32 [inputs][32].
 template <int64_t kCode>
-void dequantize_group(const LinearArgs& a, const LowBitLayout& w, const uint8_t* panel, int64_t g, int64_t feature, void* slab, int64_t k) {
+void dequantize_group(const LinearArgs& a, const LowBitLayout& w, const uint8_t* panel, int64_t g, float* slab) {
   const uint8_t *const codes = panel + g * w.step, *const scales = panel + w.scales(g);
   for (int64_t f = 0; f < kLowBitPanel; f += L) {
     const Vec scale = load_scale(scales, a.scale_dtype, f);
@@ -67,9 +56,9 @@ void dequantize_group(const LinearArgs& a, const LowBitLayout& w, const uint8_t*
         if constexpr (kCode == kInt8) return to_float(word << (24 - bit) >> 24) * scale;
         return fp8_value(shift_right(word, bit) & 255) * scale;
       };
-      for (int b = 0; b < 4; b += 2) {
-        put(slab, k + 4 * j + b, feature + f, value(8 * b), value(8 * b + 8));
-        if constexpr (kCode == kInt4) put(slab, k + n / 2 + 4 * j + b, feature + f, value(8 * b + 4), value(8 * b + 12));
+      for (int b = 0; b < 4; ++b) {
+        value(8 * b).store(slab + (4 * j + b) * kPanel + f);
+        if constexpr (kCode == kInt4) value(8 * b + 4).store(slab + (n / 2 + 4 * j + b) * kPanel + f);
       }
     }
   }
@@ -83,7 +72,7 @@ struct Exact {
   // The packed input: [128 inputs][rows in groups of kRows], so that what meets one slab of weights lies together.
   static int64_t offset(const LinearArgs& a, int64_t M, int64_t first, int64_t k) {
     const int64_t left = pad_to(a.K, 16) - k;
-    return (k * M + (left < kLowBitGroup ? left : kLowBitGroup) * first) * value_bytes(a);
+    return (k * M + (left < kLowBitGroup ? left : kLowBitGroup) * first) * int64_t(sizeof(float));
   }
 
   static void pack(const LinearArgs& a, const float* x, int64_t M, int64_t m, void* packed) {
@@ -94,25 +83,21 @@ struct Exact {
     }
   }
 
-  static const void* pack_one(const LinearArgs& a, const float* x, void* packed) {
-    if (!uses_dot(a)) return x;
-    pack_row(a, x, a.K, packed, 1, 0);
-    return packed;
-  }
+  static const void* pack_one(const LinearArgs&, const float* x, void*) { return x; }
 
   // Inputs [k, stop) of the 32 features from `column` on. Inlined, its constants would take a register that the product needs.
   __attribute__((noinline)) static void dequantize(const LinearArgs& a, const LowBitLayout& w, int64_t column, int64_t k, int64_t stop,
-                                                   void* slab) {
+                                                   float* slab) {
     for (int64_t half = 0; half < kPanel; half += kLowBitPanel) {
       const uint8_t* const panel = static_cast<const uint8_t*>(a.weight) + (column + half) / kLowBitPanel * w.panel;
       for (int64_t g = k / w.group; g * w.group < stop; ++g) {
-        const int64_t at = g * w.group - k;
+        float* const to = slab + (g * w.group - k) * kPanel + half;
         if (a.dtype == kInt4)
-          dequantize_group<kInt4>(a, w, panel, g, half, slab, at);
+          dequantize_group<kInt4>(a, w, panel, g, to);
         else if (a.dtype == kInt8)
-          dequantize_group<kInt8>(a, w, panel, g, half, slab, at);
+          dequantize_group<kInt8>(a, w, panel, g, to);
         else
-          dequantize_group<kFp8>(a, w, panel, g, half, slab, at);
+          dequantize_group<kFp8>(a, w, panel, g, to);
       }
     }
   }
@@ -130,11 +115,7 @@ struct Exact {
           with_rows(int(M - first < kRows ? M - first : kRows), [&]<int R>() {
             constexpr int N = tile_vectors(R) < kPanelVecs ? tile_vectors(R) : kPanelVecs;
             for (int64_t lane = 0; lane < kPanel; lane += N * L) {
-#if RAMIFY_BF16_DOT
-              tile<R, N>(a, part, panel + lane, Bf16Panels{reinterpret_cast<const bf16*>(slab) + 2 * lane, 0});
-#else
               tile<R, N>(a, part, panel + lane, F32Panels{slab + lane, 0});
-#endif
             }
           });
         }

@@ -29,7 +29,7 @@ from ramify.model.config import read_json
 from ramify.model.load import ZOO, folder_of
 from ramify.model.tokenizer import Tokenizer
 from ramify.quant import METHODS, Format
-from ramify.quant.sources.ramify import config_of, shortest
+from ramify.quant.sources.ramify import act_order, config_of
 
 QUANTIZATION = ("quantization_config", "compression_config")
 """Fields of a config.json that say how its weights are stored; the second is compressed-tensors' older name."""
@@ -110,7 +110,7 @@ def convert(
                 quantization = write_repacked(checkpoint, new, made, wanted, progress)
             else:
                 ordered = write_rounded(checkpoint, new, made, layers, texts, progress)
-                quantization = config_of(layers, made.method, held, ordered=shortest(ordered, len(made.errors)))
+                quantization = config_of(layers, made.method, held, ordered=act_order(ordered, len(made.errors)))
             new.close()
             values = _write_config(folder, new, quantization)
             for file in sorted({file for pattern in KEPT_FILES for file in folder.glob(pattern) if file.is_file()}):

@@ -17,8 +17,11 @@ from ramify.model.weights import Settings, Weights
 from ramify.quant import Format
 from ramify.zoo import corpus
 
-HELD_OUT_CHARACTERS = 4500
-"""Of each held-out module: about 1,300 tokens, 21,000 in all."""
+CHARACTERS = 4500
+"""That are read of each held-out module."""
+
+TOKENS = 1300
+"""That these are, about: 21,000 in all."""
 
 WORK = 4e12
 """Weights times tokens that are read where nobody names a text: a minute or two on a few cores. A model of 200 million weights reads
@@ -83,13 +86,18 @@ def judged(evaluate: str | Path | bool | None, checkpoint: Checkpoint, tokenizer
     return Judged(name, tokenizer, windows, sum(len(text.encode()) for text in texts))
 
 
+def held_out() -> list[str]:
+    """The beginning of each of the zoo's held-out modules that this Python has."""
+    return [text[:CHARACTERS] for text in corpus.held_out_texts().values()]
+
+
 def _held_out(checkpoint: Checkpoint) -> tuple[list[str], str]:
     """As many of the zoo's held-out modules as the model's size allows, and what they are called."""
-    texts = [text[:HELD_OUT_CHARACTERS] for text in corpus.held_out_texts().values()]
+    texts = held_out()
     if not texts:
         return [], ""
     weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names)
-    count = min(len(texts), max(1, int(WORK / weights / 1300)))
+    count = min(len(texts), max(1, int(WORK / weights / TOKENS)))
     name = "the zoo's held-out modules" if count == len(texts) else f"{count} of the zoo's {len(texts)} held-out modules"
     return texts[:count], name
 

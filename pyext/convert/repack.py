@@ -11,7 +11,7 @@ from ramify.convert.conversion import Conversion, Progress
 from ramify.convert.folder import NewFolder
 from ramify.model.checkpoint import Checkpoint
 from ramify.quant import Format, QuantizedWeight
-from ramify.quant.sources.ramify import config_of, shortest, stored
+from ramify.quant.sources.ramify import act_order, config_of, short, stored
 
 
 def refuse_rounding(checkpoint: Checkpoint, to: Format | None, rounding: Mapping[str, object], head: str | None) -> None:
@@ -72,10 +72,8 @@ def write_repacked(checkpoint: Checkpoint, new: NewFolder, made: Conversion, to:
     made.total_bytes = (total_bytes[0], total_bytes[1])
     quantization = checkpoint.config.quantization or {}
     method = quantization.get("method", "unknown") if quantization["quant_method"].startswith("ramify") else quantization["quant_method"]
-    others = {_short(prefix): form for prefix, form in formats.items() if form != most}
-    made_head = None if made.head is None else Format.parse(made.head)
-    short = [_short(prefix) for prefix in dense]
-    return config_of(most, method, made_head, short, others, shortest(ordered, len(formats)))
+    others = {short(prefix): form for prefix, form in formats.items() if form != most}
+    return config_of(most, method, head, [short(prefix) for prefix in dense], others, act_order(ordered, len(formats)))
 
 
 def _format(checkpoint: Checkpoint, name: str) -> Format:
@@ -83,11 +81,6 @@ def _format(checkpoint: Checkpoint, name: str) -> Format:
     tensor = checkpoint.tensor(name)
     assert isinstance(tensor, QuantizedWeight)
     return tensor.format
-
-
-def _short(prefix: str) -> str:
-    """A layer's name as models with a head and without one have it."""
-    return prefix.removeprefix("model.")
 
 
 def _twice(what: str, came: Format, to: Format) -> ValueError:

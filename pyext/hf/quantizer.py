@@ -148,13 +148,13 @@ class _Stored:
     def __init__(self, files: Any, base: str) -> None:
         """base: the prefix of names that a model with a head has and one without has not."""
         self.base = base
-        self.dtypes: dict[str, str] = {}
-        self.shapes: dict[str, list[int]] = {}
+        self.headers: dict[str, tuple[str, list[int]]] = {}
         for file in files or ():
             try:
                 with safe_open(str(file), framework="pt") as shard:
                     for name in shard.keys():  # noqa: SIM118
-                        self.dtypes[name], self.shapes[name] = shard.get_slice(name).get_dtype(), shard.get_slice(name).get_shape()
+                        tensor = shard.get_slice(name)
+                        self.headers[self._short(name)] = tensor.get_dtype(), tensor.get_shape()
             except SafetensorError as problem:
                 raise CheckpointError(f"from_pretrained: {file} is cut off or damaged ({problem}). Fetch the file again.") from None
 
@@ -164,32 +164,30 @@ class _Stored:
         if form.zero_point:
             taken["weight_zero"] = ("F16",)
         for part, dtypes in taken.items():
-            came = self._dtype(f"{layer}.{part}")
-            if came is None and self.dtypes:
+            header = self._header(f"{layer}.{part}")
+            if header is None and self.headers:
                 raise _wrong(f"{layer}.{part}", f"is missing; the layer is {form.name}")
-            if came is not None and came not in dtypes:
+            if header is not None and (came := header[0]) not in dtypes:
                 raise _wrong(f"{layer}.{part}", f"is {came}; the layer is {form.name}, which takes {' or '.join(dtypes)}")
-        perm = self._dtype(f"{layer}.weight_perm") is not None
-        if ordered and not perm and self.dtypes:
+        perm = self._header(f"{layer}.weight_perm") is not None
+        if ordered and not perm and self.headers:
             raise _wrong(f"{layer}.weight_perm", ORDER_MISSING)
         return perm
 
     def fits(self, name: str, layer: LowBitLinear) -> None:
         """CheckpointError for a tensor of another shape than the layer's."""
         for part in FIELDS.values():
-            stored, wanted = self._stored(f"{name}.{part}"), getattr(layer, part, None)
-            if stored is not None and wanted is not None and self.shapes[stored] != list(wanted.shape):
-                raise _wrong(stored, f"is {self.shapes[stored]}; the layer is {layer.format.name}, which takes {list(wanted.shape)}")
+            header, wanted = self._header(f"{name}.{part}"), getattr(layer, part, None)
+            if header is not None and wanted is not None and header[1] != list(wanted.shape):
+                raise _wrong(f"{name}.{part}", f"is {header[1]}; the layer is {layer.format.name}, which takes {list(wanted.shape)}")
 
-    def _dtype(self, name: str) -> str | None:
-        """As the file writes it."""
-        stored = self._stored(name)
-        return None if stored is None else self.dtypes[stored]
+    def _header(self, name: str) -> tuple[str, list[int]] | None:
+        """(dtype, shape) as the file writes them."""
+        return self.headers.get(self._short(name))
 
-    def _stored(self, name: str) -> str | None:
-        """The name in the files, which may lack the base's prefix, here or there, or have one more."""
-        short = f".{name.removeprefix(f'{self.base}.')}"
-        return name if name in self.dtypes else next((other for other in self.dtypes if f".{other}".endswith(short)), None)
+    def _short(self, name: str) -> str:
+        """A tensor's name from the base on: the prefix may be missing in the files, or in the model, or stand behind another one."""
+        return name.rpartition(f"{self.base}.")[2] if self.base else name
 
 
 def _wrong(tensor: str, says: str) -> CheckpointError:

@@ -75,7 +75,7 @@ def linear(
 
     A QuantizedWeight is packed at its first use on the CPU. `activations` says how it takes x: "int8" rounds a row to int8 with
     one scale (the default for int8 and int4 on the CPU), "int8-group" with one scale for every group of the weight (128 inputs
-    for int8), "exact" not at all (the only way for fp8; a level that multiplies in bf16 rounds both to bf16). A row that holds
+    for int8), "exact" not at all (the only way for fp8). A row that holds
     NaN or infinity comes out as NaN when it is rounded. On a GPU "exact" is the default and what the kernels do: the CUDA kernels round
     no weight, those of Triton only a difference from a zero point, to x's dtype; the other two run on the reference.
     """

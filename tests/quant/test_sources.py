@@ -17,7 +17,7 @@ from safetensors import safe_open
 from ramify.errors import CheckpointError, UnsupportedModelError
 from ramify.quant import Format, QuantizedWeight
 from ramify.quant.sources import SOURCES, source_of
-from ramify.quant.sources.ramify import config_of, shortest, stored
+from ramify.quant.sources.ramify import act_order, config_of, stored
 from ramify.quant.weight import pack_nibbles
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "quant"
@@ -253,8 +253,8 @@ def test_an_order_that_is_named_has_to_be_there():
 
 def test_orders_are_named_in_short():
     every = [f"model.layers.{i}.mlp.up_proj" for i in range(3)]
-    assert shortest(every, 3) == ["layers"] and shortest([*every, "lm_head"], 3) == ["layers", "lm_head"]
-    assert shortest(every[:2], 3) == ["layers.0.mlp.up_proj", "layers.1.mlp.up_proj"] and shortest([], 0) == []
+    assert act_order(every, 3) == ["layers"] and act_order([*every, "lm_head"], 3) == ["layers", "lm_head"]
+    assert act_order(every[:2], 3) == ["layers.0.mlp.up_proj", "layers.1.mlp.up_proj"] and act_order([], 0) == []
 
 
 def test_orders_that_make_no_sense():

@@ -25,6 +25,11 @@ class Names(NamedTuple):
     optional: tuple[str, ...]
 
 
+def within(part: str, module: str) -> bool:
+    """Whether a name of a config, of a layer or of a part of it ("layers.3", "mlp"), means this module."""
+    return f".{part}." in f".{module}."
+
+
 class Source:
     """One way to store low-bit weights, set up from a checkpoint's quantization_config.
 
@@ -41,7 +46,7 @@ class Source:
 
     def covers(self, module: str) -> bool:
         """Whether the config makes this linear layer ("model.layers.0.mlp.up_proj") low-bit."""
-        return not any(f".{part}." in f".{module}." for part in self.dense)
+        return not any(within(part, module) for part in self.dense)
 
     def tensors(self, prefix: str) -> Names:
         """What the layer `prefix` needs and may have."""

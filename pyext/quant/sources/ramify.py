@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ramify.fields import Fields
 from ramify.quant.formats import Format
-from ramify.quant.sources.base import Parts, Source, refuse
+from ramify.quant.sources.base import Parts, Source, refuse, within
 from ramify.quant.weight import CODES, QuantizedWeight
 
 VERSION = 1
@@ -47,11 +47,11 @@ class Ramify(Source):
         """The format of one covered layer."""
         if module == "lm_head" and self.head is not None:
             return self.head
-        return next((form for part, form in self.others.items() if f".{part}." in f".{module}."), self.format)
+        return next((form for part, form in self.others.items() if within(part, module)), self.format)
 
     def ordered(self, module: str) -> bool:
         """Whether the config says that this layer has an order of inputs; without a word about it, it may have one."""
-        return any(f".{part}." in f".{module}." for part in self.act_order)
+        return any(within(part, module) for part in self.act_order)
 
     def _read(self, parts: Parts) -> QuantizedWeight:
         form = self.format_of(parts.prefix)
@@ -95,9 +95,14 @@ def config_of(
     }
 
 
-def shortest(ordered: Sequence[str], count: int) -> list[str]:
+def short(prefix: str) -> str:
+    """A layer's name as models with a head and without one have it."""
+    return prefix.removeprefix("model.")
+
+
+def act_order(ordered: Sequence[str], count: int) -> list[str]:
     """The layers with an order of inputs as "act_order" names them: all `count` of the decoder by the one part that they share."""
-    names = [name.removeprefix("model.") for name in ordered]
+    names = [short(name) for name in ordered]
     inner = [name for name in names if name != "lm_head"]
     return names if not inner or len(inner) < count else ["layers", *names[len(inner) :]]
 
