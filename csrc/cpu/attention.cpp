@@ -33,7 +33,8 @@ struct Attention {
   const AttentionArgs& a;
   Buffers& w;
   const int64_t D;
-  static constexpr int64_t kFew = 40;  // rows up to which a tile takes about as long to arrive as to be used
+  const float log2_scale = float(a.scale) * kLog2e;  // scores come out in log2 units
+  static constexpr int64_t kFew = 40;                // rows up to which a tile takes about as long to arrive as to be used
   static constexpr T kZeros[kMaxHead] = {};
   const T* key_rows[kTile];
   const T* value_rows[kTile];
@@ -105,10 +106,9 @@ struct Attention {
     return {static_cast<const T*>(w.keys), static_cast<const T*>(w.values), count};
   }
 
-  // q * scale * log2(e), packed group by group: scores come out in log2 units.
+  // q * scale * log2(e), packed group by group. Pairs of bf16 hold q itself: it may be bf16, and then nothing is rounded.
   void pack_queries(const Item& it) {
     const int64_t g = a.Hq / a.Hkv;
-    const float scale = float(a.scale) * kLog2e;
     for (int64_t first = 0; first < it.rows; first += kRows) {
       const int rows = group_rows(it, first);
       for (int m = 0; m < rows; ++m) {
@@ -116,24 +116,24 @@ struct Attention {
         const int64_t at =
             (a.row_start ? (a.row_start[it.b] + t) * a.q_stride_t : it.b * a.q_stride_b + t * a.q_stride_t) + head * a.q_stride_h;
         if (a.q_dtype == kF32)
-          pack_row(static_cast<const float*>(a.q) + at, scale, w.q + first * D, rows, m);
+          pack_row(static_cast<const float*>(a.q) + at, w.q + first * D, rows, m);
         else
-          pack_row(static_cast<const bf16*>(a.q) + at, scale, w.q + first * D, rows, m);
+          pack_row(static_cast<const bf16*>(a.q) + at, w.q + first * D, rows, m);
       }
     }
   }
 
   template <class X>
-  void pack_row(const X* x, float scale, float* group, int rows, int m) {
+  void pack_row(const X* x, float* group, int rows, int m) {
     const auto value = [&](int64_t d) {
-      if constexpr (sizeof(X) == 2) return widen(x[d]) * scale;
-      if constexpr (sizeof(X) == 4) return x[d] * scale;
+      if constexpr (sizeof(X) == 2) return widen(x[d]);
+      if constexpr (sizeof(X) == 4) return x[d];
     };
     if constexpr (kDot) {
       uint32_t* out = reinterpret_cast<uint32_t*>(group) + m;
       for (int64_t d = 0; d < D; d += 2) out[(d >> 1) * rows] = narrow(value(d)) | uint32_t(narrow(value(d + 1))) << 16;
     } else {
-      for (int64_t d = 0; d < D; ++d) group[d * rows + m] = value(d);
+      for (int64_t d = 0; d < D; ++d) group[d * rows + m] = value(d) * log2_scale;
     }
   }
 
@@ -156,7 +156,7 @@ struct Attention {
         multiply<M, 1>(acc, q, F32Panels{tile.keys + at, kPanel * D}, D);
       }
       for (int m = 0; m < M; ++m)
-        for (int n = 0; n < kWide; ++n) acc[m][n].store(s + m * kTile + col + n * L);
+        for (int n = 0; n < kWide; ++n) (kDot ? acc[m][n] * Vec::set(log2_scale) : acc[m][n]).store(s + m * kTile + col + n * L);
     }
   }
 

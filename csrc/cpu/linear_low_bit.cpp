@@ -213,39 +213,43 @@ RAMIFY_INLINE void add_groups(const LinearArgs& a, const LowBitLayout& w, const 
   const float* scale_of = grouped ? x.scales + g * M + first : nullptr;
   const int8_t* word = x.at(w, g, first);
   sums += first * kWide;
-  Vec acc[kDotVecs][T];
-  for (int v = 0; v < kDotVecs; ++v)
-    for (int t = 0; t < T; ++t) acc[v][t] = Vec::load(sums + t * kWide + v * L);
   for (; g < stop; ++g, codes.base += w.step, scales += next, offset += M, word += whole * M) {
     const int64_t inputs = g < last ? whole : w.inputs(g);
     if (g == last) word = x.at(w, g, first);
-    Ints sum[kDotVecs][T];
+    Ints sum[kDotVecs][T];  // in registers: every loop over them is unrolled, or a store costs two cycles a vector
+#pragma GCC unroll 12
     for (int t = 0; t < T; ++t) {
       const Ints start = ints(constant ? offset[t].whole : 0);
+#pragma GCC unroll 4
       for (int v = 0; v < kDotVecs; ++v) sum[v][t] = start;
     }
     dot<kSmall>(sum, codes, word, inputs / 4);
+#pragma GCC unroll 4
     for (int v = 0; v < kDotVecs; ++v) {
+      const auto add = [&](int t, Vec y, Vec scale) {
+        float* const to = sums + t * kWide + v * L;
+        fma(y, scale, Vec::load(to)).store(to);
+      };
       const uint8_t* const here = scales + v * L / kLowBitPanel * w.panel;
       const int64_t feature = v * L % kLowBitPanel;
       const Vec scale = load_scale(here, scale_dtype, feature);
       if (zeros) {
         const Vec zero = load_half(reinterpret_cast<const uint16_t*>(here + zeros_after(scale_dtype)) + feature);
+#pragma GCC unroll 12
         for (int t = 0; t < T; ++t) {
-          Vec y = to_float(sum[v][t]) - zero * Vec::set(offset[t].sum);
-          if (grouped) y = y * Vec::set(scale_of[t]);
-          acc[v][t] = fma(y, scale, acc[v][t]);
+          const Vec y = to_float(sum[v][t]) - zero * Vec::set(offset[t].sum);
+          add(t, grouped ? y * Vec::set(scale_of[t]) : y, scale);
         }
       } else if (grouped) {
-        for (int t = 0; t < T; ++t) acc[v][t] = fma(to_float(sum[v][t]) * Vec::set(scale_of[t]), scale, acc[v][t]);
+#pragma GCC unroll 12
+        for (int t = 0; t < T; ++t) add(t, to_float(sum[v][t]) * Vec::set(scale_of[t]), scale);
       } else {
-        for (int t = 0; t < T; ++t) acc[v][t] = fma(to_float(sum[v][t]), scale, acc[v][t]);
+#pragma GCC unroll 12
+        for (int t = 0; t < T; ++t) add(t, to_float(sum[v][t]), scale);
       }
     }
     if (grouped) scale_of += M;
   }
-  for (int v = 0; v < kDotVecs; ++v)
-    for (int t = 0; t < T; ++t) acc[v][t].store(sums + t * kWide + v * L);
 }
 
 struct Rounded {

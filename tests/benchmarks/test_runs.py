@@ -214,7 +214,7 @@ def test_the_own_benchmark_of_a_peer(tmp_path, monkeypatch):
     program, folder = tmp_path / "llama-bench", tmp_path / "model"
     program.write_text('#!/bin/sh\necho "$@" > "$0.words"\necho \'[{"samples_ns": [2000000000, 1000000000, 3000000000]}]\'\n')
     program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(llama_model, "missing", lambda: "")
     monkeypatch.setattr(llama_model, "convert", lambda folder, file: 1000)
     name, seconds, facts = engines.llama_bench_entry(folder, 256, 100, 3)
