@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ramify.decode.output import Request
     from ramify.verify import Verdict
 
-_FIRST, _LAST = 24, 128  # steps between two visits to drafters that are behind
+_FIRST, _LAST = 24, 1024  # steps between two visits to drafters that are behind
 _VISIT = 3  # steps of a visit
 _REFUSED = 32  # steps before a visit that was too dear is thought of again: its price takes a third of a small model's step
 _KEPT = 64  # steps that wait to be watched, at most
@@ -202,7 +202,7 @@ class _AutoSize(SizePolicy):
         for arm in self.auto.arms:
             arm.size.bind(model, requests)
         if model is not None:
-            self.log = remembered(model, "auto")
+            self.log = remembered(model, "auto, sampled" if any(r.params.temperature > 0 for r in requests) else "auto")
         self.log.wait = max(self.log.wait, _FIRST)
 
     def rows(self, live: Sequence[int], lengths: Sequence[int]) -> list[int]:

@@ -113,7 +113,7 @@ class PromptLookup(Drafter):
 
     def size_policy(self) -> SizePolicy:
         """Guesses are there for the taking; which of them to verify is a matter of their chance."""
-        return Weighed()
+        return Weighed(about=self.name)
 
     def begin(self, slots: Sequence[int], prompts: Sequence[list[int]]) -> None:
         """Keep a copy of each prompt."""

@@ -9,6 +9,7 @@ the machine allows.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -26,6 +27,7 @@ _STANDS = 16  # steps until prices are taken from the cost table anew
 _GAIN = 1.2  # what a tree must promise over a plain step: among plain ones it finds neither its code nor its weights at hand
 _MEMORY = 0.05  # weight of the newest step
 _PATIENCE = 16.0  # times that a drafter whose guesses bring nothing is asked before it is asked within its share of the time
+_FRESH = 4.0  # of these, for a text of a kind that has brought nothing before
 
 
 @dataclass(slots=True)
@@ -42,35 +44,65 @@ class _Run:
             costs.observe(self.batch, self.forward, self.rest, True, self.steps)
 
 
+@dataclass(slots=True)
+class _Asks:
+    """left: times that the drafter may be asked before it has to be right again; seconds: what asking takes."""
+
+    left: float = _PATIENCE
+    seconds: float = 0.0
+
+    def asked(self, seconds: float) -> None:
+        self.left -= 1
+        self.seconds += _MEMORY * (seconds - self.seconds) if self.seconds else seconds
+
+    def earn(self, seconds: float, right: bool) -> None:
+        """The full count after a guess that was right, else what `seconds` of time for asking allow."""
+        if right:
+            self.left = _PATIENCE
+        elif self.seconds:
+            self.left = min(_PATIENCE, self.left + seconds / self.seconds)
+
+
+_kept: WeakKeyDictionary[Any, dict[tuple[str, bool], _Asks]] = WeakKeyDictionary()  # target -> by `about` and whether text is sampled
+
+
 @size_policy("weighed")
 @dataclass
 class Weighed(SizePolicy):
     """The cut of most tokens per second. A tree without `chance` is verified whole.
 
-    most: rows asked for, per sequence. share: of the time, for asking while guesses bring nothing. costs: a CostTable; None measures.
+    most: rows asked for, per sequence. share: of the time, for asking while guesses bring nothing. about: a name under which later calls
+    with this target find how asking went; "" begins anew. costs: a CostTable; None measures.
     """
 
     most: int = 32
     share: float = 0.02
+    about: str = ""
     costs: Any = None
 
     def __post_init__(self) -> None:
         if whole("most", self.most, 1, "weighed") > MAX_ROWS:
             raise ValueError(f"weighed: most is {self.most}; takes 1 to {MAX_ROWS}.")
         between("share", self.share, 0, 1, "weighed")
+        if not isinstance(self.about, str):
+            raise TypeError(f"weighed: about is {show(self.about)}; takes a string.")
         if not (self.costs is None or isinstance(self.costs, CostTable)):
             raise TypeError(f"weighed: costs is {show(self.costs)}; takes a CostTable or None.")
         self._speed: list[float] = []  # steps per second by rows beyond the roots
         self._batch = self._stands = 0
-        self._asks, self._asked, self._ask = _PATIENCE, False, 0.0  # times that it may be asked; seconds that asking takes
+        self._asks, self._asked = _Asks(), False
         self._seen, self._tokens, self._seconds = 0, 1.0, 0.0  # steps, and what one of them brings and takes of late
         self.rate = 0.0
         self._run = _Run(0)
 
     def bind(self, model: Any, requests: Sequence["Request"]) -> None:
-        """Find or measure the cost table."""
+        """Find or measure the cost table, and how asking went before."""
         if self.costs is None:
             self.costs = cost_table(model)
+        if self.about:
+            kind = self.about, any(r.params.temperature > 0 for r in requests)
+            self._asks = _kept.setdefault(model, {}).setdefault(kind, self._asks)
+            self._asks.left = max(self._asks.left, _FRESH)
 
     def rows(self, live: Sequence[int], lengths: Sequence[int]) -> list[int]:
         """As many as could pay, or none."""
@@ -110,21 +142,14 @@ class Weighed(SizePolicy):
             self._run.rest += rest
         else:
             self.costs.observe(tree.M, forward, rest)
-        self._grant(clock.draft.last, clock.draft.last + forward + rest, tokens > tree.B)
+        seconds = clock.draft.last + forward + rest
+        if self._asked:
+            self._asks.asked(clock.draft.last)
+        self._asks.earn(self.share * seconds, tokens > tree.B)
         self._seen += 1
         weight = max(_MEMORY, 1 / self._seen)
         self._tokens += weight * (tokens / tree.B - self._tokens)
-        self._seconds += weight * (clock.draft.last + forward + rest - self._seconds)
-
-    def _grant(self, draft: float, whole: float, right: bool) -> None:
-        """Its full count after a guess that was right, else what the time that went by allows."""
-        if self._asked:
-            self._asks -= 1
-            self._ask += _MEMORY * (draft - self._ask) if self._ask else draft
-        if right:
-            self._asks = _PATIENCE
-        elif self._ask:
-            self._asks = min(_PATIENCE, self._asks + self.share * whole / self._ask)
+        self._seconds += weight * (seconds - self._seconds)
 
     def _price(self, batch: int) -> None:
         seconds = self.costs.whole(np.arange(batch, batch * self.most + 1), batch)
@@ -138,7 +163,7 @@ class Weighed(SizePolicy):
     def choose(self, batch: int) -> int:
         """Rows per sequence of the next step."""
         self.decide(batch)
-        self._asked = self._asks >= 1
+        self._asked = self._asks.left >= 1
         return self.most if self._asked else 1
 
     def visit(self, batch: int) -> int:

@@ -1,7 +1,6 @@
 """Each benchmark runs with --quick on tiny shapes, its document is of the schema, its picture is a picture; and the probes answer."""
 
 import json
-import os
 
 import pytest
 import torch
