@@ -21,11 +21,12 @@ def _documents(root: Path) -> dict[str, dict[str, Any]]:
 
 
 def headline(root: Path) -> str:
-    """Tokens a second of the best ways there are, and each kernel over the fastest other one; `results` has everything else."""
-    documents = list(_documents(root).values())
-    whole = [doc for doc in documents if doc["benchmark"] == "end_to_end"]
-    parts = [_best_ways(whole[-1])] if whole else []
-    kernels = [line for doc in documents for line in _OVER.get(doc["benchmark"], lambda rows: [])(doc["rows"])]
+    """Tokens a second of the best ways there are, and each kernel over the fastest other one, each as it was measured last; `results` has
+    everything else.
+    """
+    newest = {doc["benchmark"]: doc for doc in sorted(_documents(root).values(), key=lambda doc: doc["environment"]["date"])}
+    parts = [_best_ways(newest["end_to_end"])] if "end_to_end" in newest else []
+    kernels = [line for name in _OVER if name in newest for line in _OVER[name](newest[name]["rows"])]
     if kernels:
         counts = [f"{n} {'row' if n == 1 else 'rows'}" for n in _ROWS]
         parts.append(table(["speed over the fastest other way in the same run", *counts], kernels))

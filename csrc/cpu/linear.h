@@ -47,7 +47,14 @@ inline void pack_row(const LinearArgs& a, const float* x, int64_t K, void* group
     return;
   }
   uint32_t* out = static_cast<uint32_t*>(group) + m;
-  for (int64_t k = 0; k < K; k += 2) out[(k >> 1) * rows] = narrow(x[k]) | uint32_t(k + 1 < K ? narrow(x[k + 1]) : 0) << 16;
+  int64_t k = 0;
+#if RAMIFY_BF16_DOT
+  for (uint32_t pairs[L]; k + 2 * L <= K; k += 2 * L) {  // one value at a time, this takes a third of the product of eight rows
+    _mm512_storeu_si512(pairs, (__m512i)_mm512_cvtne2ps_pbh(Vec::load(x + k + L).v, Vec::load(x + k).v));
+    for (int i = 0; i < L; ++i) out[((k >> 1) + i) * rows] = pairs[i];
+  }
+#endif
+  for (; k < K; k += 2) out[(k >> 1) * rows] = narrow(x[k]) | uint32_t(k + 1 < K ? narrow(x[k + 1]) : 0) << 16;
 }
 
 // One vector of results: bias, activation, residual, store. Columns past N are left out.
