@@ -128,10 +128,11 @@ def replay(program: Any, threads: int, out: Tensor) -> Tensor:
 def dense(layer: Layer, count: Callable[[int], int]) -> Held:
     """The bf16 weight in panels."""
     from ramify import native
+    from ramify.pages import on_huge_pages
 
     w = layer.tensors[0].bfloat16()
     packed = native.pack_weight(w)
-    copies = [packed.clone() for _ in range(count(packed.nbytes))]
+    copies = [on_huge_pages(packed) for _ in range(count(packed.nbytes))]
     return Held(w.nbytes, w.float(), **captured(layer, copies, native.LinearArgs, dtype=native.BF16))
 
 
@@ -140,11 +141,12 @@ def low_bit(format: str, activations: str) -> Hold:
 
     def hold(layer: Layer, count: Callable[[int], int]) -> Held:
         from ramify import native
+        from ramify.pages import on_huge_pages
         from ramify.quant.packing import packed
 
         q = layer.quantized(format)
         panels = packed(q)
-        copies = [panels.clone() for _ in range(count(panels.nbytes))]
+        copies = [on_huge_pages(panels) for _ in range(count(panels.nbytes))]
         fields = {"dtype": native.LOW_BIT[q.format.kind], "group": q.format.group, "scale_dtype": native.DTYPES[q.scale.dtype]}
         fields["activations"] = native.ACTIVATIONS[activations]
         return Held(q.nbytes, q.dequantize(), **captured(layer, copies, native.LinearLowBitArgs, **fields))

@@ -148,7 +148,7 @@ struct Attention {
       const int64_t at = col / kPanel * kPanel * D + col % kPanel * (kPairs ? 2 : 1);
       if constexpr (kDot) {
 #if RAMIFY_BF16_DOT
-        multiply_bf16<M, kWide>(acc, reinterpret_cast<const uint32_t*>(q), Bf16Panels{tile.keys + at, kPanel * D}, D / 2);
+        multiply_bf16<0>(acc, reinterpret_cast<const uint32_t*>(q), Bf16Panels{tile.keys + at, kPanel * D}, D / 2);
 #endif
       } else if constexpr (kPairs) {
         multiply<M, 1>(acc, q, Bf16Panels{tile.keys + at, kPanel * D}, D);

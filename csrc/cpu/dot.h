@@ -63,7 +63,8 @@ constexpr int most_tokens(bool) { return 4; }
 // Vectors and rows of a tile.
 static_assert(kDotVecs * L % kLowBitPanel == 0 && kPanel % (kDotVecs * L) == 0, "a tile is one or two whole panels");
 
-// sum[v][t] += the products of `steps` words, eight at a time; w(v, s) is weight vector v of step s, x[(s * T + t) * 4] the activations.
+// sum[v][t] += the products of `steps` words, eight at a time; w(v, s, i, T) is weight vector v of step s + i, x[(s * T + t) * 4] the
+// activations.
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 
 constexpr int kSignedOffset = 128;
@@ -74,7 +75,7 @@ RAMIFY_INLINE void dot(Ints (&sum)[kDotVecs][T], const W& w, const int8_t* x, in
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
       Ints code[kDotVecs];
-      for (int v = 0; v < kDotVecs; ++v) code[v] = kSmall ? w(v, s, i) : w(v, s, i) ^ ints(int32_t(0x80808080));
+      for (int v = 0; v < kDotVecs; ++v) code[v] = kSmall ? w(v, s, i, T) : w(v, s, i, T) ^ ints(int32_t(0x80808080));
       for (int t = 0; t < T; ++t) {
         const Ints word = ints(word_at(x + ((s + i) * T + t) * 4));
         for (int v = 0; v < kDotVecs; ++v) sum[v][t] = dot_bytes(sum[v][t], code[v], word);
@@ -99,7 +100,7 @@ RAMIFY_INLINE void dot(Ints (&sum)[kDotVecs][T], const W& w, const int8_t* x, in
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) {
         Ints code[kDotVecs];
-        for (int v = 0; v < kDotVecs; ++v) code[v] = w(v, s, i);
+        for (int v = 0; v < kDotVecs; ++v) code[v] = w(v, s, i, T);
         for (int t = 0; t < T; ++t) {
           const __m256i word = _mm256_set1_epi32(word_at(x + ((s + i) * T + t) * 4));
           for (int v = 0; v < kDotVecs; ++v) {
@@ -119,7 +120,7 @@ RAMIFY_INLINE void dot(Ints (&sum)[kDotVecs][T], const W& w, const int8_t* x, in
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {
         Ints code[kDotVecs];
-        for (int v = 0; v < kDotVecs; ++v) code[v] = w(v, s, i);
+        for (int v = 0; v < kDotVecs; ++v) code[v] = w(v, s, i, T);
         for (int t = 0; t < T; ++t) {
           const __m256i word = _mm256_set1_epi32(word_at(x + ((s + i) * T + t) * 4));
           for (int v = 0; v < kDotVecs; ++v) {
@@ -141,7 +142,7 @@ RAMIFY_INLINE void dot(Ints (&sum)[kDotVecs][T], const W& w, const int8_t* x, in
   for (int64_t s = 0; s < steps; s += 2)
     for (int i = 0; i < 2; ++i)
       for (int v = 0; v < kDotVecs; ++v) {
-        const Ints code = w(v, s, i);
+        const Ints code = w(v, s, i, T);
         for (int b = 0; b < 4; ++b) {
           const Ints c = kSmall ? (code >> 8 * b) & 15 : code << (24 - 8 * b) >> 24;
           for (int t = 0; t < T; ++t) sum[v][t] += c * int32_t(x[((s + i) * T + t) * 4 + b]);

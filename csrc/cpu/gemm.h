@@ -104,9 +104,10 @@ RAMIFY_INLINE T* reread(T* p) {
   return p;
 }
 
-// Adds K products to each accumulator; row m's value k is a[k * kStepK + m * kStepM]. `ahead` (elements) is what the next tile reads
-// where this one reads now: a tile narrower than a panel skips every other line, which no hardware prefetcher expects.
-template <int kStepK, int kStepM, int M, int N, class B>
+// Adds K products to each accumulator; row m's value k is a[k * kStepK + m * kStepM]. kAhead: how far before its use a panel of
+// pairs is asked for, in bytes, or 0. `ahead` (elements) is what the next tile reads where this one reads now: a tile narrower
+// than a panel skips every other line.
+template <int kStepK, int kStepM, int kAhead = 0, int M, int N, class B>
 RAMIFY_INLINE void multiply(Vec (&acc)[M][N], const float* a, const B& b, int64_t K, int64_t ahead = 0) {
   const int64_t step = b.step();
   const auto* p = b.at(0);
@@ -114,6 +115,7 @@ RAMIFY_INLINE void multiply(Vec (&acc)[M][N], const float* a, const B& b, int64_
   if constexpr (B::kPairs) {
     for (int64_t k = 0; k + 1 < K; k += 2, p += step, a += 2 * kStepK) {
       if (ahead != 0) __builtin_prefetch(p + ahead);
+      for (int n = 0; kAhead != 0 && n < N; n += 16 / L) __builtin_prefetch(p + at(n) + kAhead / 2);  // a line is 16 features
       multiply_one<kStepM>(acc, a, [&](int n) { return Pairs::load(p + at(n)).even(); });
       const auto* again = reread(p);
       multiply_one<kStepM>(acc, a + kStepK, [&](int n) { return Pairs::load(again + at(n)).odd(); });
@@ -127,13 +129,16 @@ RAMIFY_INLINE void multiply(Vec (&acc)[M][N], const float* a, const B& b, int64_
 #if defined(__AVX512BF16__)
 #define RAMIFY_BF16_DOT 1
 // Both operands in bf16 pairs: a[(k / 2) * M + m] holds two neighbours of row m. Only for sums along K or D, whose pairs are
-// the same for every row; sums along slots never pair, or a row's pairs would depend on where its ancestors lie.
-template <int M, int N>
+// the same for every row; sums along slots never pair, or a row's pairs would depend on where its ancestors lie. kAhead as above.
+template <int kAhead, int M, int N>
 RAMIFY_INLINE void multiply_bf16(Vec (&acc)[M][N], const uint32_t* a, const Bf16Panels& b, int64_t pairs) {
   const int64_t step = b.step();
   for (int64_t k = 0, offset = 0; k < pairs; ++k, offset += step, a += M) {
     __m512i w[N];
-    for (int n = 0; n < N; ++n) w[n] = _mm512_loadu_si512(b.at(n) + offset);
+    for (int n = 0; n < N; ++n) {
+      if (kAhead != 0) __builtin_prefetch(b.at(n) + offset + kAhead / 2);
+      w[n] = _mm512_loadu_si512(b.at(n) + offset);
+    }
     for (int m = 0; m < M; ++m) {
       const __m512bh x = (__m512bh)_mm512_set1_epi32(int(a[m]));
       for (int n = 0; n < N; ++n) acc[m][n].v = _mm512_dpbf16_ps(acc[m][n].v, (__m512bh)w[n], x);

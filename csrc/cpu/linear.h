@@ -18,6 +18,7 @@ namespace ramify::RAMIFY_ISA {
 namespace {
 
 constexpr int kPanelVecs = kPanel / L;
+constexpr int kAhead = 4096;  // bytes: how far before its use a panel is asked for, where a tile reads one at a time
 
 inline int64_t lines(int64_t bytes) { return pad_to(bytes, 64); }
 
@@ -85,10 +86,10 @@ RAMIFY_INLINE void tile(const LinearArgs& a, const Part& part, int64_t column, c
     for (int n = 0; n < N; ++n) acc[m][n] = part.begin == 0 ? Vec::set(0.f) : Vec::load(sums + m * kPanel + n * L);
 #if RAMIFY_BF16_DOT
   if constexpr (W::kPairs)
-    multiply_bf16<M, N>(acc, static_cast<const uint32_t*>(part.x), w, (K + 1) / 2);
+    multiply_bf16<(N * L > kPanel ? 0 : kAhead)>(acc, static_cast<const uint32_t*>(part.x), w, (K + 1) / 2);
   else
 #endif
-    multiply<M, 1>(acc, static_cast<const float*>(part.x), w, K, ahead);
+    multiply<M, 1, (N * L > kPanel ? 0 : kAhead)>(acc, static_cast<const float*>(part.x), w, K, ahead);
   const bool last = part.end == a.K;
   for (int n = 0; n < N; ++n)
     for (int m = 0; m < M; ++m) {

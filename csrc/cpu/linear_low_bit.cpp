@@ -18,7 +18,6 @@ namespace {
 
 constexpr int kWide = kDotVecs * L;  // features of a tile of Rounded
 constexpr int64_t kTogether = 512;   // inputs of a panel that stay in L1 while every tile passes
-constexpr int64_t kAhead = 2048;     // bytes: how far before its use a panel is asked for
 constexpr int64_t kRowsAtOnce = 96;  // rows whose sums and inputs stay in L1 while a panel passes
 
 LowBitLayout layout_of(const LinearArgs& a) { return {a.dtype, a.K, a.group, a.scale_dtype, a.zeros != 0}; }
@@ -185,17 +184,20 @@ int32_t round_codes(const float* x, int64_t n, float scale, int8_t* codes) {
   return sum;
 }
 
-// Where weight vector v of step s + i lies; s is even, i known when compiled.
+// Where weight vector v of step s + i lies; s is even, i known when compiled. Bytes are asked for where a tile has rows enough to wait.
 struct Bytes {
   const uint8_t* base;
   int64_t panel;  // bytes from one panel of 16 features to the next
   RAMIFY_INLINE const uint8_t* at(int v, int64_t line) const {
     return base + v * L / kLowBitPanel * panel + v * L % kLowBitPanel * 4 + line * 4 * kLowBitPanel;
   }
-  RAMIFY_INLINE Ints operator()(int v, int64_t s, int i) const { return load_ints(at(v, s + i)); }
+  RAMIFY_INLINE Ints operator()(int v, int64_t s, int i, int rows) const {
+    if (rows > 4 && v * L % kLowBitPanel == 0) __builtin_prefetch(at(v, s + i) + kAhead);
+    return load_ints(at(v, s + i));
+  }
 };
 struct Nibbles : Bytes {
-  RAMIFY_INLINE Ints operator()(int v, int64_t s, int i) const {
+  RAMIFY_INLINE Ints operator()(int v, int64_t s, int i, int) const {
     const Ints word = load_ints(at(v, s / 2 + i / 2));
     if (i % 2 == 0 && v * L % kLowBitPanel == 0) __builtin_prefetch(at(v, s / 2 + i / 2) + kAhead);
     return (i & 1 ? shift_right(word, 4) : word) & 0x0f0f0f0f;

@@ -63,8 +63,9 @@ class Recorder(Protocol):
 
 
 def describe(record: Recorder) -> None:
-    """Have the step of `record.plan` recorded."""
+    """Have the step of `record.plan` recorded. It ends with the last keys and values where nobody reads what follows, as in a prompt."""
     layers, (first, last) = record.weights.layers, record.plan.layers
+    read = record.plan.head or last in record.plan.taps
     if first == 0:
         record.embed()
     for i in range(first, last):
@@ -72,6 +73,8 @@ def describe(record: Recorder) -> None:
         layer = layers[i]
         record.linear(record.x, layer.qkv, record.qkv, norm=layer.attn_norm)
         record.rope_append(i)
+        if i + 1 == last and not read:
+            return
         record.attention(i)
         record.linear(record.attention_out, layer.o, record.x, residual=record.x)
         record.linear(record.x, layer.gate_up, record.gate_up, norm=layer.mlp_norm)

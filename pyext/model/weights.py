@@ -9,6 +9,7 @@ from torch import Tensor
 from ramify.backends import native
 from ramify.model.checkpoint import Checkpoint
 from ramify.model.config import ModelConfig
+from ramify.pages import on_huge_pages
 from ramify.quant import Format, QuantizedWeight, quantize
 from ramify.quant.packing import packed
 
@@ -31,7 +32,7 @@ class Linear:
     @classmethod
     def dense(cls, weight: Tensor, bias: Tensor | None = None) -> "Linear":
         """Pack a float32 or bfloat16 weight."""
-        return cls(native().pack_weight(weight.contiguous()), *weight.shape, bias)
+        return cls(on_huge_pages(native().pack_weight(weight.contiguous())), *weight.shape, bias)
 
     @classmethod
     def quantized(cls, weight: QuantizedWeight, bias: Tensor | None, activations: str) -> "Linear":

@@ -10,6 +10,7 @@ from ramify.checks import one_of, show, whole
 from ramify.ops import _cuda, _native
 from ramify.ops._checks import FLOATS, Results, Shapes, tensor
 from ramify.ops._library import Op
+from ramify.pages import on_huge_pages
 from ramify.quant.formats import Format
 from ramify.quant.packing import packed, packed_bytes
 from ramify.quant.weight import CODES, SCALES, QuantizedWeight
@@ -44,7 +45,7 @@ class PackedWeight:
             raise check.fail(f"weight is {list(weight.shape)} on {weight.device}", "a weight on the CPU, no axis empty")
         if why := backends.missing("cpu"):
             raise RuntimeError(f"PackedWeight.of: {why}. Use the weight as it is.")
-        return cls(backends.native().pack_weight(weight), *weight.shape)
+        return cls(on_huge_pages(backends.native().pack_weight(weight)), *weight.shape)
 
     @property
     def shape(self) -> tuple[int, int]:

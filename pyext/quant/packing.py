@@ -7,6 +7,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
+from ramify.pages import on_huge_pages
 from ramify.quant.formats import BLOCK, Format
 from ramify.quant.weight import QuantizedWeight
 
@@ -26,7 +27,9 @@ def packed(weight: QuantizedWeight) -> Tensor:
     compiling = torch.compiler.is_compiling()
     marks = None if compiling else [_mark(tensor) for tensor in tensors]
     if weight._packed is None or (not compiling and weight._packed[1] != marks):
-        weight._packed = tensors, marks, pack_panels(weight.format, *tensors)
+        panels = pack_panels(weight.format, *tensors)
+        real = not compiling and panels.device.type == "cpu" and not isinstance(panels, FakeTensor)
+        weight._packed = tensors, marks, on_huge_pages(panels) if real else panels
     return weight._packed[2]
 
 

@@ -111,7 +111,7 @@ def cost_table(model: Any) -> CostTable:
     """
     table = _tables.get(model)
     if table is None or table.stale:
-        path = _store.path_of("step-cost", model)
+        path = _store.path_of("step-cost", model, _store.built())
         seconds = _seconds(_store.read(path)) if path and table is None else None
         if seconds is None:
             seconds = measure(model)

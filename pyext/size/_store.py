@@ -5,6 +5,8 @@ import json
 import os
 import platform
 import tempfile
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,8 @@ def cache_folder() -> Path | None:
         return None
 
 
-def path_of(kind: str, model: Any) -> Path | None:
-    """The file of this model on this machine, at its present ISA level and thread count.
+def path_of(kind: str, model: Any, *more: object) -> Path | None:
+    """The file of this model on this machine, at its present ISA level and thread count, and for whatever `more` says.
 
     A model is known by its `fingerprint` (str), or by its config and dtype; None where it cannot be told apart, or no folder is there.
     """
@@ -31,9 +33,18 @@ def path_of(kind: str, model: Any) -> Path | None:
     if not fingerprint or folder is None:
         return None
     threads = os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    machine = [platform.machine(), _cpu_name(), os.environ.get("RAMIFY_ISA", ""), os.environ.get("RAMIFY_BACKEND", ""), str(threads)]
+    forced = [os.environ.get(name, "") for name in ("RAMIFY_ISA", "RAMIFY_BACKEND")]
+    machine = [platform.machine(), _cpu_name(), *forced, str(threads), *map(str, more)]
     key = json.dumps([ramify.__version__, str(fingerprint), str(getattr(model, "device", "cpu")), machine])
     return folder / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+
+@cache
+def built() -> tuple[int, ...]:
+    """What tells one build of the CPU kernels from another."""
+    found = find_spec("ramify._cpu")
+    file = Path(found.origin).stat() if found and found.origin else None
+    return (file.st_size, file.st_mtime_ns) if file else ()
 
 
 def read(path: Path) -> Any:

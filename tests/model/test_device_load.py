@@ -34,6 +34,8 @@ def test_costs_are_filed_by_device(folders):
         captured = ramify.load(folders["llama"], dtype="fp32")
         assert captured.fingerprint != model.fingerprint
         assert _store.path_of("step-cost", captured) != _store.path_of("step-cost", model)
+        assert _store.path_of("step-cost", captured, _store.built()) == _store.path_of("step-cost", captured, _store.built())
+        assert _store.path_of("step-cost", captured, _store.built()) != _store.path_of("step-cost", captured, (0, 0))  # another build
 
 
 def test_a_build_without_cpu_kernels_runs_models(folders, tmp_path):

@@ -1,0 +1,94 @@
+"""Copies on huge pages: the same values, memory of their own, and nothing held longer than its tensors."""
+
+import gc
+import mmap
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from ramify import pages
+from ramify.pages import LINE, PAGE, REGION, on_huge_pages
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """No region yet."""
+    monkeypatch.setattr(pages, "_region", None)
+
+
+def regions(monkeypatch) -> list:
+    """Every mapping that is made from now on, weakly."""
+    made = []
+
+    class Mapping(mmap.mmap):
+        def __new__(cls, *arguments):
+            memory = super().__new__(cls, *arguments)
+            made.append(weakref.ref(memory))
+            return memory
+
+    monkeypatch.setattr(pages.mmap, "mmap", Mapping)
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int32])
+def test_values_shape_and_storage(dtype):
+    rng = torch.Generator().manual_seed(0)
+    for shape in ((3,), (5, 7), (1000, 333)):
+        x = torch.randint(0, 100, shape, generator=rng).to(dtype)
+        copy = on_huge_pages(x.t() if len(shape) == 2 else x)  # a view that is not contiguous
+        assert torch.equal(copy, x.t() if len(shape) == 2 else x) and copy.dtype == dtype and copy.is_contiguous()
+        assert copy.data_ptr() % LINE == 0
+        assert copy.untyped_storage().nbytes() == x.nbytes  # saving or cloning one saves no other
+        assert copy.data_ptr() != x.data_ptr()
+
+
+def test_empty_is_left_alone():
+    x = torch.empty(0, 4)
+    assert on_huge_pages(x) is x
+
+
+def test_neighbours_do_not_overlap(monkeypatch):
+    made = regions(monkeypatch)
+    sizes = [1, 63, 64, 65, 4096, PAGE - 1, PAGE + 1, REGION // 2, REGION // 2, REGION - 1, REGION + 1, 3 * REGION, 5]
+    copies = [on_huge_pages(torch.full((size,), i, dtype=torch.uint8)) for i, size in enumerate(sizes)]
+    for i, (size, copy) in enumerate(zip(sizes, copies)):
+        assert len(copy) == size and bool((copy == i).all())
+    spans = sorted((copy.data_ptr(), copy.data_ptr() + copy.nbytes) for copy in copies)
+    assert all(end <= begin for (_, end), (begin, _) in zip(spans, spans[1:]))
+    assert len(made) < len(sizes)
+    assert copies[0].data_ptr() % PAGE == 0
+
+
+def test_many_threads_at_once():
+    def one(i: int) -> bool:
+        return bool((on_huge_pages(torch.full((10_000 + i,), i % 251, dtype=torch.uint8)) == i % 251).all())
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(one, range(400)))
+
+
+def test_memory_goes_back_with_its_last_tensor(monkeypatch):
+    made = regions(monkeypatch)
+    first, second = (on_huge_pages(torch.ones(REGION, dtype=torch.uint8)) for _ in range(2))
+    view = first[5:9]
+    del first
+    gc.collect()
+    assert [memory() is not None for memory in made] == [True, True]
+    assert bool((view == 1).all()) and bool((second == 1).all())
+    del view
+    gc.collect()
+    assert [memory() is not None for memory in made] == [False, True]
+
+
+def test_a_system_without_huge_pages(monkeypatch):
+    class Refusing(mmap.mmap):
+        def madvise(self, *arguments):
+            raise OSError("no")
+
+    monkeypatch.setattr(pages.mmap, "mmap", Refusing)
+    assert bool((on_huge_pages(torch.ones(100)) == 1).all())
+    monkeypatch.setattr(pages, "_region", None)
+    monkeypatch.delattr(pages.mmap, "MADV_HUGEPAGE", raising=False)
+    assert bool((on_huge_pages(torch.ones(100)) == 1).all())
