@@ -7,6 +7,7 @@ same bytes lie on small ones.
 
 import mmap
 from contextlib import suppress
+from pathlib import Path
 from threading import Lock
 
 import torch
@@ -26,7 +27,9 @@ class _Region:
     """Memory handed out from front to back. It goes back to the system once no tensor of it is left."""
 
     def __init__(self, size: int):
-        self._memory = mmap.mmap(-1, size + PAGE)
+        # Shared memory, Python's default, has huge pages only where an administrator allowed them, and a forked child writes into it.
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+        self._memory = mmap.mmap(-1, size + PAGE, **private)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with suppress(OSError):  # a kernel without them
                 self._memory.madvise(mmap.MADV_HUGEPAGE)
@@ -41,6 +44,16 @@ class _Region:
             return None
         self._next = -(-end // LINE) * LINE
         return torch.frombuffer(self._memory, dtype=like.dtype, count=like.numel(), offset=begin).view(like.shape)
+
+
+def system() -> str:
+    """Whether the system gives huge pages to who asks, in a line."""
+    try:
+        setting = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return "weights on small pages: no transparent huge pages here"
+    taken = setting.partition("[")[2].partition("]")[0]
+    return f"weights on {'small' if taken == 'never' else 'huge'} pages: transparent_hugepage is {taken or setting.strip()}"
 
 
 _lock = Lock()

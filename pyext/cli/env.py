@@ -35,6 +35,7 @@ def environment() -> dict[str, Any]:
     import torch
 
     import ramify
+    from ramify import pages
 
     return {
         "ramify": ramify.__version__,
@@ -46,6 +47,7 @@ def environment() -> dict[str, Any]:
         "cuda": cuda(),
         "threads": torch.get_num_threads(),
         "openmp": openmp(),
+        "memory": pages.system(),
         "kernels": kernels(),
         "generate": generation(),
         "variables": {name: value for name, value in sorted(os.environ.items()) if VARIABLES.fullmatch(name)},
@@ -127,6 +129,7 @@ def describe(found: dict[str, Any]) -> str:
         ("cpu", f"{cpu['model']}, {cpu['usable']} of {cpu['cores']} cores usable, {threads} thread{'s' * (threads != 1)}"),
         ("levels", _levels(cpu)),
         ("openmp", openmp + ("   more than one: expect slow steps" if len(found["openmp"]) > 1 else "")),
+        ("memory", found["memory"]),
         ("triton", found["triton"]),
         ("cuda", found["cuda"]["state"]),
         ("generate", generate["why_not"].removeprefix("generate: ") or f"the model layer runs on {generate['taken']}"),

@@ -43,7 +43,7 @@ def test_env_json():
     assert done.returncode == 0 and done.stderr == ""
     assert found["ramify"] == ramify.__version__ and "torch" in found["packages"]
     assert found["cpu"]["level"] == "portable" and found["cpu"]["levels"]["portable"] is True
-    assert found["threads"] == 1 and len(found["openmp"]) == 1
+    assert found["threads"] == 1 and len(found["openmp"]) == 1 and "pages" in found["memory"]
     assert found["variables"]["RAMIFY_ISA"] == "portable" and "built" in found["cuda"]
     ops = {row["op"]: row for row in found["kernels"]}
     assert {"tree_attention", "linear", "rms_norm", "verify_greedy"} <= set(ops)
@@ -57,7 +57,7 @@ def test_env_for_a_person():
     facts, table, last = done.stdout.rstrip("\n").split("\n\n")
     facts = facts.splitlines()
     names = [line.partition(" ")[0] for line in facts]
-    assert names[:7] == ["ramify", "cpu", "levels", "openmp", "triton", "cuda", "generate"] and "variables" in names
+    assert names[:8] == ["ramify", "cpu", "levels", "openmp", "memory", "triton", "cuda", "generate"] and "variables" in names
     assert ramify.__version__ in facts[0] and "1 thread" in facts[1] and "1 threads" not in facts[1]
     assert "portable taken" in facts[2] and "OMP_NUM_THREADS=1" in done.stdout and "RAMIFY_ISA=portable" in done.stdout
     heading, *rows = table.splitlines()

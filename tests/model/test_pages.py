@@ -2,8 +2,10 @@
 
 import gc
 import mmap
+import re
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,8 +25,8 @@ def regions(monkeypatch) -> list:
     made = []
 
     class Mapping(mmap.mmap):
-        def __new__(cls, *arguments):
-            memory = super().__new__(cls, *arguments)
+        def __new__(cls, *arguments, **flags):
+            memory = super().__new__(cls, *arguments, **flags)
             made.append(weakref.ref(memory))
             return memory
 
@@ -92,3 +94,31 @@ def test_a_system_without_huge_pages(monkeypatch):
     monkeypatch.setattr(pages, "_region", None)
     monkeypatch.delattr(pages.mmap, "MADV_HUGEPAGE", raising=False)
     assert bool((on_huge_pages(torch.ones(100)) == 1).all())
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux alone says how memory is mapped")
+def test_memory_is_private_and_asks_for_huge_pages():
+    """Shared memory would have none: the setting that systems ship with gives huge pages to private memory."""
+    address = on_huge_pages(torch.ones(PAGE + 5)).data_ptr()
+    flags, here = "", False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) (\S+)", line):
+            here = int(found[1], 16) <= address < int(found[2], 16)
+            shared = found[3][3] != "p" if here else None
+        elif here and line.startswith("VmFlags"):
+            flags = line.split()[1:]
+            break
+    assert here and not shared
+    if Path("/sys/kernel/mm/transparent_hugepage").exists():
+        assert "hg" in flags
+
+
+@pytest.mark.parametrize(
+    "setting, said", [("always [madvise] never\n", "huge pages: transparent_hugepage is madvise"), ("[never]", "small")]
+)
+def test_what_env_says(setting, said, monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda self: setting)
+    assert said in pages.system()
+    monkeypatch.undo()
+    monkeypatch.setattr(pages, "Path", lambda name: Path("/no/such/file"))
+    assert "no transparent huge pages" in pages.system()
