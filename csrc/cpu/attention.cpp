@@ -4,24 +4,18 @@
 //          those rows of the step's tree that its ancestor words name; or over the slots of the row's own interval.
 // Tiling   a work item is (sequence, KV head, kRowBlock packed rows of T * Hq/Hkv); it walks tiles of 64 slots: scores with
 //          slots in the lanes, one softmax update a tile, values with the head dimension in the lanes (gemm.h for both).
-// Plain    tensors of a user's: each tile's rows become a page of keys and one of values (softmax.h) first. Where few rows use a tile, the
-//          next one is asked for meanwhile.
+// Pairs    where the chip adds pairs of bf16, a bf16 cache's values meet weights rounded to bf16, one chain over slots (gemm.h); sums of
+//          weights, and so the log-sum-exp, take them as they are.
 // Split    few items: also over chunks of 512 positions, each chunk summed from zero and joined in order. The order of
 //          additions is the same either way, so the split never shows.
 // Bits     row_invariance: weights are 2^(s - m) with an integral m, so rescaling is exact and tile borders leave no trace;
 //          invisible slots add exact zeros; slots add up in order of position.
 // Traffic  4 * D * sizeof(kv) bytes a slot and KV head, paid once for kRowBlock rows; 4 * D operations a slot and row.
 #include "cpu/gemm.h"
-#include "cpu/softmax.h"
+#include "cpu/tiles.h"
 
 namespace ramify::RAMIFY_ISA {
 namespace {
-
-struct Item {
-  int64_t b, h, first, rows;  // packed rows [first, first + rows) of KV head h
-  int64_t query, tail;        // where the sequence's rows begin in ancestors / row_depth, and in tail_depth
-  int64_t prefix;
-};
 
 // Group g of an item holds rows [g * kRows, ...): the unit of one product.
 RAMIFY_INLINE int group_rows(const Item& it, int64_t first) { return int(it.rows - first < kRows ? it.rows - first : kRows); }
@@ -34,77 +28,9 @@ struct Attention {
   Buffers& w;
   const int64_t D;
   const float log2_scale = float(a.scale) * kLog2e;  // scores come out in log2 units
-  static constexpr int64_t kFew = 40;                // rows up to which a tile takes about as long to arrive as to be used
-  static constexpr T kZeros[kMaxHead] = {};
-  const T* key_rows[kTile];
-  const T* value_rows[kTile];
-  const T* ahead[2 * kTile];  // rows of keys, then of values, of the next tile
-  int asked = 2 * kTile, at_once = 0;
+  Tiles<T, kPlain> tiles;
 
-  Attention(const AttentionArgs& args, Buffers& buffers) : a(args), w(buffers), D(args.D) {}
-
-  struct Tile {  // 64 slots, `count` of them live
-    const T *keys, *values;
-    int count;
-  };
-
-  // Where keys and values of `count` slots from `slot` on lie, the last of them again up to 64. Of a page of ours, its 64ths.
-  void locate(const Item& it, int64_t slot, [[maybe_unused]] int count, const T** keys, const T** values) const {
-    if constexpr (!kPlain) {
-      const int64_t at = a.page_table[it.b * a.table_stride + slot / kTile] * a.page_stride + it.h * kTile * D;
-      for (int i = 0; i < kTile; ++i)
-        keys[i] = static_cast<const T*>(a.k) + at + i * D, values[i] = static_cast<const T*>(a.v) + at + i * D;
-    } else {
-      for (int i = 0; i < kTile; ++i) {
-        const int64_t s = slot + (i < count ? i : count - 1);
-        const int64_t page = a.page_table ? a.page_table[it.b * a.table_stride + s / a.page] : it.b, in = a.page_table ? s % a.page : s;
-        keys[i] = static_cast<const T*>(a.k) + page * a.k_stride_b + in * a.k_stride_s + it.h * a.k_stride_h;
-        values[i] = static_cast<const T*>(a.v) + page * a.v_stride_b + in * a.v_stride_s + it.h * a.v_stride_h;
-      }
-    }
-  }
-
-  // `used` names the slots that some row sees: the others may hold anything, and 0 * NaN is NaN.
-  Tile prefix_tile(const Item& it, int64_t slot, int count, [[maybe_unused]] uint64_t used) {
-    locate(it, slot, count, key_rows, value_rows);
-    if constexpr (!kPlain) return {key_rows[0], value_rows[0], count};
-    for (int i = 0; i < kTile; ++i)
-      if (!(used >> i & 1)) value_rows[i] = kZeros;
-    return gathered(count);
-  }
-
-  // The tile from `slot` on is next: every product with this one asks for a part of it. A group makes at least three of them.
-  void expect(const Item& it, int64_t slot) {
-    const int64_t left = it.prefix - slot;
-    if (left <= 0 || it.rows > kFew) return;
-    locate(it, slot, int(left < kTile ? left : kTile), ahead, ahead + kTile);
-    asked = 0, at_once = 2 * kTile / int(3 * ((it.rows + kRows - 1) / kRows)) + 1;
-  }
-
-  RAMIFY_INLINE void ask() {
-    for (int n = 0; n < at_once && asked < 2 * kTile; ++n, ++asked)
-      for (int64_t d = 0; d < D; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(ahead[asked] + d);
-  }
-
-  Tile tail_tile(const Item& it, int64_t first, int count) {
-    if constexpr (!kPlain) {
-      const int64_t at = (a.tail_page[it.b] + first / kTile) * a.tail_page_stride + it.h * kTile * D;
-      return {static_cast<const T*>(a.tail_k) + at, static_cast<const T*>(a.tail_v) + at, count};
-    } else {
-      for (int i = 0; i < kTile; ++i) {
-        const int64_t t = first + (i < count ? i : count - 1);
-        key_rows[i] = static_cast<const T*>(a.tail_k) + it.b * a.tail_stride_b + t * a.tail_stride_t + it.h * a.tail_stride_h;
-        value_rows[i] = static_cast<const T*>(a.tail_v) + it.b * a.tail_v_stride_b + t * a.tail_v_stride_t + it.h * a.tail_v_stride_h;
-      }
-      return gathered(count);
-    }
-  }
-
-  Tile gathered(int count) {
-    transpose(reinterpret_cast<const uint32_t* const*>(key_rows), D * int64_t(sizeof(T)) / 4, static_cast<uint32_t*>(w.keys));
-    interleave(value_rows, D, static_cast<T*>(w.values));
-    return {static_cast<const T*>(w.keys), static_cast<const T*>(w.values), count};
-  }
+  Attention(const AttentionArgs& args, Buffers& buffers) : a(args), w(buffers), D(args.D), tiles(args, buffers) {}
 
   // q * scale * log2(e), packed group by group. Pairs of bf16 hold q itself: it may be bf16, and then nothing is rounded.
   void pack_queries(const Item& it) {
@@ -138,10 +64,10 @@ struct Attention {
   }
 
   template <int M>
-  RAMIFY_INLINE void scores(const float* q, const Tile& tile, float* s) {
+  RAMIFY_INLINE void scores(const float* q, const Tile<T>& tile, float* s) {
     constexpr int kWide = tile_vectors(M) < kTile / L ? tile_vectors(M) : kTile / L;
     for (int64_t col = 0; col < tile.count; col += kWide * L) {
-      ask();
+      tiles.ask();
       Vec acc[M][kWide];
       for (int m = 0; m < M; ++m)
         for (int n = 0; n < kWide; ++n) acc[m][n] = Vec::set(0.f);
@@ -190,12 +116,16 @@ struct Attention {
   }
 
   template <int M, int N>
-  RAMIFY_INLINE void values(const float* p, const Tile& tile, float* o, int64_t column) {
-    ask();
+  RAMIFY_INLINE void values(const float* p, const Tile<T>& tile, float* o, int64_t column) {
+    tiles.ask();
     Vec acc[M][N];
     for (int m = 0; m < M; ++m)
       for (int n = 0; n < N; ++n) acc[m][n] = Vec::load(o + m * D + column + n * L);
-    if constexpr (kPairs)
+    if constexpr (kDot) {
+#if RAMIFY_BF16_DOT
+      multiply_slots<kTile>(acc, reinterpret_cast<const uint32_t*>(p), Bf16PairRows{tile.values + 2 * column, D}, tile.count);
+#endif
+    } else if constexpr (kPairs)
       multiply<1, kTile>(acc, p, Bf16PairRows{tile.values + 2 * column, D}, tile.count);
     else
       multiply<1, kTile>(acc, p, F32Rows{tile.values + column, D}, tile.count);
@@ -205,7 +135,7 @@ struct Attention {
 
   // One tile for all rows of the item: every row's weights, then every row's values, so that one page at a time lies in L1.
   // words[r] names the slots that row r sees; null: all of them.
-  void visit(const Item& it, const Tile& tile, const uint64_t* words, const State& st) {
+  void visit(const Item& it, const Tile<T>& tile, const uint64_t* words, const State& st) {
     each_group(it, words, [&]<int M>(int64_t first) {
       float* const s = w.s + first * kTile;
       scores<M>(w.q + first * D, tile, s);
@@ -215,6 +145,9 @@ struct Attention {
       for (int k = 0; k < tile.count; ++k)
         for (int m = 0; m < M; ++m) l[m] += s[m * kTile + k];
       for (int m = 0; m < M; ++m) st.l[first + m] = l[m];
+#if RAMIFY_BF16_DOT
+      for (int m = 0; kDot && m < M; ++m) pair_slots(s + m * kTile, tile.count);
+#endif
     });
     each_group(it, words, [&]<int M>(int64_t first) {
       constexpr int kWide = tile_vectors(M);
@@ -263,8 +196,8 @@ struct Attention {
         used |= words[r];
       }
       if (used == 0) continue;
-      const Tile tile = prefix_tile(it, slot, count, used);
-      expect(it, slot + kTile);
+      const Tile<T> tile = tiles.prefix(it, slot, count, used);
+      tiles.expect(it, slot + kTile, kRows);
       visit(it, tile, masked ? words : nullptr, st);
     }
     if (a.start) return;
@@ -288,7 +221,7 @@ struct Attention {
         }
         any |= words[r];
       }
-      if (any) visit(it, tail_tile(it, first, count), words, st);
+      if (any) visit(it, tiles.tail(it, first, count), words, st);
     }
   }
 

@@ -20,6 +20,7 @@ namespace ramify {
   extern const KernelRow sample_kernels[];    \
   extern const KernelRow verify_kernels[];    \
   extern const KernelRow probe_kernels[];     \
+  bool adds_in_order();                       \
   }
 RAMIFY_LEVELS(X)
 #undef X
@@ -31,12 +32,14 @@ constexpr int kFiles = 11;
 struct Level {
   const char* name;
   const KernelRow* files[kFiles];
+  bool (*adds_in_order)();
 };
 
-#define X(level)                                                                                                         \
-  {#level,                                                                                                               \
-   {level::linear_kernels, level::low_bit_kernels, level::attention_kernels, level::colsum_kernels, level::glue_kernels, \
-    level::kv_kernels, level::merge_kernels, level::place_kernels, level::sample_kernels, level::verify_kernels, level::probe_kernels}},
+#define X(level)                                                                                                                        \
+  {#level,                                                                                                                              \
+   {level::linear_kernels, level::low_bit_kernels, level::attention_kernels, level::colsum_kernels, level::glue_kernels,                \
+    level::kv_kernels, level::merge_kernels, level::place_kernels, level::sample_kernels, level::verify_kernels, level::probe_kernels}, \
+   level::adds_in_order},
 const Level levels[] = {RAMIFY_LEVELS(X)};
 #undef X
 constexpr int kLevels = sizeof(levels) / sizeof(levels[0]);
@@ -68,7 +71,7 @@ bool level_runs(int level) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
   if (same(name, "avx512_vnni")) return avx512;
-  if (same(name, "avx512_bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
+  if (same(name, "avx512_bf16")) return avx512 && __builtin_cpu_supports("avx512bf16") && levels[level].adds_in_order();
 #endif
   return false;
 }

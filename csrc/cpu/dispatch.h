@@ -7,7 +7,7 @@ namespace ramify {
 
 int level_count();
 const char* level_name(int level);
-bool level_runs(int level);  // by one cpuid probe; a level's registers must also be saved by the operating system
+bool level_runs(int level);  // by cpuid, and by how the chip adds pairs; the operating system must save a level's registers
 int current_level();
 void set_level(int level);            // the caller has checked level_runs
 const KernelRow* kernel(int64_t id);  // of the current level; null for an unknown id

@@ -145,6 +145,33 @@ RAMIFY_INLINE void multiply_bf16(Vec (&acc)[M][N], const uint32_t* a, const Bf16
     }
   }
 }
+
+// Sums along slots: pair k of row m's weights is a[k + m * kStepM], b a value page, `slots` of it live. The instruction adds the product of
+// the high halves, rounds, then adds that of the low halves. So the earlier slot goes into the high half, and an accumulator is one chain
+// over slots in their order, whichever of them share a pair; a weight of zero leaves no trace in it.
+template <int kStepM, int M, int N>
+RAMIFY_INLINE void multiply_slots(Vec (&acc)[M][N], const uint32_t* a, const Bf16PairRows& b, int64_t slots) {
+  const int64_t step = b.step();
+  const bf16* p = b.base;
+  const auto add = [&](auto&& turned) {
+    __m512i v[N];
+    for (int n = 0; n < N; ++n) v[n] = turned(_mm512_loadu_si512(p + n * L * 2));
+    for (int m = 0; m < M; ++m) {
+      const __m512bh x = (__m512bh)_mm512_set1_epi32(int(a[m * kStepM]));
+      for (int n = 0; n < N; ++n) acc[m][n].v = _mm512_dpbf16_ps(acc[m][n].v, (__m512bh)v[n], x);
+    }
+  };
+  for (int64_t k = 0; k + 1 < slots; k += 2, p += step, ++a) add([](__m512i v) { return _mm512_rol_epi32(v, 16); });
+  if (slots & 1) add([](__m512i v) { return _mm512_slli_epi32(v, 16); });  // nobody has written the slot beside the last one
+}
+
+// The weights of `slots` slots, f32, as pairs for multiply_slots, in place; whole vectors are read and written.
+RAMIFY_INLINE void pair_slots(float* p, int64_t slots) {
+  for (int64_t k = 0; k < slots; k += L) {
+    const __m256i pairs = (__m256i)_mm512_cvtneps_pbh(Vec::load(p + k).v);
+    _mm256_storeu_si256((__m256i*)(p + k / 2), _mm256_rol_epi32(pairs, 16));
+  }
+}
 #else
 #define RAMIFY_BF16_DOT 0
 #endif
