@@ -128,7 +128,7 @@ def replay(program: Any, threads: int, out: Tensor) -> Tensor:
 def dense(layer: Layer, count: Callable[[int], int]) -> Held:
     """The bf16 weight in panels."""
     from ramify import native
-    from ramify.pages import on_huge_pages
+    from ramify.memory import on_huge_pages
 
     w = layer.tensors[0].bfloat16()
     packed = native.pack_weight(w)
@@ -141,7 +141,7 @@ def low_bit(format: str, activations: str) -> Hold:
 
     def hold(layer: Layer, count: Callable[[int], int]) -> Held:
         from ramify import native
-        from ramify.pages import on_huge_pages
+        from ramify.memory import on_huge_pages
         from ramify.quant.packing import packed
 
         q = layer.quantized(format)

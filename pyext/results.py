@@ -150,7 +150,8 @@ def _where(doc: dict[str, Any]) -> str:
 def _document(root: Path, file: str, doc: dict[str, Any]) -> str:
     name, picture = doc["benchmark"], f"{Path(file).stem}.png"
     plot = f"\n\n![{name}]({picture})" if (root / "benchmarks" / "results" / picture).exists() else ""
-    return f"## {_TITLES[name]}\n\n[{file}]({file}): {_where(doc)}\n\n{_SHOWN[name](doc['rows'])}\n\nVerdict: {doc['verdict']}.{plot}"
+    heading = f"{_TITLES[name]} ({doc['environment']['isa']})"
+    return f"## {heading}\n\n[{file}]({file}): {_where(doc)}\n\n{_SHOWN[name](doc['rows'])}\n\nVerdict: {doc['verdict']}.{plot}"
 
 
 def _column(row: dict) -> str:

@@ -35,7 +35,7 @@ def environment() -> dict[str, Any]:
     import torch
 
     import ramify
-    from ramify import pages
+    from ramify import memory
 
     return {
         "ramify": ramify.__version__,
@@ -47,7 +47,7 @@ def environment() -> dict[str, Any]:
         "cuda": cuda(),
         "threads": torch.get_num_threads(),
         "openmp": openmp(),
-        "memory": pages.system(),
+        "memory": memory.system(),
         "kernels": kernels(),
         "generate": generation(),
         "variables": {name: value for name, value in sorted(os.environ.items()) if VARIABLES.fullmatch(name)},

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ramify.backends import native
+from ramify.memory import on_huge_pages
 from ramify.model.checkpoint import Checkpoint
 from ramify.model.config import ModelConfig
-from ramify.pages import on_huge_pages
 from ramify.quant import Format, QuantizedWeight, quantize
 from ramify.quant.packing import packed
 

@@ -42,6 +42,9 @@ def tree_attention(
     sink: the first slots, visible behind the window as well; none is taken without one. tail_rows int32 [B]: rows in use; the others
     give 0 and -inf.
 
+    Sums run in float32. What meets a bfloat16 k or v is rounded to bfloat16 (by 2^-9) where the chip multiplies pairs of them, on a CPU
+    with AVX512-BF16 and on a GPU: a wider q, and the weights before they meet v; the lse is of weights that are not rounded.
+
     Returns o [B, T, Hq, D] in q's dtype (, lse float32 [B, T, Hq], natural logarithm, with return_lse). Slots of the prefix that no row
     sees may hold anything; a value of the tail that is NaN or infinite reaches every row of its sequence. A row that sees a score,
     scale * q k, which is NaN or beyond float32 is NaN, in o and lse. Raises ValueError for shapes and values, lengths and bits included

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from ramify import backends, reference
 from ramify.checks import one_of, show, whole
+from ramify.memory import on_huge_pages
 from ramify.ops import _cuda, _native
 from ramify.ops._checks import FLOATS, Results, Shapes, tensor
 from ramify.ops._library import Op
-from ramify.pages import on_huge_pages
 from ramify.quant.formats import Format
 from ramify.quant.packing import packed, packed_bytes
 from ramify.quant.weight import CODES, SCALES, QuantizedWeight

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
-from ramify.pages import on_huge_pages
+from ramify.memory import on_huge_pages
 from ramify.quant.formats import BLOCK, Format
 from ramify.quant.weight import QuantizedWeight
 

@@ -36,12 +36,15 @@ def told(done):
 
 
 @pytest.fixture(scope="module")
-def zoo_text():
-    """What the embedded drafter, which loads fast, adds to NON_ASCII when it is told to be adventurous."""
+def adventure():
+    """(seed, text): what the embedded drafter, which loads fast, adds to NON_ASCII under the first seed that makes it leave ASCII. Which one
+    that is depends on the bits of an ISA level."""
     model = ramify.load("zoo-drafter")
-    [out] = ramify.generate(model, [NON_ASCII], method="plain", max_new_tokens=40, temperature=1.5, seed=SEED)
-    assert not out.text.isascii()
-    return out.text
+    for seed in range(100):
+        [out] = ramify.generate(model, [NON_ASCII], method="plain", max_new_tokens=40, temperature=1.5, seed=seed)
+        if not out.text.isascii():
+            return seed, out.text
+    raise AssertionError("none of 100 texts has a character beyond ASCII")
 
 
 SEED = 2
@@ -73,13 +76,15 @@ def test_an_error_of_our_own_is_told_by_its_kind(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("env", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}], ids=str)
-def test_streams_that_are_ascii(env, zoo_text):
+def test_streams_that_are_ascii(env, adventure):
     """The prompt is read as UTF-8 all the same; what ASCII cannot show is written as escapes, and nothing stops."""
-    done = ramify_command(*GENERATE, "--", NON_ASCII, env=env)
+    seed, text = adventure
+    generate = [*GENERATE[:-1], str(seed)]
+    done = ramify_command(*generate, "--", NON_ASCII, env=env)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.decode("ascii") == zoo_text.encode("ascii", "backslashreplace").decode()
-    done = ramify_command(*GENERATE, "--json", "-", env=env, input=NON_ASCII.encode())
-    assert json.loads(done.stdout)["methods"][0]["text"] == zoo_text
+    assert done.stdout.decode("ascii") == text.encode("ascii", "backslashreplace").decode()
+    done = ramify_command(*generate, "--json", "-", env=env, input=NON_ASCII.encode())
+    assert json.loads(done.stdout)["methods"][0]["text"] == text
 
 
 def test_bytes_that_are_no_text():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import ramify
-from ramify.draft.base import Drafter
+from ramify.draft.base import Drafter, Wants
 from ramify.size import weighed
 from ramify.size._cost import BUCKETS, CostTable
 from ramify.size.base import SizePolicy
@@ -142,8 +142,41 @@ def test_text_under_trees_that_are_cut(batch, temperature):
     assert any(batch < kept < rows for rows, kept in cuts)
 
 
+class NeverRight(Drafter):
+    """Counts how often it is asked. No chance: no row of it is verified."""
+
+    name, wants = "never_right", Wants()
+
+    def __init__(self, about):
+        self.about, self.asked = about, 0
+
+    def size_policy(self):
+        return Weighed(share=0, about=self.about, costs=CostTable([per_row(rows) for rows in BUCKETS]))
+
+    def propose(self, slots, roots, rows):
+        self.asked += 1
+        tree = TokenTree.chains(roots, [[0]] * len(roots))
+        tree.chance = np.array([1.0, 0.0] * len(roots))
+        return tree
+
+
+def test_later_calls_know_how_asking_went():
+    """A drafter that was never right is asked a few times in a new text, not as if nobody had met it; sampled texts are another kind."""
+    model = FakeModel(48)
+
+    def asked(about, temperature=0.0):
+        drafter = NeverRight(about)
+        ramify.generate(model, [[1, 2]], method=drafter, max_new_tokens=60, temperature=temperature)
+        return drafter.asked
+
+    assert [asked("x"), asked("x"), asked("x")] == [weighed._PATIENCE, weighed._FRESH, weighed._FRESH]
+    assert asked("x", 0.8) == asked("y") == asked("") == asked("") == weighed._PATIENCE
+
+
 def test_arguments():
     with pytest.raises(ValueError, match="weighed: most is 257; takes 1 to 256"):
         Weighed(most=257)
     with pytest.raises(TypeError, match="weighed: costs is 3; takes a CostTable or None"):
         Weighed(costs=3)
+    with pytest.raises(TypeError, match="weighed: about is 3; takes a string"):
+        Weighed(about=3)

@@ -239,20 +239,6 @@ def test_eager_equals_captured(model):
     assert all(np.array_equal(a, b) for a, b in zip(*outs, strict=True))
 
 
-def test_a_prompt_ends_with_its_last_keys_and_values(model):
-    """Where nobody reads logits or the last state, four calls of the last layer are left out, and what is kept is the same."""
-    text, logits, calls = [7, 3, 9] * 30, [], []
-    ways = [{}, {"rows_out": lambda *_: None}, {"taps": (3,)}]
-    for way in ways:
-        cache = model.new_cache([100])
-        model.prefill([text], cache, **way)
-        calls.append(len(list(cache.arena.programs.values())[-1].calls))
-        logits.append(model.forward(TokenTree.chains([3], [[1, 2]]), cache.of([0]), logits=True).logits.copy())
-        cache.free([0])
-    assert all(np.array_equal(one, logits[0]) for one in logits)
-    assert calls == [calls[0], calls[0] + 5, calls[0] + 5]  # the logits, or the copy of the state
-
-
 def test_row_statistics_are_those_of_the_logits(model):
     cache = model.new_cache([90])
     model.prefill([list(range(80))], cache)

@@ -150,3 +150,6 @@ def test_headline(tmp_path):
     assert "| transformers, its fastest way | 12 | - |" in text and "| ramify plain | 50 | - |" in text
     assert "| ramify, its fastest method that guesses | 60 (1.21x, one) | - |" in text and "| ramify auto, the default | - | - |" in text
     assert "| ramify plain, int8 | - | 65 |" in text and "| ramify, its fastest method that guesses, int8 | 70 (1.40x, one) | - |" in text
+    older = document(environment={**document()["environment"], "isa": "avx512_vnni", "date": "2025-12-31T00:00:00Z"})
+    (tmp_path / "benchmarks/results/end_to_end-older.json").write_text(json.dumps(older))
+    assert docs.headline(tmp_path) == text and docs.results(tmp_path).count("tokens a step (avx") == 2

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from ramify import pages
-from ramify.pages import LINE, PAGE, REGION, on_huge_pages
+from ramify import memory
+from ramify.memory import LINE, PAGE, REGION, on_huge_pages
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """No region yet."""
-    monkeypatch.setattr(pages, "_region", None)
+    monkeypatch.setattr(memory, "_region", None)
 
 
 def regions(monkeypatch) -> list:
@@ -30,7 +30,7 @@ def regions(monkeypatch) -> list:
             made.append(weakref.ref(memory))
             return memory
 
-    monkeypatch.setattr(pages.mmap, "mmap", Mapping)
+    monkeypatch.setattr(memory.mmap, "mmap", Mapping)
     return made
 
 
@@ -89,10 +89,10 @@ def test_a_system_without_huge_pages(monkeypatch):
         def madvise(self, *arguments):
             raise OSError("no")
 
-    monkeypatch.setattr(pages.mmap, "mmap", Refusing)
+    monkeypatch.setattr(memory.mmap, "mmap", Refusing)
     assert bool((on_huge_pages(torch.ones(100)) == 1).all())
-    monkeypatch.setattr(pages, "_region", None)
-    monkeypatch.delattr(pages.mmap, "MADV_HUGEPAGE", raising=False)
+    monkeypatch.setattr(memory, "_region", None)
+    monkeypatch.delattr(memory.mmap, "MADV_HUGEPAGE", raising=False)
     assert bool((on_huge_pages(torch.ones(100)) == 1).all())
 
 
@@ -118,7 +118,7 @@ def test_memory_is_private_and_asks_for_huge_pages():
 )
 def test_what_env_says(setting, said, monkeypatch):
     monkeypatch.setattr(Path, "read_text", lambda self: setting)
-    assert said in pages.system()
+    assert said in memory.system()
     monkeypatch.undo()
-    monkeypatch.setattr(pages, "Path", lambda name: Path("/no/such/file"))
-    assert "no transparent huge pages" in pages.system()
+    monkeypatch.setattr(memory, "Path", lambda name: Path("/no/such/file"))
+    assert "no transparent huge pages" in memory.system()
