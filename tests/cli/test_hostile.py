@@ -37,8 +37,10 @@ def told(done):
 
 @pytest.fixture(scope="module")
 def adventure():
-    """(seed, text): what the embedded drafter, which loads fast, adds to NON_ASCII under the first seed that makes it leave ASCII. Which one
-    that is depends on the bits of an ISA level."""
+    """(seed, text): what the embedded drafter, which loads fast, adds to NON_ASCII under the first seed that leaves ASCII.
+
+    Which one that is depends on the bits of an ISA level.
+    """
     model = ramify.load("zoo-drafter")
     for seed in range(100):
         [out] = ramify.generate(model, [NON_ASCII], method="plain", max_new_tokens=40, temperature=1.5, seed=seed)
