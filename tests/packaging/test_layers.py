@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "pyext"
 FLOORS = (
     {"errors", "checks", "fields", "registry", "_cpu", "_cuda"},
-    {"native", "native_cuda", "tree", "sampling"},
+    {"native", "native_cuda", "memory", "tree", "sampling"},
     {"reference"},
     {"backends"},
     {"floors"},
