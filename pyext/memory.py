@@ -24,7 +24,7 @@ LINE = 64
 
 
 class _Region:
-    """Memory handed out from front to back. It goes back to the system once no tensor of it is left."""
+    """Memory handed out from front to back. It goes back to the system once no tensor of it is left and another one is being filled."""
 
     def __init__(self, size: int):
         # Shared memory, Python's default, has huge pages only where an administrator allowed them, and a forked child writes into it.
@@ -68,7 +68,9 @@ def on_huge_pages(x: Tensor) -> Tensor:
     with _lock:
         copy = None if _region is None else _region.take(x)
         if copy is None:
-            _region = _Region(max(REGION, -(-x.nbytes // PAGE) * PAGE))
-            copy = _region.take(x)
+            made = _Region(max(REGION, -(-x.nbytes // PAGE) * PAGE))
+            copy = made.take(x)
+            if x.nbytes < REGION:  # else it is full, and held it would outlive its tensor
+                _region = made
     assert copy is not None
     return copy.copy_(x)

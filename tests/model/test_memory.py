@@ -82,6 +82,9 @@ def test_memory_goes_back_with_its_last_tensor(monkeypatch):
     del view
     gc.collect()
     assert [memory() is not None for memory in made] == [False, True]
+    del second
+    gc.collect()
+    assert [memory() is not None for memory in made] == [False, False]  # the last one too: a full region is held by its tensor alone
 
 
 def test_a_system_without_huge_pages(monkeypatch):
