@@ -1,10 +1,11 @@
 """Auto: every drafter at hand, and each step the one that has paid best; plain decoding where none pays.
 
 The choice is a bandit's with known costs: each drafter has its own measured size policy, which says how many tokens per second its best
-width brings; the best one drafts, the others watch. A drafter nobody has met is expected to be decent and so is tried at once; one that
-fell behind is visited again at growing intervals, within a share of the time. A small model's step is over sooner than four drafters have
-watched it. So a drafter sleeps (has not begun, wants nothing) until it is first asked to draft, and again when visits have failed for
-long; those awake watch later: steps are kept and shown many at a time, or when a drafter's turn comes.
+width brings; the best one drafts, the others watch. Those nobody has met are visited first, the cheap before the dear; one that fell
+behind is visited again at growing intervals; all visits stay within a share of the time, and one too dear keeps nobody else waiting.
+A small model's step is over sooner than four drafters have watched it. So a drafter sleeps (has not begun, wants nothing) until it is
+first asked to draft, and again when visits have failed for long; those awake watch later: steps are kept and shown many at a time, or
+when a drafter's turn comes.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from ramify.verify import Verdict
 
 _FIRST, _LAST = 24, 1024  # steps between two visits to drafters that are behind
+_NEW = 4  # the same where there is one that nobody has met
 _VISIT = 3  # steps of a visit
 _REFUSED = 32  # steps before a visit that was too dear is thought of again: its price takes a third of a small model's step
 _KEPT = 64  # steps that wait to be watched, at most
@@ -70,10 +72,9 @@ class Auto(Drafter):
 
     def __post_init__(self) -> None:
         between("share", self.share, 0, 1, "auto")
-        for cls in drafters.all():
-            needs = getattr(cls, "takes_model", "no") == "yes"
-            if getattr(cls, "portfolio", False) and not (needs and self.model is None):
-                self.arms.append(Arm(_made(cls, **({"model": self.model} if needs else {}))))
+        for cls in sorted(drafters.all(), key=_needs_model):  # those without a second model first: to meet them costs little
+            if getattr(cls, "portfolio", False) and not (_needs_model(cls) and self.model is None):
+                self.arms.append(Arm(_made(cls, **({"model": self.model} if _needs_model(cls) else {}))))
         self._count()
 
     def size_policy(self) -> SizePolicy:
@@ -168,6 +169,10 @@ class Auto(Drafter):
         self._steps.clear()
 
 
+def _needs_model(cls: Any) -> bool:
+    return getattr(cls, "takes_model", "no") == "yes"
+
+
 def _made(cls: Any, **options: Any) -> Drafter:
     try:
         return cls(**options)
@@ -194,6 +199,8 @@ class _AutoSize(SizePolicy):
         self._rest = Rest()
         self.visit = 0  # steps left of a visit
         self.home, self.next = PLAIN, -1
+        self._first = False  # whether it is the first to that drafter
+        self._wait, self._refused = _NEW, 0  # steps from visit to visit, and until a visit is thought of again
         self._batch = 0  # for which the drafters were compared last; 0 asks for it anew
         self._rate = self._second = 0.0  # tokens per second of the home, and of the best drafter but for it
 
@@ -213,12 +220,15 @@ class _AutoSize(SizePolicy):
         if not self.visit:
             if batch != self._batch:
                 self._compare(batch)
-            if log.since >= log.wait:
+            if self._refused:
+                self._refused -= 1
+            elif log.since >= self._wait:
                 self._leave_home(batch)
         if self.visit:
             return [self.auto.arms[self.auto.chosen].size.visit(batch)] * batch
         if self.home == PLAIN:
-            self._rest.begin(max(1, log.wait - log.since), batch, self._costs)
+            self._rest.begin(max(1, self._wait - log.since, self._refused), batch, self._costs)
+            self._refused = 0
             return [1] * batch
         size = self.auto.arms[self.home].size
         width, self._rate = size.choose(batch), size.rate
@@ -244,15 +254,20 @@ class _AutoSize(SizePolicy):
         size.observe(tree, verdict, clock)
         if not self.visit:
             return
-        log.lost += max(0.0, seconds - sum(map(len, verdict.path)) / batch / self._rate)
+        self._lose(arm, max(0.0, seconds - sum(map(len, verdict.path)) / batch / self._rate))
         self.visit -= 1
         if not self.visit:
             paid = size.decide(batch) > self._rate and size.drafts
-            log.wait = _FIRST if paid else min(2 * log.wait, _LAST)
-            log.lost += size.costs.thaw if self.home == PLAIN else 0.0
+            log.wait = _FIRST if paid else log.wait if self._first else min(2 * log.wait, _LAST)
+            self._lose(arm, size.costs.thaw if self.home == PLAIN else 0.0)
             self._batch, self.auto.chosen = 0, self.home
             if not paid and log.wait >= _SLEEPY:
                 self.auto.sleep(arm)
+
+    def _lose(self, arm: Arm, seconds: float) -> None:
+        name = arm.drafter.name
+        self.log.lost += seconds
+        self.log.lost_to[name] = self.log.lost_to.get(name, 0.0) + seconds
 
     @property
     def _costs(self) -> CostTable:
@@ -265,21 +280,23 @@ class _AutoSize(SizePolicy):
         """
         sizes = [arm.size for arm in self.auto.arms]
         rates = [size.decide(batch) for size in sizes]
-        drafting = sorted(((rate, -i) for i, rate in enumerate(rates) if sizes[i].drafts), reverse=True)
-        self._rate, self.home = (drafting[0][0], -drafting[0][1]) if drafting else (max(rates), PLAIN)
+        drafting = sorted(((rate, -i) for i, rate in enumerate(rates) if sizes[i].met and sizes[i].drafts), reverse=True)
+        self._rate, self.home = (drafting[0][0], -drafting[0][1]) if drafting else (1 / (self._costs.at(batch) + self._costs.rest), PLAIN)
         self.auto.chosen = self.home
         self._batch, self._second = batch, drafting[1][0] if len(drafting) > 1 else 0.0
+        self._wait = self.log.wait if all(size.met for size in sizes) else _NEW
 
     def _leave_home(self, batch: int) -> None:
-        """Begin a visit to the next drafter, if the share of the time that visits may cost allows it."""
-        arms, log = self.auto.arms, self.log
-        others = [i for i in range(len(arms)) if i != self.home]
-        if not others:
-            return
-        other = next((i for i in others if i > self.next), others[0])
-        price = arms[other].size.price(batch, self._rate)
-        log.since = max(0, log.wait - _REFUSED)  # refused or not, not asked again at once
-        if log.lost + price <= self.auto.share * log.spent:
-            self.next = self.auto.chosen = other
-            self.visit, log.since = _VISIT, 0
-            arms[other].size.forget()
+        """Begin a visit to the next drafter that is within its part of the time for visits; who is new waits until all losses are."""
+        arms = self.auto.arms
+        log, allowed = self.log, self.auto.share * self.log.spent
+        for other in sorted(range(len(arms)), key=lambda i: (arms[i].size.met, (i - self.next - 1) % len(arms))):
+            arm = arms[other]
+            price = arm.size.price(batch, self._rate)
+            lost = len(arms) * (log.lost_to.get(arm.drafter.name, 0.0) + price) if arm.size.met else log.lost + price
+            if other != self.home and lost <= allowed:
+                self.next = self.auto.chosen = other
+                self.visit, log.since, self._first = _VISIT, 0, not arm.size.met
+                arm.size.forget()
+                return
+        self._refused = _REFUSED

@@ -21,6 +21,9 @@ _STIRRED = 1 << 21  # bytes: more than a core's own caches, little against those
 _PATIENCE = 0.5  # seconds; wider steps than the first that takes longer are extrapolated
 _RATE, _RARE = 0.1, 0.25  # how far one step moves the table; a settled plain one, of which there are few while a drafter drafts
 _DRIFT, _BUSY = 0.1, 0.5  # a table whose steps take less than half of what it says, over a dozen or so, was measured on a busy machine
+_DOUBT, _SURE = 64, 2048  # plain steps after which other widths are taken to cost what was measured: at first, and after vain doubts
+_AGAIN = 0.5  # weight then of the first step of any of them; below `_RIGHT` times the price the doubt was right
+_RIGHT = 1.25
 _MOST = 0.3  # weight of one observation, however many steps it is of
 SETTLED = 12
 """Plain steps, after wider ones, until they cost what plain decoding costs."""
@@ -35,6 +38,8 @@ class CostTable:
     ones says nothing of plain decoding: it takes up to twice as long until a dozen of them have brought caches and clocks back (seen on
     a model that lies in the last-level cache), so plain steps are taken in only where they follow each other. thaw: seconds that this
     dozen takes longer, in all.
+    A policy that finds other widths dear does not look again. So after a long run of plain steps they are taken to cost what was
+    measured, at the pace of plain steps now; if that proves wrong, the next such run has to be twice as long.
     stale: whether steps have come to take far less than the table said, as they do when other programs ran while it was measured.
     """
 
@@ -43,7 +48,8 @@ class CostTable:
         self.seconds = [max(float(s), 1e-9) for s in seconds]
         self.rest = self.tree_rest = self.thaw = self._excess = 0.0
         self.stale, self._drift = False, 1.0  # mean of what steps took over what the table as it was measured says
-        self._measured = list(self.seconds)
+        self._measured, self._doubted = list(self.seconds), [0.0] * len(self.seconds)
+        self._alone, self._wait = 0, _DOUBT  # plain steps since the last other one or doubt, and until the next doubt
         self._plain = 0  # plain steps in a row
 
     def at(self, rows: float) -> float:
@@ -84,9 +90,21 @@ class CostTable:
         self._drift += (1 - (1 - _DRIFT) ** steps) * (min(seconds / steps / said, 2.0) - self._drift)
         self.stale |= self._drift < _BUSY
         rate = min(1 - (1 - (_RARE if self._plain else _RATE)) ** steps, _MOST)  # a burst of other work passes
-        factor = max(excess / usual, -0.5) * rate
-        self.seconds[k] *= 1 + (1 - share) * factor
-        self.seconds[k + 1] *= 1 + share * factor
+        for i, doubt in enumerate(self._doubted):
+            moved = max(doubt, rate * (1 - share if i == k else share if i == k + 1 else 0.0))
+            self.seconds[i] *= 1 + moved * max(excess / usual, -0.5)
+            self._doubted[i] *= 1 - moved
+        self._alone = self._alone + steps if plain else 0
+        if self._alone >= self._wait:
+            self._doubt(self.at(rows) / said, (k, k + 1) if share else (k,))
+        elif not plain and seconds < _RIGHT * usual:
+            self._wait = _DOUBT
+
+    def _doubt(self, pace: float, seen: Sequence[int]) -> None:
+        for k in set(range(len(self.rows))).difference(seen):
+            self.seconds[k], self._doubted[k] = pace * self._measured[k], _AGAIN
+        self.tree_rest = min(self.tree_rest, self.rest)
+        self._alone, self._wait = 0, min(2 * self._wait, _SURE)
 
     @property
     def unsettled(self) -> int:

@@ -33,7 +33,8 @@ class Experience:
 
     Widths up to the widest tree of the last few dozen steps are known; wider ones hold what was seen last, or the prior. opening: seconds
     that the first draft of a text takes beyond the others, such as a draft model's reading of the prompt. spent, lost: seconds of all
-    steps and of trials; checked: `spent` when plain decoding was last looked at; wait, since: steps between two trials, and since the last.
+    steps and of trials (lost_to: of each drafter's, where there are several); checked: `spent` when plain decoding was last looked at;
+    wait, since: steps between two trials, and since the last.
     """
 
     def __init__(self) -> None:
@@ -41,6 +42,7 @@ class Experience:
         self.rows = _N.astype(np.float64)
         self.steps = np.zeros(len(_N))
         self.opening = self.spent = self.lost = self.checked = 0.0
+        self.lost_to: dict[str, float] = {}
         self.wait, self.since = FIRST_WAIT, 0
         self.draft: dict[int, deque[float]] = {}
         self._guess: np.ndarray | None = None

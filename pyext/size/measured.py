@@ -171,6 +171,11 @@ class Measured(SizePolicy):
         """Whether the best choice is to draft at all."""
         return self._best > 0
 
+    @property
+    def met(self) -> bool:
+        """Whether this drafter has ever drafted for this target: what is known of others is a guess."""
+        return max(self.experience.draft, default=1) > 1
+
     def observe(self, tree: TokenTree, verdict: "Verdict", clock: "Clock") -> None:
         """Learn from a step that was drafted with the width last chosen."""
         if self._rest.left:

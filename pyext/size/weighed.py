@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ramify.verify import Verdict
 
 _STANDS = 16  # steps until prices are taken from the cost table anew
+_OFF = 1.5  # a step that takes so many times its price has prices taken anew at once
 _GAIN = 1.2  # what a tree must promise over a plain step: among plain ones it finds neither its code nor its weights at hand
 _MEMORY = 0.05  # weight of the newest step
 _PATIENCE = 16.0  # times that a drafter whose guesses bring nothing is asked before it is asked within its share of the time
@@ -142,6 +143,8 @@ class Weighed(SizePolicy):
             self._run.rest += rest
         else:
             self.costs.observe(tree.M, forward, rest)
+            if tree.B == self._batch and (forward + rest) * self._speed[tree.M - tree.B] > _OFF:
+                self._stands = 0
         seconds = clock.draft.last + forward + rest
         if self._asked:
             self._asks.asked(clock.draft.last)
@@ -157,8 +160,8 @@ class Weighed(SizePolicy):
 
     # ---- what `auto` asks of the policies of its drafters, as of Measured
 
-    drafts = True
-    """Whether the best choice is to draft at all: each tree decides that for itself."""
+    drafts = met = True
+    """Whether the best choice is to draft at all, and the drafter known: each tree decides for itself, and says its chances."""
 
     def choose(self, batch: int) -> int:
         """Rows per sequence of the next step."""

@@ -95,6 +95,38 @@ def test_a_drafter_that_weighs_its_guesses_is_one_arm_among_others():
     assert machine.speedup > 0.9 * alone.speedup > 2
 
 
+def auto_beside_dear_ones(**dear):
+    """`auto` over one that weighs its guesses, and drafters that are wrong and whose drafts take so many steps."""
+    auto, right = Auto(), geometric(0.8)
+    auto.arms = [Arm(Watching(name)) for name in ("weighs", *dear)]
+    for arm, kind in zip(auto.arms, (Weighed, *(Measured for _ in dear)), strict=True):
+        arm.size = kind(costs=CostTable([cpu_like(rows) for rows in BUCKETS]))
+    takes, chosen = [0.0, *dear.values()], []
+
+    def draft(n):
+        chosen.append(auto.chosen)
+        return STEP * takes[auto.chosen] if n > 1 else 0.0
+
+    accepts = lambda n: right(n) if auto.chosen == 0 else 0  # noqa: E731
+    return Machine(auto.size_policy(), accepts=accepts, draft=draft, chance=lambda n: 0.8 ** np.arange(n)), chosen
+
+
+def test_a_fresh_auto_begins_with_what_costs_nothing():
+    """One visit to a drafter nobody has met, and the next when that one's loss is a small share of the time: not all at the start."""
+    alone = Machine(Weighed(), accepts=geometric(0.8), chance=lambda n: 0.8 ** np.arange(n)).run(150)
+    machine, chosen = auto_beside_dear_ones(one=8.0, two=8.0, three=8.0)
+    assert machine.run(150).speedup > 0.75 * alone.speedup > 2
+    assert chosen[:4] == [0] * 4 and chosen.count(0) == 147 and chosen.count(1) == 3
+    machine.run(6000)
+    assert {1, 2, 3} <= set(chosen) and sum(c > 0 for c in chosen) * 9 * STEP < 0.03 * machine.seconds
+
+
+def test_one_drafter_too_dear_keeps_no_other_waiting():
+    machine, chosen = auto_beside_dear_ones(cheap=0.1, dear=100.0)
+    machine.run(800)
+    assert chosen.count(2) == 3 and chosen.count(1) >= 9
+
+
 class Seeing(Drafter):
     """Notes what it is shown, and proposes only when it knows the text and has seen every step since it began."""
 

@@ -191,6 +191,16 @@ def test_cost_table():
     assert table.at(32) < 64
 
 
+def test_what_nobody_has_tried_lately_follows_the_pace_of_plain_steps():
+    table = CostTable([float(rows) for rows in BUCKETS])
+    for _ in range(100):
+        table.observe(16, 160.0)
+    table.observe(1, 900 * 2.0, 0.0, True, 900)
+    assert table.at(1) == pytest.approx(1.3) and table.at(16) == pytest.approx(1.3 * 16) and table.at(64) == pytest.approx(1.3 * 64)
+    table.observe(16, 160.0)
+    assert table.at(16) > 25  # one step says much where nothing is known
+
+
 def test_a_table_from_a_busy_moment_is_measured_anew(tmp_path, monkeypatch):
     """Steps take a fortieth of what the table says: the next call measures, and where none follows the file goes."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -107,6 +107,20 @@ def test_prices_follow_the_machine():
     assert np.median(machine.verified[-100:]) < wide / 2
 
 
+def test_a_burst_of_other_work_is_forgotten():
+    """While other programs ran wide steps were dear; nobody tries them then, and yet they are tried again afterwards."""
+    busy = [False]
+    step = lambda rows: cpu_like(rows) * ((4 if rows == 1 else 30) if busy[0] else 1)  # noqa: E731
+    machine = Machine(Weighed(), accepts=geometric(0.8), step=step, draft=lambda n: 1e-5, chance=even(0.8)).run(100)
+    wide = np.median(machine.verified[50:])
+    busy[0] = True
+    machine.run(400)
+    assert machine.verified[-200:].count(1) > 150
+    busy[0] = False
+    machine.run(500)
+    assert np.median(machine.verified[-50:]) == wide
+
+
 class HalfRight(Drafter):
     """Branching guesses of which some are right, with chances at random; rows in order of chance."""
 
