@@ -56,8 +56,10 @@ struct Attention {
       if constexpr (sizeof(X) == 4) return x[d];
     };
     if constexpr (kDot) {
-      uint32_t* out = reinterpret_cast<uint32_t*>(group) + m;
-      for (int64_t d = 0; d < D; d += 2) out[(d >> 1) * rows] = narrow(value(d)) | uint32_t(narrow(value(d + 1))) << 16;
+      float* const out = group + m;
+      bf16 rounded[kMaxHead];
+      narrow_row(x, rounded, D);
+      for (int64_t d = 0; d < D; d += 2) __builtin_memcpy(out + (d >> 1) * rows, rounded + d, 4);
     } else {
       for (int64_t d = 0; d < D; ++d) group[d * rows + m] = value(d) * log2_scale;
     }

@@ -67,11 +67,13 @@ void append(const RopeAppendArgs& a, const float* key, const float* value, int64
   }
   const int64_t at = slot / kTile * a.page_stride + head * kTile * a.D, in = slot % kTile;
   T *k = static_cast<T*>(a.k) + at, *v = static_cast<T*>(a.v) + at;
-  for (int64_t d = 0; d < a.D; ++d) {
-    if constexpr (kPairs)
-      k[key_index(in, d, a.D, true)] = narrow(key[d]), v[value_index(in, d, a.D, true)] = narrow(value[d]);
-    else
-      k[key_index(in, d, a.D, false)] = key[d], v[value_index(in, d, a.D, false)] = value[d];
+  if constexpr (kPairs) {
+    bf16 keys[kMaxHead], values[kMaxHead];
+    narrow_row(key, keys, a.D), narrow_row(value, values, a.D);
+    for (int64_t d = 0; d < a.D; d += 2) __builtin_memcpy(k + key_index(in, d, a.D, true), keys + d, 4);
+    for (int64_t d = 0; d < a.D; ++d) v[value_index(in, d, a.D, true)] = values[d];  // its neighbour may be another thread's
+  } else {
+    for (int64_t d = 0; d < a.D; ++d) k[key_index(in, d, a.D, false)] = key[d], v[value_index(in, d, a.D, false)] = value[d];
   }
 }
 

@@ -49,6 +49,12 @@ struct Vec {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
   }
   RAMIFY_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
+  RAMIFY_INLINE void store(bf16* p) const {  // as narrow()
+    const __m512i u = _mm512_castps_si512(v), high = _mm512_srli_epi32(u, 16), odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    const __m512i near = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    const __m512i r = _mm512_mask_or_epi32(near, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), high, _mm512_set1_epi32(0x40));
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(r));
+  }
 };
 RAMIFY_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 RAMIFY_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -85,6 +91,13 @@ struct Vec {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16))};
   }
   RAMIFY_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
+  RAMIFY_INLINE void store(bf16* p) const {  // as narrow()
+    const __m256i u = _mm256_castps_si256(v), high = _mm256_srli_epi32(u, 16), odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+    const __m256i near = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40)), nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i r = _mm256_blendv_epi8(near, quiet, nan), halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0xd8);
+    _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(halves));
+  }
 };
 RAMIFY_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 RAMIFY_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
@@ -133,6 +146,9 @@ struct Vec {
   }
   static RAMIFY_INLINE Vec load(const bf16* p) { return {f32x4{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}}; }
   RAMIFY_INLINE void store(float* p) const { __builtin_memcpy(p, &v, 16); }
+  RAMIFY_INLINE void store(bf16* p) const {
+    for (int i = 0; i < lanes; ++i) p[i] = narrow(v[i]);
+  }
 };
 RAMIFY_INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
 RAMIFY_INLINE Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
@@ -224,9 +240,16 @@ RAMIFY_INLINE void store_part(float* p, Vec a, int64_t n) {
 }
 
 RAMIFY_INLINE void store_part(bf16* p, Vec a, int64_t n) {
+  if (n >= L) return a.store(p);
   float t[L];
   a.store(t);
-  for (int i = 0; i < L && i < n; ++i) p[i] = narrow(t[i]);
+  for (int i = 0; i < n; ++i) p[i] = narrow(t[i]);
+}
+
+// n values rounded to bf16.
+inline void narrow_row(const bf16* x, bf16* out, int64_t n) { __builtin_memcpy(out, x, size_t(n) * sizeof(bf16)); }
+inline void narrow_row(const float* x, bf16* out, int64_t n) {
+  for (int64_t j = 0; j < n; j += L) store_part(out + j, load_part(x + j, n - j, 0.f), n - j);
 }
 
 // Sum of all lanes in one fixed tree.

@@ -10,9 +10,7 @@ namespace {
 
 RAMIFY_INLINE void copy_row(const float* x, float* to, int64_t n) { __builtin_memcpy(to, x, size_t(n) * sizeof(float)); }
 RAMIFY_INLINE void copy_row(const bf16* x, bf16* to, int64_t n) { __builtin_memcpy(to, x, size_t(n) * sizeof(bf16)); }
-RAMIFY_INLINE void copy_row(const float* x, bf16* to, int64_t n) {
-  for (int64_t d = 0; d < n; ++d) to[d] = narrow(x[d]);
-}
+RAMIFY_INLINE void copy_row(const float* x, bf16* to, int64_t n) { narrow_row(x, to, n); }
 RAMIFY_INLINE void copy_row(const bf16* x, float* to, int64_t n) {
   for (int64_t d = 0; d < n; ++d) to[d] = widen(x[d]);
 }
