@@ -44,8 +44,8 @@ LOW_BIT = {
 """Low-bit weight formats, and the bits that a weight takes: code, float16 scale and zero of a group; scales of whole rows or
 blocks are not counted."""
 
-ROUNDED = ("int8", "int8-group", "exact")
-"""How a low-bit weight may take its input: rounded to int8 with a scale a row or a scale a group, or as it is."""
+ROUNDED = ("int8", "int8-group", "bf16", "exact")
+"""How a low-bit weight may take its input: rounded to int8 with a scale a row or a scale a group, rounded to bfloat16, or as it is."""
 
 UNPROVEN = {
     "triton": "interpreted and compiled, not yet run on hardware",

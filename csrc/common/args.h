@@ -14,8 +14,8 @@ enum DType : int64_t { kF32 = 0, kBf16 = 1, kF16 = 2, kInt8 = 3, kInt4 = 4, kFp8
 // What a linear layer does to its input row before the product.
 enum Prologue : int64_t { kCopy = 0, kRmsNorm = 1, kSiluMul = 2 };
 enum Activation : int64_t { kNone = 0, kSilu = 1 };
-// How a low-bit layer takes its input: as it is, or rounded to int8 with one scale a row, or one for each group of a row.
-enum Activations : int64_t { kExact = 0, kInt8Row = 1, kInt8Group = 2 };
+// How a low-bit layer takes its input: as it is; rounded to int8 with one scale a row, or one for each group of a row; rounded to bf16.
+enum Activations : int64_t { kExact = 0, kInt8Row = 1, kInt8Group = 2, kToBf16 = 3 };
 
 // y[M, N] = activation(prologue(x)[M, K] @ W^T + bias) + residual, W packed in panels (layouts.h). The one struct of kLinear and
 // of kLinearLowBit, which alone reads what follows topk_values.

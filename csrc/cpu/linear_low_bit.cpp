@@ -1,17 +1,15 @@
 // csrc/cpu/linear_low_bit.cpp: linear layers over int8, int4 and fp8 weights. Meaning: reference/linear.py.
 //
 // What     the same layer as linear.cpp does (linear.h), the weight packed as layouts.h says. The input is rounded to int8 with one
-//          scale a row or one a group (Rounded), or stays as it is (Exact).
+//          scale a row or one a group (Rounded), or stays a float (low_bit_floats.h).
 // Rounded  y = x_scale * sum over groups of w_scale * (codes . x_codes - zero * sum(x_codes)): integer dots inside a group (dot.h),
 //          then one f32 multiply-add a group, groups in ascending order. A constant zero is taken off by the dot's first value.
-// Exact    128 inputs of a panel at a time become f32 in L1, and go through the loop that dense f32 layers use: a level that
-//          multiplies bf16 pairs would round both factors.
 // Tiling   16 features (32 with AVX-512) x most_tokens rows, nibbles unpacked in registers. Several tiles share 512 inputs of the
 //          panel in L1. A panel is read from memory once.
 // Traffic  the packed bytes, once for all rows.
 // Bits     an integer sum is exact, and the f32 sum of a (row, feature) is one chain over groups whatever the tile (row_invariance).
 #include "cpu/dot.h"
-#include "cpu/linear.h"
+#include "cpu/low_bit_floats.h"
 
 namespace ramify::RAMIFY_ISA {
 namespace {
@@ -19,108 +17,6 @@ namespace {
 constexpr int kWide = kDotVecs * L;  // features of a tile of Rounded
 constexpr int64_t kTogether = 512;   // inputs of a panel that stay in L1 while every tile passes
 constexpr int64_t kRowsAtOnce = 96;  // rows whose sums and inputs stay in L1 while a panel passes
-
-LowBitLayout layout_of(const LinearArgs& a) { return {a.dtype, a.K, a.group, a.scale_dtype, a.zeros != 0}; }
-
-RAMIFY_INLINE Vec load_scale(const uint8_t* p, int64_t dtype, int64_t feature) {
-  if (dtype == kF32) return Vec::load(reinterpret_cast<const float*>(p) + feature);
-  const uint16_t* const half = reinterpret_cast<const uint16_t*>(p) + feature;
-  return dtype == kF16 ? load_half(half) : Vec::load(half);
-}
-RAMIFY_INLINE int64_t zeros_after(int64_t scale_dtype) { return kLowBitPanel * (scale_dtype == kF32 ? 4 : 2); }
-
-// ---- Exact: the weight's values, 128 inputs of 32 features at a time
-
-// e4m3 -> f32. A magnitude is the smaller of 2^(e-7) (1 + m/8), right from e = 1 on, and of twice that less 2^-6, right for e = 0.
-// No subnormal f32 comes up on the way: those are slow. NaN codes never come here: packing puts the NaN into their scale.
-RAMIFY_INLINE Vec fp8_value(Ints code) {
-  const Ints size = (code & 0x7f) << 20;
-  const Vec minus = max(Vec::set(0.015625f) - as_float(size + (121 << 23)), as_float((size + (120 << 23)) | int32_t(0x80000000)));
-  return as_float(as_ints(minus) ^ ((code & 0x80) ^ 0x80) << 24);
-}
-
-// One group of the weight: f32 [inputs][32].
-template <int64_t kCode>
-void dequantize_group(const LinearArgs& a, const LowBitLayout& w, const uint8_t* panel, int64_t g, float* slab) {
-  const uint8_t *const codes = panel + g * w.step, *const scales = panel + w.scales(g);
-  for (int64_t f = 0; f < kLowBitPanel; f += L) {
-    const Vec scale = load_scale(scales, a.scale_dtype, f);
-    const Vec zero = a.zeros ? load_half(reinterpret_cast<const uint16_t*>(scales + zeros_after(a.scale_dtype)) + f) : Vec::set(8.f);
-    const uint8_t* p = codes + f * 4;
-    const int64_t n = w.inputs(g), count = kCode == kInt4 ? n / 8 : n / 4;
-    for (int64_t j = 0; j < count; ++j, p += 4 * kLowBitPanel) {
-      const Ints word = load_ints(p);
-      const auto value = [&](int bit) {
-        if constexpr (kCode == kInt4) return (to_float(shift_right(word, bit) & 15) - zero) * scale;
-        if constexpr (kCode == kInt8) return to_float(word << (24 - bit) >> 24) * scale;
-        return fp8_value(shift_right(word, bit) & 255) * scale;
-      };
-      for (int b = 0; b < 4; ++b) {
-        value(8 * b).store(slab + (4 * j + b) * kPanel + f);
-        if constexpr (kCode == kInt4) value(8 * b + 4).store(slab + (n / 2 + 4 * j + b) * kPanel + f);
-      }
-    }
-  }
-}
-
-struct Exact {
-  static int64_t packed_bytes(const LinearArgs& a, int64_t M) { return M * pad_to(a.K, 16) * 4; }
-  static int64_t work_bytes(const LinearArgs&, int64_t M) { return (kLowBitGroup + M) * kPanel * 4; }
-  static int64_t group(const LinearArgs&, int64_t) { return kRows; }
-
-  // The packed input: [128 inputs][rows in groups of kRows], so that what meets one slab of weights lies together.
-  static int64_t offset(const LinearArgs& a, int64_t M, int64_t first, int64_t k) {
-    const int64_t left = pad_to(a.K, 16) - k;
-    return (k * M + (left < kLowBitGroup ? left : kLowBitGroup) * first) * int64_t(sizeof(float));
-  }
-
-  static void pack(const LinearArgs& a, const float* x, int64_t M, int64_t m, void* packed) {
-    const int64_t first = m / kRows * kRows, rows = M - first < kRows ? M - first : kRows;
-    for (int64_t k = 0; k < a.K; k += kLowBitGroup) {
-      const int64_t count = a.K - k < kLowBitGroup ? a.K - k : kLowBitGroup;
-      pack_row(a, x + k, count, static_cast<char*>(packed) + offset(a, M, first, k), int(rows), int(m - first));
-    }
-  }
-
-  static const void* pack_one(const LinearArgs&, const float* x, void*) { return x; }
-
-  // Inputs [k, stop) of the 32 features from `column` on. Inlined, its constants would take a register that the product needs.
-  __attribute__((noinline)) static void dequantize(const LinearArgs& a, const LowBitLayout& w, int64_t column, int64_t k, int64_t stop,
-                                                   float* slab) {
-    for (int64_t half = 0; half < kPanel; half += kLowBitPanel) {
-      const uint8_t* const panel = static_cast<const uint8_t*>(a.weight) + (column + half) / kLowBitPanel * w.panel;
-      for (int64_t g = k / w.group; g * w.group < stop; ++g) {
-        float* const to = slab + (g * w.group - k) * kPanel + half;
-        if (a.dtype == kInt4)
-          dequantize_group<kInt4>(a, w, panel, g, to);
-        else if (a.dtype == kInt8)
-          dequantize_group<kInt8>(a, w, panel, g, to);
-        else
-          dequantize_group<kFp8>(a, w, panel, g, to);
-      }
-    }
-  }
-
-  static void block(const LinearArgs& a, const void* packed, int64_t M, int64_t begin, int64_t end, void* work) {
-    const LowBitLayout w = layout_of(a);
-    float* const slab = static_cast<float*>(work);
-    float* const sums = slab + kLowBitGroup * kPanel;
-    for (int64_t panel = begin; panel < end; panel += kPanel)
-      for (int64_t k = 0; k < a.K; k += kLowBitGroup) {
-        const int64_t stop = k + kLowBitGroup < a.K ? k + kLowBitGroup : a.K;
-        dequantize(a, w, panel, k, stop, slab);
-        for (int64_t first = 0; first < M; first += kRows) {
-          const Part part{static_cast<const char*>(packed) + offset(a, M, first, k), first, k, stop, sums};
-          with_rows(int(M - first < kRows ? M - first : kRows), [&]<int R>() {
-            constexpr int N = tile_vectors(R) < kPanelVecs ? tile_vectors(R) : kPanelVecs;
-            for (int64_t lane = 0; lane < kPanel; lane += N * L) {
-              tile<R, N>(a, part, panel + lane, F32Panels{slab + lane, 0});
-            }
-          });
-        }
-      }
-  }
-};
 
 // ---- Rounded: integer dots
 
@@ -332,17 +228,24 @@ struct Rounded {
   }
 };
 
+// Calls f<Layer>() with the layer that takes the input as `a` asks.
+template <class F>
+auto with_layer(const LinearArgs& a, F&& f) {
+  if (a.activations != kExact && a.activations != kToBf16) return f.template operator()<Rounded>();
+#if RAMIFY_BF16_DOT
+  if (a.activations == kToBf16 && a.dtype == kInt4) return f.template operator()<Halves>();
+#endif
+  return f.template operator()<Exact>();
+}
+
 void low_bit(const void* p, Team& team) {
   const LinearArgs& a = *static_cast<const LinearArgs*>(p);
-  if (a.activations == kExact)
-    run_layer<Exact>(a, team);
-  else
-    run_layer<Rounded>(a, team);
+  with_layer(a, [&]<class Layer>() { run_layer<Layer>(a, team); });
 }
 
 int64_t low_bit_scratch(const void* p, int threads) {
   const LinearArgs& a = *static_cast<const LinearArgs*>(p);
-  return a.activations == kExact ? layer_scratch<Exact>(a, threads) : layer_scratch<Rounded>(a, threads);
+  return with_layer(a, [&]<class Layer>() { return layer_scratch<Layer>(a, threads); });
 }
 
 }  // namespace

@@ -36,8 +36,8 @@ class Linear:
 
     @classmethod
     def quantized(cls, weight: QuantizedWeight, bias: Tensor | None, activations: str) -> "Linear":
-        """Pack a low-bit weight. activations: how its kernel takes the input; fp8 takes it as it is."""
-        how = native().ACTIVATIONS["exact" if weight.format.kind == "fp8" else activations]
+        """Pack a low-bit weight. activations: how its kernel takes the input; fp8, where that is int8, as it is."""
+        how = native().ACTIVATIONS["exact" if weight.format.kind == "fp8" and activations.startswith("int8") else activations]
         numbers = {"dtype": native().LOW_BIT[weight.format.kind], "group": weight.format.group, "activations": how}
         numbers |= {"scale_dtype": native().DTYPES[weight.scale.dtype], "zeros": int(weight.zero is not None)}
         return cls(packed(weight), *weight.shape, bias, numbers, weight.perm)

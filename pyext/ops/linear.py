@@ -76,8 +76,9 @@ def linear(
 
     A QuantizedWeight is packed at its first use on the CPU. `activations` says how it takes x: "int8" rounds a row to int8 with
     one scale (the default for int8 and int4 on the CPU), "int8-group" with one scale for every group of the weight (128 inputs
-    for int8), "exact" not at all (the only way for fp8). A row that holds
-    NaN or infinity comes out as NaN when it is rounded. On a GPU "exact" is the default and what the kernels do: the CUDA kernels round
+    for int8), "bf16" rounds each value to bfloat16 (int4 then goes through bfloat16 products where the chip has them), "exact" nothing
+    (the default for fp8, which is never rounded to int8). A row that holds NaN or infinity comes out as NaN when it is rounded to int8,
+    and not finite otherwise. On a GPU "exact" is the default and what the kernels do: the CUDA kernels round
     no weight, those of Triton only a difference from a zero point, to x's dtype; the other two run on the reference.
     """
     for name, given in (("activation", activation), ("activations", activations)):
@@ -163,7 +164,7 @@ def _check_low_bit(
         raise ValueError(f"linear: codes are {list(codes.shape)}; takes whole groups of {f.group or 1} inputs, as {form} has.")
     check = _rows(x, N, K)
     check("codes", codes, "...", (CODES[f.kind],))
-    one_of("activations", activations, ("exact",) if f.kind == "fp8" else backends.ROUNDED, "linear")
+    one_of("activations", activations, backends.ROUNDED[2:] if f.kind == "fp8" else backends.ROUNDED, "linear")
     check("scale", scale, "...", SCALES)
     check.same_shape("scale", scale, form, f.scale_shape(N, K))
     if (zero is not None) != f.zero_point:

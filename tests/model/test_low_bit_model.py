@@ -112,7 +112,7 @@ def test_logits_equal_the_plain_model(folders, family, rule):
 
 
 @pytest.mark.parametrize("weights", ["int4-g64", "int8", "fp8"])
-@pytest.mark.parametrize("activations", ["int8", "int8-group", "exact"])
+@pytest.mark.parametrize("activations", ["int8", "int8-group", "bf16", "exact"])
 def test_tree_rows_equal_plain_decoding(folders, weights, activations):
     """Law 8 in low bits: a row's logits are those of its own path, decoded token by token, on every ISA level."""
     model = ramify.load(folders["qwen2"], weights=weights, activations=activations)

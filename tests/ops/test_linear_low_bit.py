@@ -23,7 +23,7 @@ NAMES = [form.name for form in ALL]
 
 
 def modes(form):
-    return ("exact",) if form.kind == "fp8" else ("int8", "int8-group", "exact")
+    return backends.ROUNDED[2:] if form.kind == "fp8" else backends.ROUNDED
 
 
 def make(M, weight, dtype=F32, seed=0):
@@ -145,16 +145,16 @@ def test_every_fp8_code(level):
 
 
 @pytest.mark.parametrize(("backend", "level"), runs("linear", activations="int8"))
-@pytest.mark.parametrize("how", ["int8", "int8-group", "exact"])
+@pytest.mark.parametrize("how", backends.ROUNDED)
 def test_rows_that_are_not_finite(backend, level, how):
-    """They are NaN, all of them, and their neighbours and rows of zeros are not."""
+    """They are NaN, or not finite where inputs stay floats, all of them, and their neighbours and rows of zeros are not."""
     weight = low_bit_weight("int4-g64-zp", 48, 192)
     x, *_ = make(9, weight)
     x[1, 5], x[4, 100], x[6, 0], x[7] = torch.nan, torch.inf, -torch.inf, 0
     with running(backend, level):
         got, clean = ops.linear(x, weight, activations=how), ops.linear(x[[0, 2, 3, 5, 8]], weight, activations=how)
     bad = got[[1, 4, 6]]
-    assert bad.isnan().all() if how != "exact" else (bad.isnan() | bad.isinf()).all()
+    assert bad.isnan().all() if how.startswith("int8") else (bad.isnan() | bad.isinf()).all()
     assert torch.equal(got[[0, 2, 3, 5, 8]], clean) if backend == "cpu" else clean.isfinite().all()
     assert (got[7] == 0).all()
 
@@ -171,7 +171,7 @@ def test_quantize_rows():
 
 
 @pytest.mark.parametrize("level", levels())
-@pytest.mark.parametrize(("how", "name"), [("int8", "int4-g64"), ("int8-group", "int8"), ("exact", "fp8-b128")])
+@pytest.mark.parametrize(("how", "name"), [("int8", "int4-g64"), ("int8-group", "int8"), ("exact", "fp8-b128"), ("bf16", "int4-g32-zp")])
 @pytest.mark.parametrize("prologue", ["copy", "rms_norm", "silu_mul"])
 def test_as_a_layer_of_a_step(level, how, name, prologue):
     """The fused layer that a captured step calls: prologue, row count through a pointer, residual in place, row statistics."""
@@ -185,6 +185,7 @@ def test_as_a_layer_of_a_step(level, how, name, prologue):
     args = native.LinearLowBitArgs(rows=addressof(rows), x=x.data_ptr(), x_stride=x.stride(0), K=K, N=N, weight=panels.data_ptr())
     args.dtype, args.group = native.LOW_BIT[weight.format.kind], weight.format.group
     args.scale_dtype, args.perm = native.DTYPES[weight.scale.dtype], native.pointer(weight.perm)
+    args.zeros = weight.zero is not None
     args.activations = native.ACTIVATIONS[how]
     args.prologue, args.norm_weight, args.eps = ["copy", "rms_norm", "silu_mul"].index(prologue), gain.data_ptr(), 1e-5
     args.residual, args.residual_stride, args.out, args.out_stride = out.data_ptr(), N, out.data_ptr(), N
@@ -240,8 +241,8 @@ def test_says_what_it_does_not_take():
     weight, fp8, x = low_bit_weight("int4-g32", 5, 64), low_bit_weight("fp8", 5, 64), torch.randn(3, 64)
     bad = [
         (ValueError, "weight is [5, 64]; takes [N, K] with K = 60, as in x", (x[:, :60], weight), {}),
-        (ValueError, 'activations is "int4"; takes "int8" or "int8-group" or "exact"', (x, weight), {"activations": "int4"}),
-        (ValueError, 'activations is "int8"; takes "exact"', (x, fp8), {"activations": "int8"}),
+        (ValueError, 'activations is "int4"; takes "int8" or "int8-group" or "bf16" or "exact"', (x, weight), {"activations": "int4"}),
+        (ValueError, 'activations is "int8"; takes "bf16" or "exact"', (x, fp8), {"activations": "int8"}),
         (ValueError, 'activations is "int8"; takes None with a dense weight', (x, x), {"activations": "int8"}),
         (TypeError, "weight is [1]; takes a tensor [N, K], a QuantizedWeight or a PackedWeight", (x, [1]), {}),
         (TypeError, "x is int64; takes float32", (x.long(), weight), {}),
