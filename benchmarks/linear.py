@@ -1,7 +1,7 @@
 """Linear layers of 1 to 64 rows, dense and low-bit: `python -m benchmarks.linear [--quick] [--json F] [--plot F]`.
 
 What a verified tree costs is what its M rows cost, so the figure that matters is not the time of one row but the curve over M: every
-provider's time in single steps, time(M) / time(1). ramify's formats, dense and low-bit, with inputs rounded to int8 or exact,
+provider's time in single steps, time(M) / time(1). ramify's formats, dense and low-bit, with inputs rounded to int8, to bf16 or exact,
 against torch, onnxruntime and llama.cpp in the same run. Layers of ramify, onnxruntime and llama.cpp are nodes of graphs, as in a
 model's step; torch's, and the row "ops.linear", are calls from Python. Cold: each layer's weight is another copy. Every provider
 multiplies its own rounding of one weight and is checked against that. The floor of a row is the larger of its own weights' bytes over
@@ -82,6 +82,7 @@ for format in ("int4-g64", "int4-g128", "int8"):
     ours_as(f"ramify {format}", format, layers.low_bit(format, "int8"), INT8, "int8")
     if format == "int4-g64":
         ours_as(f"ramify {format}, scale a group", format, layers.low_bit(format, "int8-group"), INT8, "int8")
+        ours_as(f"ramify {format}, bf16 inputs", format, layers.low_bit(format, "bf16"), HALF, "bf16")
     ours_as(f"ramify {format}, exact", format, layers.low_bit(format, "exact"), FLOAT, "fp32")
 ours_as("ramify fp8, exact", "fp8", layers.low_bit("fp8", "exact"), FLOAT, "fp32")
 ours_as("ramify bf16", "bf16", layers.dense, HALF, "bf16")

@@ -185,7 +185,7 @@ class Checkpoint:
                 return dict.fromkeys(shard.keys(), single)
         if not index.is_file():
             pickled = sorted(p.name for p in self.folder.glob("pytorch_model*"))
-            others = sorted(p.name for p in self.folder.glob("*.safetensors"))
+            others = sorted(p.name for p in self.folder.glob("*.safetensors") if p.is_file())
             hint = f"{pickled[0]} is not read: save it again with safe_serialization." if pickled else "Fetch the checkpoint again."
             hint = f"Rename {others[0]} to {SINGLE}." if len(others) == 1 else hint
             raise CheckpointError(f"load: {self.folder} has neither {SINGLE} nor {INDEX}. {hint}")

@@ -34,7 +34,7 @@ def load(
     as they are stored, low-bit ones of `ramify convert`, GPTQ, AWQ, compressed-tensors, torchao and fp8 blocks included. device: "cpu",
     or "cuda", "cuda:1", ... for a GPU (not yet run on hardware). head: the format of a dense lm_head (a tied one leaves the embedding
     table as it is); None is what the checkpoint says, else "int8" beside low-bit `weights`, else dtype; "dense" is dtype. activations:
-    how low-bit layers take their input on the CPU: "int8", "int8-group", "bf16" or "exact" (see ops.linear); on a GPU they take it as it is.
+    how low-bit layers take their input on the CPU: "int8", "int8-group", "bf16" or "exact" (see ops.linear); on a GPU as it is.
 
     Raises UnsupportedModelError for another architecture, CheckpointError for a broken file, ValueError for the rest.
     """

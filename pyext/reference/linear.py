@@ -28,7 +28,8 @@ def linear(
 
     x [..., K], weight [N, K], bias [N], residual [..., N]; activation None or "silu". A low-bit weight stands for what its
     `dequantize` returns; with `activations` "int8" or "int8-group" each row of x is rounded first (`quantize_rows`), in the
-    weight's own order of inputs, with "bf16" each value of x is. Arithmetic runs in float32 or wider, and only the end result is rounded to x's dtype.
+    weight's own order of inputs, with "bf16" each value of x is. Arithmetic runs in float32 or wider, and only the end result is
+    rounded to x's dtype.
     Returns [..., N].
     """
     dtype = wide(x)
