@@ -1,5 +1,6 @@
 """Size policies against a simulated machine (ramify.testing.machine), and what they keep on disk."""
 
+import itertools
 import json
 import random
 from collections import deque
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from ramify.registry import size_policy
-from ramify.size import _cost, _experience
+from ramify.size import _cost, _experience, _store
 from ramify.size._cost import BUCKETS, CostTable, cost_table
 from ramify.size._experience import WIDTHS
 from ramify.size.measured import Measured
@@ -248,6 +249,19 @@ def test_measured_once_and_kept_on_disk(tmp_path, monkeypatch):
     nameless = FakeModel(16)
     cost_table(nameless)
     assert len(calls) == 7 and len(list((tmp_path / "ramify").iterdir())) == 1
+
+
+def test_a_step_costs_at_most_two_of_half_its_rows(tmp_path, monkeypatch):
+    """What other programs added while wide steps were measured keeps nobody from trying them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(_cost, "perf_counter", lambda clock=iter(range(10**6)): next(clock) ** 3 * 1e-9)  # ever busier
+    model = FakeModel(16)
+    seconds = _cost.measure(model)
+    assert all(0 < b <= 2 * a for a, b in itertools.pairwise(seconds))
+    model.fingerprint = "abc"
+    _store.write(_store.path_of("step-cost", model, _store.built()), {"rows": list(BUCKETS), "seconds": [1e-3, *[40e-3] * 8]})
+    table = cost_table(model)
+    assert [table.at(n) for n in (1, 2, 8, 64, 256)] == [1e-3, 2e-3, 8e-3, 40e-3, 40e-3]
 
 
 def test_a_folder_that_refuses_is_no_error(tmp_path, monkeypatch):
