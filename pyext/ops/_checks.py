@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ramify import backends
-from ramify.checks import show
+from ramify.checks import INT64_MAX, show, whole
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INT32, INT64 = (torch.int32,), (torch.int64,)
 INDICES = (torch.int32, torch.int64)
+INT32_MAX = (1 << 31) - 1
 
 Results = Sequence[tuple[Sequence[int], torch.dtype]]
 """Shape and dtype of every output of an op."""
@@ -96,6 +97,13 @@ def check_cache(check: Shapes, k_name: str, k: Tensor, v_name: str, v: Tensor, p
     check(v_name, v, axes, (k.dtype,))
     if page_table is not None:
         check("page_table", page_table, "B P", INT32)
+
+
+def window_of(op: str, window: int | None, sink: int | None) -> tuple[int, int]:
+    """A window and its sink as kernels take them, 0 for none. Positions are 32 bits wide: beyond all of them one is as good as another."""
+    width = whole("window", window, 1, op, INT64_MAX) if window is not None else 0
+    sink = whole("sink", sink, 0, op, INT64_MAX) if sink is not None else 0
+    return min(width, INT32_MAX), min(sink, INT32_MAX)
 
 
 def check_window(check: Shapes, window: int, sink: int) -> None:

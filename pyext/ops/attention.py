@@ -7,10 +7,23 @@ import torch
 from torch import Tensor
 
 from ramify import reference
-from ramify.checks import INT64_MAX, number, whole
+from ramify.checks import number
 from ramify.ops import _cuda as _kernels
 from ramify.ops import _native
-from ramify.ops._checks import FLOATS, INT32, INT64, Results, Shapes, check_cache, check_pages, check_window, outputs, tensor, wrong_row
+from ramify.ops._checks import (
+    FLOATS,
+    INT32,
+    INT64,
+    Results,
+    Shapes,
+    check_cache,
+    check_pages,
+    check_window,
+    outputs,
+    tensor,
+    window_of,
+    wrong_row,
+)
 from ramify.ops._library import Op
 from ramify.tree import MAX_ROWS
 
@@ -54,11 +67,10 @@ def tree_attention(
     tensor("tree_attention", "q", q)
     D = math.prod(q.shape[-1:]) or 1  # no D, or one of 0, is for the check to refuse
     scale = 1 / math.sqrt(D) if scale is None else float(number("scale", scale, "tree_attention"))
-    window = 0 if window is None else whole("window", window, 1, "tree_attention", INT64_MAX)
-    sink = 0 if sink is None else whole("sink", sink, 0, "tree_attention", INT64_MAX)
     if out is not None and not return_lse:
         out = (outputs("tree_attention", out, 1)[0], q.new_empty(q.shape[:3], dtype=torch.float32))
-    result = _tree_attention(q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows, out=out)
+    bounds = window_of("tree_attention", window, sink)
+    result = _tree_attention(q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, *bounds, tail_rows, out=out)
     return result if return_lse else result[0]
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ramify import reference
-from ramify.checks import INT64_MAX, number, whole
+from ramify.checks import number
 from ramify.ops import _cuda, _native
-from ramify.ops._checks import FLOATS, INT32, INT64, Results, Shapes, check_pages, check_window, tensor, wrong_row
+from ramify.ops._checks import FLOATS, INT32, INT64, Results, Shapes, check_pages, check_window, tensor, window_of, wrong_row
 from ramify.ops._library import Op
 
 
@@ -43,9 +43,8 @@ def attention_colsum(
     tensor("attention_colsum", "q", q)
     D = math.prod(q.shape[-1:]) or 1  # no D, or one of 0, is for the check to refuse
     scale = 1 / math.sqrt(D) if scale is None else float(number("scale", scale, "attention_colsum"))
-    window = 0 if window is None else whole("window", window, 1, "attention_colsum", INT64_MAX)
-    sink = 0 if sink is None else whole("sink", sink, 0, "attention_colsum", INT64_MAX)
-    return _attention_colsum(q, k, lse, prefix_len, ancestors, page_table, scale, window, sink, tail_rows, out=out)
+    bounds = window_of("attention_colsum", window, sink)
+    return _attention_colsum(q, k, lse, prefix_len, ancestors, page_table, scale, *bounds, tail_rows, out=out)
 
 
 def _check(
