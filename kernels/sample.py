@@ -113,7 +113,8 @@ def _judge(
         following = tl.min(tl.where(children & (token == emitted), i, ROWS), 0)
         if (heat > 0) & (child < ROWS):
             top, mass = tl.load(row_top + b * T + row), tl.load(row_sum + b * T + row)
-            logits, draft = x + b * stride_b + row * stride_t, q + b * q_stride_b + row * q_stride_t
+            far = b * 0 + row  # in 64 bits, as b is
+            logits, draft = x + b * stride_b + far * stride_t, q + b * q_stride_b + far * q_stride_t
             now = tl.sum(tl.where(i == child, token, 0), 0)
             spread, p_now, q_now = mass * 0, mass * 0, mass * 0  # of q: its mass; of the child under test: p and q, not normalised
             for lo in range(0, V, BLOCK):
