@@ -13,7 +13,7 @@ Sources  Leviathan et al. 2023; Miao et al. 2023; Chen et al. 2024.
 import triton
 import triton.language as tl
 
-from ramify.kernels.verify import CHUNK, best, join, read
+from ramify.kernels.verify import CHUNK, best, join, narrow, read
 
 SAMPLE, ACCEPT, RESIDUAL = tl.constexpr(0), tl.constexpr(2), tl.constexpr(3)  # purposes, as in sampling/rng.py
 _BIG = tl.constexpr(0x7FFFFFFF)
@@ -98,8 +98,8 @@ def _judge(
     b = tl.program_id(0).to(tl.int64)
     i, j = tl.arange(0, ROWS), tl.arange(0, BLOCK)
     live = i < tl.minimum(tl.load(n_rows + b), T)
-    token = tl.load(tokens + b * token_stride + i, mask=live, other=-1).to(tl.int32)
-    parent = tl.load(parents + b * parent_stride + i, mask=live, other=-1).to(tl.int32)
+    token = narrow(tl.load(tokens + b * token_stride + i, mask=live, other=-1))
+    parent = narrow(tl.load(parents + b * parent_stride + i, mask=live, other=-1))
     heat, key, index = tl.load(temperature + b), tl.load(seed + b), tl.load(position + b).to(tl.int64)
     accepted = tl.full([ROWS], -1, tl.int32)
     row, steps, emitted = 0, 0, -1

@@ -11,7 +11,7 @@ from ramify import backends
 from ramify.testing.tensors import attention_case, poisoned, running, sample_case
 
 I32, F32, NAN, INF = torch.int32, torch.float32, float("nan"), float("inf")
-MOST = 2**31 - 1
+MOST, WRAP = 2**31 - 1, 2**32  # an id that 32 bits do not hold, 0 to whoever takes the low ones
 TRITON = [p for p in backends.params("tree_attention", dtype=F32, D=64, kv=F32) if p.id == "triton"]
 pytestmark = [pytest.mark.parametrize("place", TRITON), pytest.mark.timeout(30), pytest.mark.filterwarnings("ignore:.*encountered in")]
 
@@ -113,8 +113,9 @@ def test_rope(place):
 
 def test_embed(place):
     table = torch.randn(5, 8)
-    got = launch(place, "embed", (poisoned((4, 8)),), ints(4, 5, -1, MOST), table, F32)[0]
-    assert torch.equal(got[0], table[4]) and got[1:].isnan().all()
+    for ids in (ints(4, 5, -1, MOST), torch.tensor([4, WRAP, WRAP + 3, 1 - WRAP])):
+        got = launch(place, "embed", (poisoned((4, 8)),), ids, table, F32)[0]
+        assert torch.equal(got[0], table[4]) and got[1:].isnan().all()
 
 
 def walked(place, parents, mode="det", **changed):
@@ -127,13 +128,45 @@ def walked(place, parents, mode="det", **changed):
     return launch(place, "verify_sample", outs, *tensors, q if mode == "wor" else None, mode)
 
 
+NO_TREE = pytest.mark.parametrize("bad", [[3, 2, 0], [1, 2, 77], [2, 0, 4], [-9, 4, 1 << 40], [WRAP, WRAP + 1, 1 - WRAP]], ids=str)
+
+
 @pytest.mark.parametrize("mode", ["det", "wor"])
-@pytest.mark.parametrize("bad", [[3, 2, 1], [1, 2, 77], [2, 1, 3], [-9, 4, 1 << 40]], ids=str)
+@NO_TREE
 def test_parents_that_are_no_tree(place, bad, mode):
-    """A cycle, a row of its own, a later row, no row: such a row is nobody's child, and the draws of the others are their own."""
+    """A cycle, a row of its own, a later row, no row: such a row is nobody's child, and the draws of the others are their own.
+
+    Random tokens first; then one token alone is likely and every row holds it, so that a row taken for a child would be accepted.
+    """
     rows = [-1, 0, *bad]
-    alone = [p if p < r else -1 for r, p in enumerate(rows)]
-    assert all(map(torch.equal, walked(place, rows, mode), walked(place, alone, mode)))
+    alone = [p if 0 <= p < r else -1 for r, p in enumerate(rows)]
+    certain = torch.full((1, 5, 50), -INF)
+    certain[..., 7] = 0
+    tokens = torch.full((1, 5), 7)
+    for changed in ({}, {"logits": certain, "q": certain.exp(), "tokens": tokens}):
+        assert all(map(torch.equal, walked(place, rows, mode, **changed), walked(place, alone, mode, **changed)))
+    if mode == "det":
+        got, want = (greedy(place, tokens, torch.tensor([tree]), tokens) for tree in (rows, alone))
+        assert all(map(torch.equal, got, want))
+
+
+def greedy(place, tokens, parents, argmax):
+    """Path, count and bonus of verify_greedy over five rows."""
+    return launch(
+        place, "verify_greedy", (poisoned((1, 5), I32), poisoned((1,), I32), poisoned((1,), I32)), tokens, parents, argmax, ints(5)
+    )
+
+
+@pytest.mark.parametrize("mode", ["det", "wor"])
+def test_tokens_beyond_32_bits_are_no_token(place, mode):
+    """Neither the likely one, which they wrap to, nor the -1 that stands for none."""
+    certain = torch.full((1, 5, 50), -INF)
+    certain[..., 7] = 0
+    for token, likely in ((WRAP + 7, certain), (WRAP - 1, torch.full_like(certain, NAN)), (7 - WRAP, certain)):
+        path, _, bonus = walked(place, [-1, 0, 0, 1, 1], mode, logits=likely, q=certain.exp(), tokens=torch.full((1, 5), token))
+        assert path.tolist() == [[0, -1, -1, -1, -1]] and bonus.item() == (7 if likely is certain else -1)
+        path, count, _ = greedy(place, torch.full((1, 5), token), torch.tensor([[-1, 0, 0, 1, 1]]), torch.full((1, 5), 7))
+        assert path.tolist() == [[0, -1, -1, -1, -1]] and count.item() == 1
 
 
 @pytest.mark.parametrize("mode", ["det", "wor"])
