@@ -3,7 +3,7 @@
 Every message: function, argument, what came; what is taken. What to do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import torch
@@ -88,6 +88,14 @@ class Shapes:
     def fail(self, what: str, takes: str, do: str = "") -> ValueError:
         """A ValueError in the common form, to be raised by the caller."""
         return ValueError(f"{self.op}: {what}; takes {takes}.{' ' + do if do else ''}")
+
+
+def check_addresses(op: str, named: Iterable[tuple[str, object]]) -> None:
+    """Each tensor begins at a multiple of its element's size: anything else is a fault on a GPU. Real tensors only, never fake ones."""
+    for name, x in named:
+        if isinstance(x, Tensor) and x.data_ptr() % x.itemsize:
+            takes = f"takes a multiple of {x.itemsize}, the bytes of {_short(x.dtype)}. Use {name}.clone()."
+            raise ValueError(f"{op}: {name} begins at address {x.data_ptr():#x}; {takes}")
 
 
 def check_cache(check: Shapes, k_name: str, k: Tensor, v_name: str, v: Tensor, page_table: Tensor | None, layers: str = "") -> None:
