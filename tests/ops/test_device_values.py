@@ -20,6 +20,13 @@ def ints(*values):
     return torch.tensor(values, dtype=I32)
 
 
+def within(x, fill):
+    """x as a piece of a larger tensor, two entries of `fill` before and behind along its first two axes; and the larger one."""
+    whole = x.new_full((x.shape[0] + 4, x.shape[1] + 4, *x.shape[2:]), fill)
+    whole[2:-2, 2:-2] = x
+    return whole[2:-2, 2:-2], whole
+
+
 def launch(place, name, *args):
     """Call a launcher with its tensors on the place's device; those of a tuple, its outputs, come back."""
     from ramify.ops import _triton
@@ -185,3 +192,54 @@ def test_residuals_of_no_weight(place, V):
     for p in (0.0, NAN, -INF):
         args = torch.full((2, V), p), torch.rand(2, V), torch.full((2,), 0.5, dtype=torch.float64)
         assert launch(place, "residual_sample", (poisoned((2,), I32),), *args)[0].tolist() == [-1, -1]
+
+
+def placed(place, paged, path, count, length, table=None, rows=5):
+    """Slots of a cache of 8, or of two pages of 4, and the tail's rows that lie there afterwards, -1 for none; kv_append without a path.
+
+    Keys, values and what stands around them: the tail lies in NaN, the caches lie in zeros, and there it stays.
+    """
+    from ramify.ops import _triton
+
+    shape = (2, 4, 1, 4) if paged else (1, 8, 1, 4)
+    tail = within(torch.arange(1, rows + 1.0)[None, :, None, None].expand(1, rows, 1, 4).contiguous(), NAN)[1].to(place.device)
+    caches = [within(torch.zeros(shape), 0.0)[1].to(place.device) for _ in "kv"]
+    inner = [whole[2:-2, 2:-2] for whole in (tail, *caches)]
+    path, count, length, table = (None if t is None else torch.tensor(t).to(place.device, I32) for t in (path, count, length, table))
+    with running("triton"):
+        if path is None:
+            _triton.kv_append(inner[0], inner[0] + 10, *inner[1:], length, count, table)
+        else:
+            _triton.kv_commit(inner[0], inner[0] + 10, *inner[1:], path, count, length, table)
+    found = [(x.flatten(0, 1)[:, 0] - y).cpu() for x, y in zip(inner[1:], (1, 11))]
+    inner[1].zero_(), inner[2].zero_()
+    assert not caches[0].any() and not caches[1].any(), "written outside the cache"
+    empty = [torch.where((f == y).all(-1, keepdim=True), torch.full_like(f, -1), f) for f, y in zip(found, (-1, -11))]
+    assert torch.equal(*empty) and (empty[0] == empty[0][:, :1]).all()
+    return empty[0][:, 0].int().tolist()
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_what_does_not_exist_is_not_placed(place, paged):
+    """Rows outside the tail, slots outside the cache and counts beyond the path, by kv_append and by kv_commit."""
+    table = [[0, 1]] if paged else None
+    for path, count, length, want in (
+        ([[0, 5, -1, 4]], [4], [1], [-1, 0, -1, -1, 4, -1, -1, -1]),
+        ([[MOST, 6, 2, -MOST]], [4], [0], [-1, -1, 2, -1, -1, -1, -1, -1]),
+        ([[0, 1, 2, 3]], [4], [6], [-1] * 6 + [0, 1]),
+        ([[0, 1, 2, 3]], [4], [-2], [2, 3] + [-1] * 6),
+        ([[0, 1, 2, 3]], [99], [0], [0, 1, 2, 3] + [-1] * 4),
+        ([[0, 1, 2, 3]], [-3], [0], [-1] * 8),
+        ([[0, 1, 2, 3]], [4], [MOST], [-1] * 8),
+        (None, [5], [6], [-1] * 6 + [0, 1]),
+        (None, [99], [3], [-1] * 3 + [0, 1, 2, 3, 4]),
+        (None, None, [-3], [3, 4] + [-1] * 6),
+    ):
+        assert placed(place, paged, path, count, length, table) == want, (path, count, length)
+
+
+@pytest.mark.parametrize("absent", [2, 3, -1, -2, 1000, MOST, -MOST])
+def test_pages_that_do_not_exist_are_not_written(place, absent):
+    for path in ([[0, 1, 2, 3, 4]], None):
+        assert placed(place, True, path, [5], [2], [[1, absent]]) == [-1] * 6 + [0, 1]
+        assert placed(place, True, path, [5], [2], [[absent, 0]]) == [2, 3, 4] + [-1] * 5
