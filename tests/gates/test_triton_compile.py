@@ -78,7 +78,7 @@ def tree_attention(T, D, q_dtype=BF16, dtype=BF16, paged=False):
     B, Hkv, S, page, window = 2, 8, 8192, 64, 1024 if paged else 0
     q, tail = meta(B, T, GROUP * Hkv, D, dtype=q_dtype), meta(B, T, Hkv, D, dtype=dtype)
     cache = meta(B * S // page, page, Hkv, D, dtype=dtype) if paged else meta(B, S, Hkv, D, dtype=dtype)
-    words, lengths, table = meta(B, T, -(-T // 64) + 1, dtype=I64), meta(B, dtype=I32), meta(B, S // page, dtype=I32) if paged else None
+    words, lengths, table = meta(B, T, -(-T // 64) + paged, dtype=I64), meta(B, dtype=I32), meta(B, S // page, dtype=I32) if paged else None
     attention.tree_attention(
         q, cache, cache, tail, tail, words, lengths, table,
         1 / math.sqrt(D), window, 4 if window else 0, lengths if paged else None, meta(*q.shape, dtype=q_dtype),
