@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ramify import backends
 from ramify.checks import INT64_MAX, show, whole
+from ramify.tree import MAX_ROWS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INT32, INT64 = (torch.int32,), (torch.int64,)
@@ -179,6 +180,23 @@ def check_pages(op: str, page_table: Tensor, length: Tensor, k: Tensor) -> None:
         if n and not (0 <= int(pages.min()) and int(pages.max()) < k.shape[0]):
             i = int(((pages < 0) | (pages >= k.shape[0])).nonzero()[0])
             raise ValueError(f"{op}: page_table[{b}, {i}] is {int(pages[i])}; takes 0 to {k.shape[0] - 1}, the pages of k.")
+
+
+def check_most_rows(check: Shapes, T: int) -> None:
+    """Rows of a step, none at all included, are not more than every kernel takes."""
+    if T > MAX_ROWS:
+        raise check.fail(f"q has {T} rows a sequence", f"1 to {MAX_ROWS}", "Lower the rows of the tree, or feed them in chunks.")
+
+
+def check_ancestors(op: str, ancestors: Tensor, used: Tensor | None) -> None:
+    """Every row in use sees itself and no later row."""
+    if wrong := wrong_row(ancestors, used):
+        b, i = wrong
+        words = [f"{int(word) % 2**64:#x}" for word in ancestors[b, i]]
+        raise ValueError(
+            f"{op}: ancestors[{b}, {i}] is {', '.join(words)}; takes the row's own bit and bits of rows before it. "
+            "Order the rows so that a parent stands before its child."
+        )
 
 
 def wrong_row(ancestors: Tensor, used: Tensor | None) -> tuple[int, int] | None:

@@ -9,7 +9,19 @@ from torch import Tensor
 from ramify import reference
 from ramify.checks import number
 from ramify.ops import _cuda, _native
-from ramify.ops._checks import FLOATS, INT32, INT64, Results, Shapes, check_pages, check_window, tensor, window_of, wrong_row
+from ramify.ops._checks import (
+    FLOATS,
+    INT32,
+    INT64,
+    Results,
+    Shapes,
+    check_ancestors,
+    check_most_rows,
+    check_pages,
+    check_window,
+    tensor,
+    window_of,
+)  # fmt: skip
 from ramify.ops._library import Op
 
 
@@ -70,6 +82,7 @@ def _check(
             f"attention_colsum: q has {Hq} heads and k has {Hkv}; q heads must be a multiple of k heads. "
             "Axes are q [B, T, Hq, D], k [B, S, Hkv, D]."
         )
+    check_most_rows(check, q.shape[1])
     if not math.isfinite(scale):
         raise check.fail(f"scale is {scale}", "a finite number")
     check_window(check, window, sink)
@@ -91,12 +104,8 @@ def _check_values(
                 raise ValueError(f"attention_colsum: {name}[{b}] is {n}; takes 0 to {most}.")
     if page_table is not None:
         check_pages("attention_colsum", page_table, prefix_len, k)
-    if ancestors is not None and window and (wrong := wrong_row(ancestors, tail_rows)):
-        b, i = wrong
-        raise ValueError(
-            f"attention_colsum: ancestors[{b}, {i}] lacks the row's own bit or has one of a later row; takes the words that "
-            "tree_attention takes."
-        )
+    if ancestors is not None:
+        check_ancestors("attention_colsum", ancestors, tail_rows)
 
 
 def _reference(q: Tensor, k: Tensor, lse: Tensor, prefix_len: Tensor, *rest: Any) -> tuple[Tensor]:
