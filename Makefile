@@ -12,7 +12,7 @@ VENV          ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 RESULTS := benchmarks/results
-BUILD_TAKES := $(if $(shell command -v nvcc),about six minutes: with CUDA kernels as nvcc is here,a minute or two)
+BUILD_TAKES := $(if $(and $(filter-out off,$(or $(RAMIFY_CUDA),auto)),$(shell command -v nvcc)),about six minutes: with CUDA kernels as nvcc is here,a minute or two)
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 
 .PHONY: demo test test-slow lint format bench docs zoo clean

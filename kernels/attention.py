@@ -56,9 +56,9 @@ def _tree_attention(
     d, j = tl.arange(0, BLOCK), tl.arange(0, KEYS)
     t = r // group
     live = t < used
-    row_at = q + b * q_stride_b + t * q_stride_t + (h * group + r % group) * q_stride_h
+    row_at = q + b * q_stride_b + t.to(tl.int64) * q_stride_t + (h * group + r % group) * q_stride_h
     rows = load_tile(row_at, d, live, D, BLOCK, True).to(WORK)
-    word_at = ancestors + b * word_stride_b + t * word_stride_t
+    word_at = ancestors + b * word_stride_b + t.to(tl.int64) * word_stride_t
     m = tl.full([ROWS], NOTHING, tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -98,7 +98,7 @@ def _tree_attention(
         word = tl.load(word_at + lo // 64, mask=live, other=0)
         seen = ((word[:, None] >> (at % 64).to(tl.int64)[None, :]) & 1) != 0
         if WINDOW:
-            key_at = n + positions_seen(ancestors + b * word_stride_b + at * word_stride_t, at < own, words) - 1
+            key_at = n + positions_seen(ancestors + b * word_stride_b + at.to(tl.int64) * word_stride_t, at < own, words) - 1
             seen = seen & ((key_at[None, :] >= start[:, None]) | (key_at[None, :] < sink))
         rows = again(rows, row_at, d, live, D, BLOCK, AGAIN)
         m, mass, acc = step(rows, keys.to(WORK), values.to(WORK), seen & (at[None, :] < own), m, mass, acc, scale, True)

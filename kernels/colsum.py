@@ -53,7 +53,7 @@ def _colsum(
             if WINDOW:
                 depth = t
                 if TREE:
-                    depth = positions_seen(ancestors + b * word_stride_b + t * word_stride_t, mine, words) - 1
+                    depth = positions_seen(ancestors + b * word_stride_b + t.to(tl.int64) * word_stride_t, mine, words) - 1
                 seen = seen & ((slot[None, :] > (n + depth - window)[:, None]) | (slot < sink)[None, :])
             x = tl.dot(rows.to(WORK), tl.trans(keys), input_precision="ieee") * scale - (total * 1.4426950408889634)[:, None]
             sums += tl.sum(tl.where(seen, tl.exp2(x) + (x - x), 0.0), 0)  # what is not finite makes the sum NaN

@@ -38,7 +38,7 @@ def _rope(
     REST: tl.constexpr,  # features that pass unchanged, rounded up; 0: none
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    h = tl.program_id(1).to(tl.int64) * HEADS + tl.arange(0, HEADS)[:, None]
     col = tl.arange(0, HALF)[None, :]
     live = (h < heads) & (col < half)
     position = tl.load(positions + t).to(tl.int64)
@@ -89,7 +89,7 @@ def _rope_append(
     REST: tl.constexpr,  # features that pass unturned, rounded up; 0: none
     BLOCK: tl.constexpr,  # D, rounded up
 ):  # fmt: skip
-    t, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    t, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     x, slot = qkv + t * qkv_stride + h * D, tl.load(slots + t).to(tl.int64)
     stored = (slot >= 0) & (slot < S)
     if h < Hq + Hkv:

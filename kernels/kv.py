@@ -23,18 +23,18 @@ def _place(
     BLOCK: tl.constexpr,  # D, rounded up
 ):  # fmt: skip
     i, b, layer = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    row = i
+    row = i.to(tl.int64)
     if PATH:
-        row = tl.load(rows + b * rows_stride + i).to(tl.int32)
+        row = tl.load(rows + b * rows_stride + i).to(tl.int64)
     used = T
     if COUNT:
         used = tl.load(count + b)
     slot = tl.load(length + b) + i
     if (i < used) & (row >= 0) & (row < T) & (slot >= 0) & (slot < slots):
-        where, inside = b, slot
+        where, inside = b, slot.to(tl.int64)
         if PAGE > 0:
-            where, inside = tl.load(page_table + b * table_stride + slot // PAGE).to(tl.int64), slot % PAGE
-        h, d = tl.arange(0, HEADS)[:, None], tl.arange(0, BLOCK)[None, :]
+            where, inside = tl.load(page_table + b * table_stride + slot // PAGE).to(tl.int64), (slot % PAGE).to(tl.int64)
+        h, d = tl.arange(0, HEADS)[:, None].to(tl.int64), tl.arange(0, BLOCK)[None, :]
         live = (h < heads) & (d < D) & (where >= 0) & (where < pages)
         key = tl.load(k + layer * k_stride_l + b * k_stride_b + row * k_stride_t + h * k_stride_h + d, mask=live)
         value = tl.load(v + layer * v_stride_l + b * v_stride_b + row * v_stride_t + h * v_stride_h + d, mask=live)

@@ -13,7 +13,7 @@ Sources  Leviathan et al. 2023; Miao et al. 2023; Chen et al. 2024.
 import triton
 import triton.language as tl
 
-from ramify.kernels.verify import CHUNK, best, join, read
+from ramify.kernels.verify import CHUNK, best, join, narrow, read
 
 SAMPLE, ACCEPT, RESIDUAL = tl.constexpr(0), tl.constexpr(2), tl.constexpr(3)  # purposes, as in sampling/rng.py
 _BIG = tl.constexpr(0x7FFFFFFF)
@@ -98,8 +98,8 @@ def _judge(
     b = tl.program_id(0).to(tl.int64)
     i, j = tl.arange(0, ROWS), tl.arange(0, BLOCK)
     live = i < tl.minimum(tl.load(n_rows + b), T)
-    token = tl.load(tokens + b * token_stride + i, mask=live, other=-1).to(tl.int32)
-    parent = tl.load(parents + b * parent_stride + i, mask=live, other=-1).to(tl.int32)
+    token = narrow(tl.load(tokens + b * token_stride + i, mask=live, other=-1))
+    parent = narrow(tl.load(parents + b * parent_stride + i, mask=live, other=-1))
     heat, key, index = tl.load(temperature + b), tl.load(seed + b), tl.load(position + b).to(tl.int64)
     accepted = tl.full([ROWS], -1, tl.int32)
     row, steps, emitted = 0, 0, -1
@@ -113,7 +113,8 @@ def _judge(
         following = tl.min(tl.where(children & (token == emitted), i, ROWS), 0)
         if (heat > 0) & (child < ROWS):
             top, mass = tl.load(row_top + b * T + row), tl.load(row_sum + b * T + row)
-            logits, draft = x + b * stride_b + row * stride_t, q + b * q_stride_b + row * q_stride_t
+            far = b * 0 + row  # in 64 bits, as b is
+            logits, draft = x + b * stride_b + far * stride_t, q + b * q_stride_b + far * q_stride_t
             now = tl.sum(tl.where(i == child, token, 0), 0)
             spread, p_now, q_now = mass * 0, mass * 0, mass * 0  # of q: its mass; of the child under test: p and q, not normalised
             for lo in range(0, V, BLOCK):

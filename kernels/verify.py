@@ -95,6 +95,13 @@ def _join(
 
 
 @triton.jit
+def narrow(ids):
+    """Ids in 32 bits. One that does not fit becomes the lowest number: it names nothing, and what its low bits name least of all."""
+    low = ids.to(tl.int32)
+    return tl.where(low.to(tl.int64) == ids, low, -0x80000000)
+
+
+@triton.jit
 def _walk(
     tokens, parents, chosen, n_rows, path, count, bonus, token_stride, parent_stride, chosen_stride, path_stride, T,
     BLOCK: tl.constexpr,  # rows of a tree, rounded up to a power of two
@@ -103,7 +110,7 @@ def _walk(
     i = tl.arange(0, BLOCK)
     live = i < tl.minimum(tl.load(n_rows + b), T)
     token = tl.load(tokens + b * token_stride + i, mask=live, other=-1).to(tl.int64)
-    parent = tl.load(parents + b * parent_stride + i, mask=live, other=-1).to(tl.int32)
+    parent = narrow(tl.load(parents + b * parent_stride + i, mask=live, other=-1))
     choice = tl.load(chosen + b * chosen_stride + i, mask=live, other=-1).to(tl.int64)
     row, steps = 0, 0
     emitted = tl.sum(tl.where(i == 0, choice, 0), 0)

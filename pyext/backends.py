@@ -137,8 +137,8 @@ TABLE = (
     Kernel("topk_logits", "triton", _GPU, {"k": range(1, MAX_TOPK + 1)}, row_invariant=True),
     Kernel("kv_append", "triton", _GPU, {"cache": _GPU}, row_invariant=True),
     Kernel("kv_commit", "triton", _GPU, {"cache": _GPU}, row_invariant=True),
-    Kernel("verify_greedy", "triton", (torch.int32, torch.int64), {"T": range(1, 1025)}),
-    Kernel("verify_sample", "triton", _GPU, {"T": range(1, 1025)}),
+    Kernel("verify_greedy", "triton", (torch.int32, torch.int64)),
+    Kernel("verify_sample", "triton", _GPU),
     Kernel("residual_sample", "triton", (torch.float32, torch.float64)),
 )
 """Everything that runs on a kernel; a call that no row takes runs in plain torch."""

@@ -13,6 +13,8 @@
 //          Not row-invariant in a tree: the tail's keys are summed in tiles of their own, not at their positions (attention_invariant.cu).
 // Traffic  4 D bytes a slot and KV head, paid once for 64 rows; 4 (D + 2) bytes out and in a packed row and chunk where there are
 //          several. Two stages are at most 70 KiB: three blocks an SM at D 64 and 96, two at 128 and 256 (one below sm_90).
+#include <algorithm>
+
 #include "cuda/attention_mma.cuh"
 
 namespace ramify::gpu {
@@ -97,7 +99,10 @@ int join_attention(const AttentionArgs& a, void* stream) {
   return cudaGetLastError();
 }
 
-int attention(const AttentionArgs& a, void* stream) {
+int attention(const AttentionArgs& given, void* stream) {
+  AttentionArgs a = given;  // kernels count positions in 32 bits: a window beyond them is none, and slots beyond them are not there
+  a.window = std::min(a.window, int64_t(INT32_MAX)), a.page = std::min(a.page, int64_t(INT32_MAX));
+  if (a.page_table) a.table_width = std::min(a.table_width, INT32_MAX / a.page);
   if (a.B == 0 || a.T == 0) return cudaSuccess;
   if (a.chunk < 64 || a.chunk % 64 || a.T * (a.Hq / a.Hkv) > INT32_MAX - kRowBlock) return cudaErrorInvalidValue;
   if (a.start ? a.window > 0 || a.variant == kInvariant : a.T > kMaxRows) return cudaErrorInvalidValue;

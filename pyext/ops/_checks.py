@@ -3,18 +3,20 @@
 Every message: function, argument, what came; what is taken. What to do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ramify import backends
-from ramify.checks import show
+from ramify.checks import INT64_MAX, show, whole
+from ramify.tree import MAX_ROWS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INT32, INT64 = (torch.int32,), (torch.int64,)
 INDICES = (torch.int32, torch.int64)
+INT32_MAX = (1 << 31) - 1
 
 Results = Sequence[tuple[Sequence[int], torch.dtype]]
 """Shape and dtype of every output of an op."""
@@ -89,6 +91,14 @@ class Shapes:
         return ValueError(f"{self.op}: {what}; takes {takes}.{' ' + do if do else ''}")
 
 
+def check_addresses(op: str, named: Iterable[tuple[str, object]]) -> None:
+    """Each tensor begins at a multiple of its element's size: anything else is a fault on a GPU. Real tensors only, never fake ones."""
+    for name, x in named:
+        if isinstance(x, Tensor) and x.data_ptr() % x.itemsize:
+            takes = f"takes a multiple of {x.itemsize}, the bytes of {_short(x.dtype)}. Use {name}.clone()."
+            raise ValueError(f"{op}: {name} begins at address {x.data_ptr():#x}; {takes}")
+
+
 def check_cache(check: Shapes, k_name: str, k: Tensor, v_name: str, v: Tensor, page_table: Tensor | None, layers: str = "") -> None:
     """k and v of a cache: [B, S, Hkv, D], or [pages, page, Hkv, D] with a page table [B, P]; `layers`: axes that stand before."""
     axes = layers + ("B S Hkv D" if page_table is None else "pages page Hkv D")
@@ -96,6 +106,13 @@ def check_cache(check: Shapes, k_name: str, k: Tensor, v_name: str, v: Tensor, p
     check(v_name, v, axes, (k.dtype,))
     if page_table is not None:
         check("page_table", page_table, "B P", INT32)
+
+
+def window_of(op: str, window: int | None, sink: int | None) -> tuple[int, int]:
+    """A window and its sink as kernels take them, 0 for none. Positions are 32 bits wide: beyond all of them one is as good as another."""
+    width = whole("window", window, 1, op, INT64_MAX) if window is not None else 0
+    sink = whole("sink", sink, 0, op, INT64_MAX) if sink is not None else 0
+    return min(width, INT32_MAX), min(sink, INT32_MAX)
 
 
 def check_window(check: Shapes, window: int, sink: int) -> None:
@@ -163,6 +180,23 @@ def check_pages(op: str, page_table: Tensor, length: Tensor, k: Tensor) -> None:
         if n and not (0 <= int(pages.min()) and int(pages.max()) < k.shape[0]):
             i = int(((pages < 0) | (pages >= k.shape[0])).nonzero()[0])
             raise ValueError(f"{op}: page_table[{b}, {i}] is {int(pages[i])}; takes 0 to {k.shape[0] - 1}, the pages of k.")
+
+
+def check_most_rows(check: Shapes, T: int) -> None:
+    """Rows of a step, none at all included, are not more than every kernel takes."""
+    if T > MAX_ROWS:
+        raise check.fail(f"q has {T} rows a sequence", f"1 to {MAX_ROWS}", "Lower the rows of the tree, or feed them in chunks.")
+
+
+def check_ancestors(op: str, ancestors: Tensor, used: Tensor | None) -> None:
+    """Every row in use sees itself and no later row."""
+    if wrong := wrong_row(ancestors, used):
+        b, i = wrong
+        words = [f"{int(word) % 2**64:#x}" for word in ancestors[b, i]]
+        raise ValueError(
+            f"{op}: ancestors[{b}, {i}] is {', '.join(words)}; takes the row's own bit and bits of rows before it. "
+            "Order the rows so that a parent stands before its child."
+        )
 
 
 def wrong_row(ancestors: Tensor, used: Tensor | None) -> tuple[int, int] | None:

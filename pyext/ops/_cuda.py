@@ -51,7 +51,7 @@ def rms_norm(outs: Outputs, x: Tensor, weight: Tensor, residual: Tensor | None, 
 def rope(outs: Outputs, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
     """x [..., H, D] rotated into outs[0]."""
     H, D = x.shape[-2:]
-    rows, cos, sin, at = x.reshape(-1, H, D), cos.contiguous(), sin.contiguous(), positions.reshape(-1).int()
+    rows, cos, sin, at = x.reshape(-1, H, D), cos.contiguous(), sin.contiguous(), ids32(positions.reshape(-1))
     result = outs[0] if outs[0].is_contiguous() else torch.empty_like(outs[0], memory_format=torch.contiguous_format)
     args = n.RopeArgs(rows=rows.shape[0], H=H, D=D, half=cos.shape[1], positions=cos.shape[0], type=n.TYPES[x.dtype])
     (args.x_stride_t, args.x_stride_h), (args.out_stride_t, args.out_stride_h) = rows.stride()[:2], (H * D, D)
@@ -70,7 +70,7 @@ def silu_mul(outs: Outputs, x: Tensor) -> None:
 
 def embed(outs: Outputs, ids: Tensor, table: Tensor) -> None:
     """Rows of the table; an id outside it gives NaN."""
-    wanted, result = ids.reshape(-1).int(), _target(outs[0])
+    wanted, result = ids32(ids.reshape(-1)), _target(outs[0])
     args = n.EmbedArgs(rows=wanted.shape[0], V=table.shape[0], hidden=table.shape[1], type=n.TYPES[result.dtype])
     args.table_type, args.table_stride, args.out_stride = n.TYPES[table.dtype], table.stride(0), result.stride(0)
     _run(args, ids=wanted, table=table, out=result)
@@ -148,7 +148,7 @@ def rope_append(
     """Rotated queries into q [M, Hq, D], keys and values into slots of k and v [S, Hkv, D]."""
     (M, Hq, D), (S, Hkv) = q.shape, k.shape[:2]
     norm = q_norm if q_norm is not None else k_norm
-    cos, sin, positions, slots = cos.contiguous(), sin.contiguous(), positions.int().contiguous(), slots.contiguous()
+    cos, sin, positions, slots = cos.contiguous(), sin.contiguous(), ids32(positions), slots.contiguous()
     if crosses(qkv, k) or crosses(qkv, v):
         qkv = qkv.clone()  # a slot that a row of qkv lies in may be written before the row is read
     args = n.RopeAppendArgs(rows=M, Hq=Hq, Hkv=Hkv, D=D, half=cos.shape[1], positions=cos.shape[0], type=n.TYPES[qkv.dtype], eps=eps)
@@ -181,7 +181,7 @@ def commit_layers(
 ) -> None:
     """kv_commit for all layers in one launch: tails [L, B, T, Hkv, D] and caches [L, B or pages, slots, Hkv, D] of one float dtype each."""
     L, B, T, Hkv, D = tail_k.shape
-    path = None if path is None else path.int()
+    path = None if path is None else ids32(path)
     args = n.CommitArgs(B=B, A=T if path is None else path.shape[1], T=T, L=L, Hkv=Hkv, D=D)
     args.tail_type, args.cache_type = n.TYPES[tail_k.dtype], n.TYPES[k.dtype]
     for name, x in (("tail_k", tail_k), ("tail_v", tail_v), ("k", k), ("v", v)):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ramify import backends, reference
-from ramify.ops._checks import Results, Shapes, outputs, tensor
+from ramify.ops._checks import Results, Shapes, check_addresses, outputs, tensor
 from ramify.ops._memory import crosses, folded, overlap
 
 _library = torch.library.Library("ramify", "DEF")  # alive as long as this module: an op dies with its Library
@@ -34,23 +34,31 @@ class Bound:
 
 
 class _Checked:
-    """A check of shapes, dtypes, devices and numbers, made once for inputs that agree in all of them."""
+    """A check of shapes, dtypes, devices, numbers and addresses, made once for inputs that agree in all of them: of an address, in its
+    last three bits. Every call on real tensors goes through it, and no other.
+    """
 
     most = 256
     """Calls kept; beyond, they are forgotten together."""
 
-    def __init__(self, check: Callable[..., Any]) -> None:
-        self.check = check
+    def __init__(self, op: str, tensors: tuple[tuple[int, str, bool], ...], check: Callable[..., Any]) -> None:
+        self.op, self.tensors, self.check = op, tensors, check
         self._seen: dict[tuple, Any] = {}
 
     def __call__(self, inputs: tuple) -> Any:
-        key = tuple([(x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in inputs])
+        key = tuple([(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 7) if isinstance(x, Tensor) else x for x in inputs])
         results = self._seen.get(key, self)  # self: not seen; None is what a check may return
         if results is self:
-            results = self.check(*inputs)
+            results = self.afresh(inputs)
             if len(self._seen) >= self.most:
                 self._seen.clear()
             self._seen[key] = results
+        return results
+
+    def afresh(self, inputs: tuple) -> Any:
+        """The check itself."""
+        results = self.check(*inputs)
+        check_addresses(self.op, ((name, inputs[i]) for i, name, _ in self.tensors))
         return results
 
 
@@ -83,7 +91,7 @@ class Op:
         self.name, _, overload = name.partition(".")
         self.outputs, self.tensors = tuple(outputs), _tensors(arguments)
         self._check, self._values, self._sizes, self._reference = check, values, sizes, reference
-        self._checked = _Checked(check)
+        self._checked = _Checked(self.name, self.tensors, check)
         self._kernels = {"cpu": cpu, "cuda": cuda, "triton": launcher(triton, lambda args: args[0][0]) if triton else None}
         returns = ", ".join("Tensor" for _ in self.outputs)
         written = ", ".join(f"Tensor({letter}!) {out}" for letter, out in zip("abc", self.outputs))
@@ -109,8 +117,9 @@ class Op:
     def bind(self, outs: Outputs, *inputs: Any) -> Bound:
         """This call over these very tensors, which share no memory between outputs and inputs. What is in them is never looked at."""
         check = Shapes(self.name, inputs[0])
-        for out, (shape, dtype) in zip(outs, self._check(*inputs), strict=True):
+        for out, (shape, dtype) in zip(outs, self._checked.afresh(inputs), strict=True):
             check.out("out", out, shape, dtype)
+        check_addresses(self.name, (("out", out) for out in outs))
         backend = backends.choose(self.name, outs[0].device.type, **self._sizes(*inputs))
         kernel = self._kernels.get(backend)
         return Bound(self.name, backend, partial(self._refer, outs, inputs) if kernel is None else partial(kernel, outs, *inputs))
@@ -126,7 +135,9 @@ class Op:
 
     def _into(self, *inputs: Any, **named: Tensor) -> None:
         outs = self._check_outs(self._checked(inputs), inputs, named)
-        _check_written(self.name, ["out"] if len(outs) == 1 else [f"out[{i}]" for i in range(len(outs))], outs)
+        names = ["out"] if len(outs) == 1 else [f"out[{i}]" for i in range(len(outs))]
+        check_addresses(self.name, zip(names, outs))
+        _check_written(self.name, names, outs)
         if any(crosses(out, x) for out in outs for x in inputs if isinstance(x, Tensor)):
             aside = self._functional(*inputs)  # an output that is an input, whole or in part, is written when all is read
             for out, value in zip(outs, aside if isinstance(aside, tuple) else (aside,)):
@@ -184,7 +195,7 @@ class InPlaceOp:
         self._kernels = {"cpu": cpu, "cuda": cuda, "triton": launcher(triton, lambda args: args[0]) if triton else None}
         self._written = [(i, argument) for i, argument, _ in self.tensors if "!" in arguments.split(", ")[i]]
         self._check, self._values, self._sizes, self._reference = check, values, sizes, reference
-        self._checked = _Checked(check)
+        self._checked = _Checked(name, self.tensors, check)
         _register(name, f"({arguments}) -> {'Tensor' if returns else '()'}", self._run, self._fake)
         self._call = getattr(torch.ops.ramify, name).default
 
@@ -200,7 +211,8 @@ class InPlaceOp:
 
     def bind(self, *inputs: Any, out: Tensor | None = None) -> Bound:
         """This call over these very tensors; `out`: what it makes beside. Nothing looks at values, nor at addresses written twice."""
-        self._check(*inputs)
+        self._checked.afresh(inputs)
+        check_addresses(self.name, (("out", out),))
         backend = backends.choose(self.name, inputs[0].device.type, **self._sizes(*inputs))
         kernel = self._kernels.get(backend) or self._reference
         return Bound(self.name, backend, partial(kernel, *inputs) if out is None else partial(kernel, out, *inputs))

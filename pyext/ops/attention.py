@@ -7,12 +7,25 @@ import torch
 from torch import Tensor
 
 from ramify import reference
-from ramify.checks import INT64_MAX, number, whole
+from ramify.checks import number
 from ramify.ops import _cuda as _kernels
 from ramify.ops import _native
-from ramify.ops._checks import FLOATS, INT32, INT64, Results, Shapes, check_cache, check_pages, check_window, outputs, tensor, wrong_row
+from ramify.ops._checks import (
+    FLOATS,
+    INT32,
+    INT64,
+    Results,
+    Shapes,
+    check_ancestors,
+    check_cache,
+    check_most_rows,
+    check_pages,
+    check_window,
+    outputs,
+    tensor,
+    window_of,
+)  # fmt: skip
 from ramify.ops._library import Op
-from ramify.tree import MAX_ROWS
 
 
 def tree_attention(
@@ -54,11 +67,10 @@ def tree_attention(
     tensor("tree_attention", "q", q)
     D = math.prod(q.shape[-1:]) or 1  # no D, or one of 0, is for the check to refuse
     scale = 1 / math.sqrt(D) if scale is None else float(number("scale", scale, "tree_attention"))
-    window = 0 if window is None else whole("window", window, 1, "tree_attention", INT64_MAX)
-    sink = 0 if sink is None else whole("sink", sink, 0, "tree_attention", INT64_MAX)
     if out is not None and not return_lse:
         out = (outputs("tree_attention", out, 1)[0], q.new_empty(q.shape[:3], dtype=torch.float32))
-    result = _tree_attention(q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows, out=out)
+    bounds = window_of("tree_attention", window, sink)
+    result = _tree_attention(q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, *bounds, tail_rows, out=out)
     return result if return_lse else result[0]
 
 
@@ -144,8 +156,7 @@ def _check_tree_attention(
             f"tree_attention: q has {Hq} heads and k has {Hkv}; q heads must be a multiple of k heads. "
             "Axes are q [B, T, Hq, D], k [B, S, Hkv, D]."
         )
-    if T > MAX_ROWS:
-        raise check.fail(f"q has {T} rows a sequence", f"1 to {MAX_ROWS}", "Lower the rows of the tree, or feed them in chunks.")
+    check_most_rows(check, T)
     if 64 * ancestors.shape[2] < T:
         raise check.fail(f"ancestors has {ancestors.shape[2]} words a row", f"{-(-T // 64)} for {T} rows")
     if not math.isfinite(scale):
@@ -184,13 +195,7 @@ def _check_values(q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, sc
                 raise ValueError(f"tree_attention: {name}[{b}] is {n}; takes 0 to {most}.")
     if page_table is not None:
         check_pages("tree_attention", page_table, prefix_len, k)
-    if wrong := wrong_row(ancestors, tail_rows):
-        b, i = wrong
-        words = [f"{int(word) % 2**64:#x}" for word in ancestors[b, i]]
-        raise ValueError(
-            f"tree_attention: ancestors[{b}, {i}] is {', '.join(words)}; takes the row's own bit and bits of rows before it. "
-            "Order the rows so that a parent stands before its child."
-        )
+    check_ancestors("tree_attention", ancestors, tail_rows)
 
 
 def _reference(q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows):

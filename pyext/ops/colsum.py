@@ -7,9 +7,21 @@ import torch
 from torch import Tensor
 
 from ramify import reference
-from ramify.checks import INT64_MAX, number, whole
+from ramify.checks import number
 from ramify.ops import _cuda, _native
-from ramify.ops._checks import FLOATS, INT32, INT64, Results, Shapes, check_pages, check_window, tensor, wrong_row
+from ramify.ops._checks import (
+    FLOATS,
+    INT32,
+    INT64,
+    Results,
+    Shapes,
+    check_ancestors,
+    check_most_rows,
+    check_pages,
+    check_window,
+    tensor,
+    window_of,
+)  # fmt: skip
 from ramify.ops._library import Op
 
 
@@ -43,9 +55,8 @@ def attention_colsum(
     tensor("attention_colsum", "q", q)
     D = math.prod(q.shape[-1:]) or 1  # no D, or one of 0, is for the check to refuse
     scale = 1 / math.sqrt(D) if scale is None else float(number("scale", scale, "attention_colsum"))
-    window = 0 if window is None else whole("window", window, 1, "attention_colsum", INT64_MAX)
-    sink = 0 if sink is None else whole("sink", sink, 0, "attention_colsum", INT64_MAX)
-    return _attention_colsum(q, k, lse, prefix_len, ancestors, page_table, scale, window, sink, tail_rows, out=out)
+    bounds = window_of("attention_colsum", window, sink)
+    return _attention_colsum(q, k, lse, prefix_len, ancestors, page_table, scale, *bounds, tail_rows, out=out)
 
 
 def _check(
@@ -71,6 +82,7 @@ def _check(
             f"attention_colsum: q has {Hq} heads and k has {Hkv}; q heads must be a multiple of k heads. "
             "Axes are q [B, T, Hq, D], k [B, S, Hkv, D]."
         )
+    check_most_rows(check, q.shape[1])
     if not math.isfinite(scale):
         raise check.fail(f"scale is {scale}", "a finite number")
     check_window(check, window, sink)
@@ -92,12 +104,8 @@ def _check_values(
                 raise ValueError(f"attention_colsum: {name}[{b}] is {n}; takes 0 to {most}.")
     if page_table is not None:
         check_pages("attention_colsum", page_table, prefix_len, k)
-    if ancestors is not None and window and (wrong := wrong_row(ancestors, tail_rows)):
-        b, i = wrong
-        raise ValueError(
-            f"attention_colsum: ancestors[{b}, {i}] lacks the row's own bit or has one of a later row; takes the words that "
-            "tree_attention takes."
-        )
+    if ancestors is not None:
+        check_ancestors("attention_colsum", ancestors, tail_rows)
 
 
 def _reference(q: Tensor, k: Tensor, lse: Tensor, prefix_len: Tensor, *rest: Any) -> tuple[Tensor]:

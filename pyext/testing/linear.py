@@ -54,11 +54,11 @@ def every_code() -> list[QuantizedWeight]:
     ]
 
 
-def assert_linear(
-    got: Tensor, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = None, activation: str | None = None,
-    residual: Tensor | None = None, rounds_zeros: bool = False,
-) -> None:  # fmt: skip
-    """`got` is the layer's result in x's dtype, each value within its own limit of the reference in double.
+def exact_linear(
+    x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = None, activation: str | None = None, residual: Tensor | None = None,
+    rounds_zeros: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The layer's result by the reference in double, and how far from each value a right result in x's dtype may be.
 
     The limit is four half-ulps of float32 of the sum of magnitudes, a zero point counted as a term of its own, because a chain of K
     additions wanders like a random walk; and one rounding of the result. rounds_zeros: what a zero point leaves is rounded to 16 bits,
@@ -74,5 +74,14 @@ def assert_linear(
     limit = 4 * 2**-24 * rows.abs() @ apart.T + ULP[x.dtype] * (want.abs() + 1)
     if own_zero is not None and rounds_zeros and x.dtype != torch.float32:
         limit += 3 * ULP[x.dtype] * (rows.square() @ exact.square().T).sqrt()
+    return want, limit
+
+
+def assert_linear(
+    got: Tensor, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = None, activation: str | None = None,
+    residual: Tensor | None = None, rounds_zeros: bool = False,
+) -> None:  # fmt: skip
+    """`got` is the layer's result in x's dtype, each value within its own limit of the reference in double: those of exact_linear."""
+    want, limit = exact_linear(x, weight, bias, activation, residual, rounds_zeros)
     worst = ((got.double() - want).abs() / limit).nan_to_num(nan=torch.inf)
     assert worst.max() <= 1, f"{(worst == worst.max()).nonzero()[0].tolist()} is {worst.max():.3g} limits away"

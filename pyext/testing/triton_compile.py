@@ -37,7 +37,9 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Report:
-    """What one compiled kernel needs. local: bytes of stack a thread, which is where spills go; blocks: that fit one SM."""
+    """What one compiled kernel needs. local: bytes of stack a thread, which is where spills go; blocks: that fit one SM. narrow: products
+    with a stride that are made in 32 bits, and wrap where a caller's tensor is large.
+    """
 
     name: str
     arch: int
@@ -47,6 +49,7 @@ class Report:
     shared: int
     blocks: int
     words: dict[str, int]
+    narrow: list[str]
 
     def faults(self, registers: int = 255, need: Sequence[str] = (), forbid: Sequence[str] = ()) -> list[str]:
         """Why this kernel must not be shipped, one line each; empty when it may. registers: the most it may use a thread."""
@@ -59,6 +62,7 @@ class Report:
             found.append(f"{self.shared} bytes of shared memory; takes {SHARED[self.arch]}")
         found += [f"no {word} instruction" for word in need if not self.words.get(word)]
         found += [f"{self.words[word]} {word} instructions; takes none" for word in forbid if self.words.get(word)]
+        found += [f"{product} in 32 bits; takes 64" for product in self.narrow]
         return [f"{self.name} on sm_{self.arch}: {each}." for each in found]
 
 
@@ -128,7 +132,20 @@ def inspect(kernel: Any) -> Report:
         name=meta.name, arch=arch, warps=meta.num_warps, registers=registers, local=max(number("STACK"), number("LOCAL")),
         shared=meta.shared, blocks=min(fits),
         words={word: n for word in WORDS if (n := sum(w == word or w.startswith(word + ".") for w in words))},
+        narrow=_narrow_products(kernel.asm["ttir"]),
     )  # fmt: skip
+
+
+def _narrow_products(ttir: str) -> list[str]:
+    """Multiplications of an argument called stride, or of a tensor of copies of it, that give 32 bits."""
+    found, strides = [], set(re.findall(r"%\w*stride\w*", ttir))
+    for result, op, operands, kind in re.findall(r"^\s*(%\w+) = ([\w.]+) ([^:\n]*) : ([^\n]*)", ttir, re.M):
+        of = strides.intersection(re.findall(r"%\w+", operands))
+        if of and op in ("tt.splat", "tt.broadcast", "tt.expand_dims"):
+            strides.add(result)
+        elif of and op == "arith.muli" and "i32" in kind:
+            found.append(operands.strip())
+    return found
 
 
 def _tool(name: str, *arguments: str) -> str:

@@ -1,6 +1,6 @@
 // tests/gates/faults.cu: three small kernels with one fault each on demand: the test of the emulator that tests our kernels.
 //
-//     faults FAULT ORDER SEED LATE      exit 0: right values; 1: wrong values; 2: the launch failed, message on stderr
+//     faults FAULT ORDER SEED LATE      exit 0: right values; 4: wrong values; 2: the launch failed, message on stderr; else: a sanitizer
 //
 // block_sum  sums 4 numbers a thread over a block and adds the block's sum to one cell.
 // decode     one warp and one query tile: softmax-free attention over 64 keys in four stages, cp.async double buffer, mma.
@@ -28,12 +28,14 @@ enum Fault {
   kPlainAdd,            // += across blocks instead of atomicAdd
   kNoFence,             // publishes without __threadfence
   kEarlyExit,           // a thread returns before the barrier
+  kOrder,               // block 0 adds one where another block ran before it
   kWaitTooShort,        // cp_wait<1> where <0> is needed
   kNoSyncBeforeRead,    // no __syncwarp between the wait and the first read of the tile
   kNoSyncBeforeRefill,  // no __syncwarp between the last read and the next copy into the same stage
   kCopiesUnderWay,      // ends before its copies have landed
   kMisaligned,          // cp.async from an odd address
   kTooMuchShared,       // more dynamic shared memory than a block has without asking
+  kNoSuchGrid,          // more blocks along y than a GPU takes
   kWrongParity,         // waits for the phase before the one that brings the tile
   kNoExpect,            // arrives without saying how many bytes the phase waits for
   kNoInitFence,         // no fence between mbar_init and the first bulk copy
@@ -50,6 +52,9 @@ enum Fault {
   kWrongStride,         // a descriptor whose groups of 8 rows lie too near
   kTileAnywhere,        // a swizzled tile that does not begin at a multiple of 1024
   kOneWarpsRegisters,   // setmaxnreg in one warp of the warpgroup
+  kAllRegisters,        // setmaxnreg for more threads than the registers are enough for
+  kOneArrivalMore,      // arrives once more than the mbarrier was made for
+  kFarOperand,          // a descriptor of what lies behind shared memory
 };
 
 __global__ void block_sum(const float* x, float* out, float* parts, unsigned* ticket, int fault) {
@@ -80,6 +85,7 @@ __global__ void block_sum(const float* x, float* out, float* parts, unsigned* ti
       *out += total;
     else
       atomicAdd(out, total);
+    if (fault == kOrder && blockIdx.x == 0 && atomicAdd(ticket, 0u) != 0) atomicAdd(out, 1.f);
     parts[blockIdx.x] = total;
     if (fault != kNoFence) __threadfence();
     if (atomicAdd(ticket, 1u) == gridDim.x - 1) {  // the last block adds the parts once more, in order
@@ -157,6 +163,8 @@ __global__ void product(const unsigned char* a, const bf16* b, float* out, int f
     if (fault != kNoInitFence) rt::fence_async();
   }
   __syncthreads();
+  if (fault == kAllRegisters) rt::registers_up<240>();
+  if (warp > 4) return;
   if (warp == 4) {
     for (int tile = 0; lane == 0 && tile < kSteps; ++tile) {
       rt::mbar_wait(empty, (tile & 1) ^ 1);
@@ -164,6 +172,7 @@ __global__ void product(const unsigned char* a, const bf16* b, float* out, int f
         rt::mbar_arrive(full);
       else
         rt::mbar_expect(full, kTileA);
+      if (fault == kOneArrivalMore) rt::mbar_arrive(full);
       rt::copy_bulk(tile_a, a + tile * kTileA + 2 * (fault == kMisalignedBulk), kTileA, full);
     }
     return;
@@ -178,9 +187,9 @@ __global__ void product(const unsigned char* a, const bf16* b, float* out, int f
     rt::bar_sync(1, fault == kShortBarrier ? 64 : 128);
     if (fault != kNoWgmmaFence) rt::wgmma_fence(d);
     for (int k = 0; k < 4; ++k) {
-      const int stride = fault == kWrongStride ? 512 : 1024;
+      const int stride = fault == kWrongStride ? 512 : 1024, far = fault == kFarOperand ? 32 << 10 : 0;
       if (!(fault == kOneWarpLess && warp == 3 && k == 3))
-        rt::wgmma<bf16, 0, 0>(d, rt::descriptor(tile_a + 32 * k, 0, stride), rt::descriptor(tile_b + 32 * k, 0, stride), 1);
+        rt::wgmma<bf16, 0, 0>(d, rt::descriptor(tile_a + 32 * k, 0, stride), rt::descriptor(tile_b + 32 * k + far, 0, stride), 1);
     }
     rt::wgmma_commit();
     if (fault == kEarlyRelease && lane == 0) rt::mbar_arrive(empty);
@@ -192,6 +201,8 @@ __global__ void product(const unsigned char* a, const bf16* b, float* out, int f
   }
   for (int r = 0; r < 4; ++r) out[(warp * 16 + g + 8 * (r >> 1)) * kN + 2 * t + (r & 1)] = d[r] - (fault == kReadBeforeWait ? kSteps : 0);
 }
+
+constexpr int kWrong = 4;  // what no sanitizer ends with
 
 int finished() {
   const cudaError_t error = cudaGetLastError();
@@ -208,7 +219,7 @@ int run_block_sum(int fault) {
   for (size_t i = 0; i < x.size(); ++i) x[i] = float(i % 7) + 1, want += x[i];
   RT_LAUNCH(block_sum, dim3(kBlocks), dim3(kThreads), 0, nullptr, x.data(), &out, parts.data(), &ticket, fault);
   if (const int failed = finished()) return failed;
-  return out == want && parts[kBlocks] == want ? 0 : 1;
+  return out == want && parts[kBlocks] == want ? 0 : kWrong;
 }
 
 int run_decode(int fault) {
@@ -217,7 +228,7 @@ int run_decode(int fault) {
   for (size_t i = 0; i < q.size(); ++i) q[i] = __float2bfloat16(float(int(i * 7 % 5) - 2));
   for (size_t i = 0; i < k.size(); ++i) k[i] = __float2bfloat16(float(int(i * 5 % 7) - 3));
   const int bytes = fault == kTooMuchShared ? 60 << 10 : 2 * kStages * kKeys * kDim * int(sizeof(bf16));
-  RT_LAUNCH(decode, dim3(1), dim3(64), bytes, nullptr, q.data(), k.data(), out.data(), fault);
+  RT_LAUNCH(decode, dim3(1, fault == kNoSuchGrid ? 65536 : 1), dim3(64), bytes, nullptr, q.data(), k.data(), out.data(), fault);
   if (const int failed = finished()) return failed;
   for (int row = 0; row < 16; ++row)
     for (int d = 0; d < kDim; ++d) {
@@ -227,7 +238,7 @@ int run_decode(int fault) {
         for (int i = 0; i < kDim; ++i) s += __bfloat162float(q[row * kDim + i]) * __bfloat162float(k[key * kDim + i]);
         want += s * __bfloat162float(k[key * kDim + d]);
       }
-      if (out[row * kDim + d] != want) return 1;  // small whole numbers: every sum is exact
+      if (out[row * kDim + d] != want) return kWrong;  // small whole numbers: every sum is exact
     }
   return 0;
 }
@@ -242,13 +253,13 @@ int run_product(int fault) {
   for (int m = 0; m < kM; ++m)
     for (int k = 0; k < depth; ++k) memcpy(&tiles[k / kDepth * kTileA + rt::swizzled(m * 128 + k % kDepth * 2)], &a[m * depth + k], 2);
   const int bytes = kTileA + kTileB + 1024;
-  RT_LAUNCH(product, dim3(1), dim3(160), bytes, nullptr, tiles.data(), b.data(), out.data(), fault);
+  RT_LAUNCH(product, dim3(1), dim3(fault == kAllRegisters ? 512 : 160), bytes, nullptr, tiles.data(), b.data(), out.data(), fault);
   if (const int failed = finished()) return failed;
   for (int m = 0; m < kM; ++m)
     for (int n = 0; n < kN; ++n) {
       float want = 0;
       for (int k = 0; k < depth; ++k) want += __bfloat162float(a[m * depth + k]) * __bfloat162float(b[n * depth + k]);
-      if (out[m * kN + n] != want) return 1;
+      if (out[m * kN + n] != want) return kWrong;
     }
   return 0;
 }

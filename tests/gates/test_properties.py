@@ -2,7 +2,8 @@
 
 What is drawn comes from the table of backends, so a dtype or head size that is added there is drawn here. The backends are the CPU's
 kernels at each level, Triton in the interpreter (a process of its own: test_triton_values.py) or on a GPU, and CUDA under the emulator
-or on a GPU. A function of the table returns a call and what it must give: results, each with a limit, exact where that is 0.
+or on a GPU. A function of the table returns a call and what it must give: results, each with a limit, exact where that is 0. Ops that
+decide, keep and multiply are in test_properties_more.py.
 """
 
 from contextlib import contextmanager
@@ -240,18 +241,20 @@ def agree(op, got, wants):
         assert not beyond.any(), f"{op.__name__}: result {i} is {float(off[beyond].max()):.3g} off at {beyond.nonzero()[0].tolist()}"
 
 
-CASES = [pytest.param(op, *p.values, id=f"{op.__name__}-{p.id}", marks=p.marks) for op in TABLE for p in places(op.__name__)]
+def cases(table):
+    """pytest parameters (op, backend, level): every op of a table on every backend that has it."""
+    return [pytest.param(op, *p.values, id=f"{op.__name__}-{p.id}", marks=p.marks) for op in table for p in places(op.__name__)]
 
 
-@pytest.mark.parametrize(("op", "backend", "level"), CASES)
-def test_any_call(op, backend, level, request):
+def hold(op, backend, level, request, examples=EXAMPLES):
+    """Random calls of an op there give what they must."""
     kernels = "cuda" if backend == "emulated" else backend
     rows = [row for row in backends.TABLE if row.op == op.__name__ and row.backend == kernels]
 
     phases = [Phase.generate, Phase.shrink] if kernels == "cpu" else [Phase.generate]  # an interpreted call takes a second
     how = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}
 
-    @settings(max_examples=EXAMPLES[kernels], phases=phases, **how)
+    @settings(max_examples=examples[kernels], phases=phases, **how)
     @given(data=st.data())
     def holds(data):
         call, wants = op(Draw(data, data.draw(st.sampled_from(rows))))
@@ -260,3 +263,8 @@ def test_any_call(op, backend, level, request):
         agree(op, got, wants)
 
     holds()
+
+
+@pytest.mark.parametrize(("op", "backend", "level"), cases(TABLE))
+def test_any_call(op, backend, level, request):
+    hold(op, backend, level, request)

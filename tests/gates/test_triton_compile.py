@@ -78,7 +78,7 @@ def tree_attention(T, D, q_dtype=BF16, dtype=BF16, paged=False):
     B, Hkv, S, page, window = 2, 8, 8192, 64, 1024 if paged else 0
     q, tail = meta(B, T, GROUP * Hkv, D, dtype=q_dtype), meta(B, T, Hkv, D, dtype=dtype)
     cache = meta(B * S // page, page, Hkv, D, dtype=dtype) if paged else meta(B, S, Hkv, D, dtype=dtype)
-    words, lengths, table = meta(B, T, -(-T // 64), dtype=I64), meta(B, dtype=I32), meta(B, S // page, dtype=I32) if paged else None
+    words, lengths, table = meta(B, T, -(-T // 64) + paged, dtype=I64), meta(B, dtype=I32), meta(B, S // page, dtype=I32) if paged else None
     attention.tree_attention(
         q, cache, cache, tail, tail, words, lengths, table,
         1 / math.sqrt(D), window, 4 if window else 0, lengths if paged else None, meta(*q.shape, dtype=q_dtype),
@@ -99,7 +99,7 @@ def attention_colsum(T, D, q_dtype=BF16, dtype=BF16, paged=False):
     B, Hkv, S, page = 2, 8, 8192, 64
     q = meta(B, T, GROUP * Hkv, D, dtype=q_dtype)
     k = meta(B * S // page, page, Hkv, D, dtype=dtype) if paged else meta(B, S, Hkv, D, dtype=dtype)
-    lengths, table, words = meta(B, dtype=I32), meta(B, S // page, dtype=I32), meta(B, T, 1, dtype=I64)
+    lengths, table, words = meta(B, dtype=I32), meta(B, S // page, dtype=I32), meta(B, T, 2, dtype=I64)
     lse, out = meta(B, T, GROUP * Hkv, dtype=F32), meta(B, Hkv, S, dtype=F32)
     rest = (words, table, 0.1, 1024, 4, lengths) if paged else (None, None, 0.1, 0, 0, None)
     colsum.attention_colsum(q, k, lse, lengths, *rest, out)
@@ -352,6 +352,21 @@ def test_too_much_shared_memory_is_caught():
     """Compiling does not look at the limit; the first launch would fail."""
     faults = product(80, rows=128, depth=128, warps=8, stages=4).faults()
     assert any("bytes of shared memory; takes 166912" in fault for fault in faults)
+
+
+@triton.jit
+def _gather(x, at, out, stride, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    row = tl.load(at + i)
+    tl.store(out + i, tl.load(x + (row.to(tl.int64) if WIDE else row) * stride))
+
+
+def test_a_product_that_wraps_is_caught():
+    for wide in (True, False):
+        with compiling(80) as kernels:
+            _gather[(1,)](meta(64), meta(64, dtype=I32), meta(64), 48, BLOCK=64, WIDE=wide)
+        faults = inspect(kernels[0]).faults()
+        assert faults == [] if wide else len(faults) == 1 and faults[0].endswith("in 32 bits; takes 64.")
 
 
 def test_too_many_registers_are_caught():

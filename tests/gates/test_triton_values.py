@@ -3,7 +3,7 @@
 Triton reads TRITON_INTERPRET when it is imported, so a process has one mode: `test_in_the_interpreter` starts pytest again with it
 set, on this file, on the properties and on the tests of the ops, whose parameter "triton" is skipped otherwise. By hand:
 
-    TRITON_INTERPRET=1 pytest -k triton tests/ops tests/gates/test_properties.py tests/gates/test_triton_values.py
+    TRITON_INTERPRET=1 pytest -k triton tests/ops tests/gates/test_properties*.py tests/gates/test_triton_values.py
 
 Tests marked `interpreted(n)` run n of their cases then, and all of them with -m ''.
 """
@@ -34,7 +34,7 @@ if INTERPRETED:
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
 @pytest.mark.parametrize("cases", ["not slow", pytest.param("", marks=pytest.mark.slow)], ids=["some", "all"])
 def test_in_the_interpreter(cases):
-    files = ["tests/gates/test_triton_values.py", "tests/gates/test_properties.py", "tests/ops"]
+    files = ["tests/gates/test_triton_values.py", "tests/gates/test_properties.py", "tests/gates/test_properties_more.py", "tests/ops"]
     if not cases:
         files.append("tests/model/test_device_model.py")  # a minute; its kernels are those of tests/ops
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

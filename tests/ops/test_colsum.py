@@ -112,7 +112,8 @@ def test_threads_and_other_slots_change_nothing(level):
 def test_says_what_it_does_not_take():
     case = attention_case([9, 4], 3, 4, 2, 64)
     q, k, lse, n = case.q, case.k, torch.zeros(2, 3, 4), case.prefix_len
-    table = torch.zeros(2, 1, dtype=I32)
+    table, later = torch.zeros(2, 1, dtype=I32), case.ancestors.clone()
+    later[0, 1, 0] = 0b110  # row 2 stands behind row 1
     bad = [
         ((q, k, lse[:, :2], n), {}, ValueError, "lse is [2, 2, 4]; takes [B, T, Hq] with T = 3, as in q"),
         ((q, k, lse.double(), n), {}, TypeError, "lse is float64; takes float32"),
@@ -122,7 +123,14 @@ def test_says_what_it_does_not_take():
         ((q[..., :32], k, lse, n), {}, ValueError, "k is [2, 14, 2, 64]; takes [B, S, Hkv, D] with D = 32, as in q"),
         ((q, k, lse, n), {"page_table": table + 2}, ValueError, "takes 0 to 1, the pages of k"),
         ((q, k, lse, n), {"tail_rows": n}, ValueError, "tail_rows[0] is 9; takes 0 to 3"),
-        ((q, k, lse, n), {"ancestors": case.ancestors * 0, "window": 3}, ValueError, "ancestors[0, 0] lacks the row's own bit"),
+        (
+            (q, k, lse, n),
+            {"ancestors": case.ancestors * 0, "window": 3},
+            ValueError,
+            "ancestors[0, 0] is 0x0, 0x0; takes the row's own bit",
+        ),
+        ((q, k, lse, n), {"ancestors": later}, ValueError, "ancestors[0, 1] is 0x6, 0x0; takes the row's own bit"),
+        ((q[:, :1].repeat(1, 257, 1, 1), k, lse[:, :1].repeat(1, 257, 1), n), {}, ValueError, "q has 257 rows a sequence; takes 1 to 256."),
         ((q, k, lse, n), {"ancestors": case.ancestors.int()}, TypeError, "ancestors is int32; takes int64"),
         ((q, k, lse, n), {"window": 0}, ValueError, "window is 0"),
         ((q, k, lse, n), {"sink": -1}, ValueError, "sink is -1"),

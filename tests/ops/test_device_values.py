@@ -11,13 +11,20 @@ from ramify import backends
 from ramify.testing.tensors import attention_case, poisoned, running, sample_case
 
 I32, F32, NAN, INF = torch.int32, torch.float32, float("nan"), float("inf")
-MOST = 2**31 - 1
+MOST, WRAP = 2**31 - 1, 2**32  # an id that 32 bits do not hold, 0 to whoever takes the low ones
 TRITON = [p for p in backends.params("tree_attention", dtype=F32, D=64, kv=F32) if p.id == "triton"]
 pytestmark = [pytest.mark.parametrize("place", TRITON), pytest.mark.timeout(30), pytest.mark.filterwarnings("ignore:.*encountered in")]
 
 
 def ints(*values):
     return torch.tensor(values, dtype=I32)
+
+
+def within(x, fill):
+    """x as a piece of a larger tensor, two entries of `fill` before and behind along its first two axes; and the larger one."""
+    whole = x.new_full((x.shape[0] + 4, x.shape[1] + 4, *x.shape[2:]), fill)
+    whole[2:-2, 2:-2] = x
+    return whole[2:-2, 2:-2], whole
 
 
 def launch(place, name, *args):
@@ -113,8 +120,9 @@ def test_rope(place):
 
 def test_embed(place):
     table = torch.randn(5, 8)
-    got = launch(place, "embed", (poisoned((4, 8)),), ints(4, 5, -1, MOST), table, F32)[0]
-    assert torch.equal(got[0], table[4]) and got[1:].isnan().all()
+    for ids in (ints(4, 5, -1, MOST), torch.tensor([4, WRAP, WRAP + 3, 1 - WRAP])):
+        got = launch(place, "embed", (poisoned((4, 8)),), ids, table, F32)[0]
+        assert torch.equal(got[0], table[4]) and got[1:].isnan().all()
 
 
 def walked(place, parents, mode="det", **changed):
@@ -127,13 +135,45 @@ def walked(place, parents, mode="det", **changed):
     return launch(place, "verify_sample", outs, *tensors, q if mode == "wor" else None, mode)
 
 
+NO_TREE = pytest.mark.parametrize("bad", [[3, 2, 0], [1, 2, 77], [2, 0, 4], [-9, 4, 1 << 40], [WRAP, WRAP + 1, 1 - WRAP]], ids=str)
+
+
 @pytest.mark.parametrize("mode", ["det", "wor"])
-@pytest.mark.parametrize("bad", [[3, 2, 1], [1, 2, 77], [2, 1, 3], [-9, 4, 1 << 40]], ids=str)
+@NO_TREE
 def test_parents_that_are_no_tree(place, bad, mode):
-    """A cycle, a row of its own, a later row, no row: such a row is nobody's child, and the draws of the others are their own."""
+    """A cycle, a row of its own, a later row, no row: such a row is nobody's child, and the draws of the others are their own.
+
+    Random tokens first; then one token alone is likely and every row holds it, so that a row taken for a child would be accepted.
+    """
     rows = [-1, 0, *bad]
-    alone = [p if p < r else -1 for r, p in enumerate(rows)]
-    assert all(map(torch.equal, walked(place, rows, mode), walked(place, alone, mode)))
+    alone = [p if 0 <= p < r else -1 for r, p in enumerate(rows)]
+    certain = torch.full((1, 5, 50), -INF)
+    certain[..., 7] = 0
+    tokens = torch.full((1, 5), 7)
+    for changed in ({}, {"logits": certain, "q": certain.exp(), "tokens": tokens}):
+        assert all(map(torch.equal, walked(place, rows, mode, **changed), walked(place, alone, mode, **changed)))
+    if mode == "det":
+        got, want = (greedy(place, tokens, torch.tensor([tree]), tokens) for tree in (rows, alone))
+        assert all(map(torch.equal, got, want))
+
+
+def greedy(place, tokens, parents, argmax):
+    """Path, count and bonus of verify_greedy over five rows."""
+    return launch(
+        place, "verify_greedy", (poisoned((1, 5), I32), poisoned((1,), I32), poisoned((1,), I32)), tokens, parents, argmax, ints(5)
+    )
+
+
+@pytest.mark.parametrize("mode", ["det", "wor"])
+def test_tokens_beyond_32_bits_are_no_token(place, mode):
+    """Neither the likely one, which they wrap to, nor the -1 that stands for none."""
+    certain = torch.full((1, 5, 50), -INF)
+    certain[..., 7] = 0
+    for token, likely in ((WRAP + 7, certain), (WRAP - 1, torch.full_like(certain, NAN)), (7 - WRAP, certain)):
+        path, _, bonus = walked(place, [-1, 0, 0, 1, 1], mode, logits=likely, q=certain.exp(), tokens=torch.full((1, 5), token))
+        assert path.tolist() == [[0, -1, -1, -1, -1]] and bonus.item() == (7 if likely is certain else -1)
+        path, count, _ = greedy(place, torch.full((1, 5), token), torch.tensor([[-1, 0, 0, 1, 1]]), torch.full((1, 5), 7))
+        assert path.tolist() == [[0, -1, -1, -1, -1]] and count.item() == 1
 
 
 @pytest.mark.parametrize("mode", ["det", "wor"])
@@ -152,3 +192,54 @@ def test_residuals_of_no_weight(place, V):
     for p in (0.0, NAN, -INF):
         args = torch.full((2, V), p), torch.rand(2, V), torch.full((2,), 0.5, dtype=torch.float64)
         assert launch(place, "residual_sample", (poisoned((2,), I32),), *args)[0].tolist() == [-1, -1]
+
+
+def placed(place, paged, path, count, length, table=None, rows=5):
+    """Slots of a cache of 8, or of two pages of 4, and the tail's rows that lie there afterwards, -1 for none; kv_append without a path.
+
+    Keys, values and what stands around them: the tail lies in NaN, the caches lie in zeros, and there it stays.
+    """
+    from ramify.ops import _triton
+
+    shape = (2, 4, 1, 4) if paged else (1, 8, 1, 4)
+    tail = within(torch.arange(1, rows + 1.0)[None, :, None, None].expand(1, rows, 1, 4).contiguous(), NAN)[1].to(place.device)
+    caches = [within(torch.zeros(shape), 0.0)[1].to(place.device) for _ in "kv"]
+    inner = [whole[2:-2, 2:-2] for whole in (tail, *caches)]
+    path, count, length, table = (None if t is None else torch.tensor(t).to(place.device, I32) for t in (path, count, length, table))
+    with running("triton"):
+        if path is None:
+            _triton.kv_append(inner[0], inner[0] + 10, *inner[1:], length, count, table)
+        else:
+            _triton.kv_commit(inner[0], inner[0] + 10, *inner[1:], path, count, length, table)
+    found = [(x.flatten(0, 1)[:, 0] - y).cpu() for x, y in zip(inner[1:], (1, 11))]
+    inner[1].zero_(), inner[2].zero_()
+    assert not caches[0].any() and not caches[1].any(), "written outside the cache"
+    empty = [torch.where((f == y).all(-1, keepdim=True), torch.full_like(f, -1), f) for f, y in zip(found, (-1, -11))]
+    assert torch.equal(*empty) and (empty[0] == empty[0][:, :1]).all()
+    return empty[0][:, 0].int().tolist()
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_what_does_not_exist_is_not_placed(place, paged):
+    """Rows outside the tail, slots outside the cache and counts beyond the path, by kv_append and by kv_commit."""
+    table = [[0, 1]] if paged else None
+    for path, count, length, want in (
+        ([[0, 5, -1, 4]], [4], [1], [-1, 0, -1, -1, 4, -1, -1, -1]),
+        ([[MOST, 6, 2, -MOST]], [4], [0], [-1, -1, 2, -1, -1, -1, -1, -1]),
+        ([[0, 1, 2, 3]], [4], [6], [-1] * 6 + [0, 1]),
+        ([[0, 1, 2, 3]], [4], [-2], [2, 3] + [-1] * 6),
+        ([[0, 1, 2, 3]], [99], [0], [0, 1, 2, 3] + [-1] * 4),
+        ([[0, 1, 2, 3]], [-3], [0], [-1] * 8),
+        ([[0, 1, 2, 3]], [4], [MOST], [-1] * 8),
+        (None, [5], [6], [-1] * 6 + [0, 1]),
+        (None, [99], [3], [-1] * 3 + [0, 1, 2, 3, 4]),
+        (None, None, [-3], [3, 4] + [-1] * 6),
+    ):
+        assert placed(place, paged, path, count, length, table) == want, (path, count, length)
+
+
+@pytest.mark.parametrize("absent", [2, 3, -1, -2, 1000, MOST, -MOST])
+def test_pages_that_do_not_exist_are_not_written(place, absent):
+    for path in ([[0, 1, 2, 3, 4]], None):
+        assert placed(place, True, path, [5], [2], [[1, absent]]) == [-1] * 6 + [0, 1]
+        assert placed(place, True, path, [5], [2], [[absent, 0]]) == [2, 3, 4] + [-1] * 5

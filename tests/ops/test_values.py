@@ -23,7 +23,8 @@ def test_a_check_is_made_once_for_inputs_that_agree(monkeypatch):
             raise ValueError("no")
         return ((x.shape, x.dtype),)
 
-    checked, x, y = _Checked(check), torch.ones(2, 4), torch.ones(2, 4)
+    tensors = (0, "x", False), (1, "y", True)
+    checked, x, y = _Checked("op", tensors, check), torch.ones(2, 4), torch.ones(2, 4)
     for value in (x, x + 1, x.clone()):
         assert checked((value, y, 2.0)) == (((2, 4), torch.float32),)
     assert len(seen) == 1

@@ -108,3 +108,19 @@ def test_modules_need_no_torch(module):
     needed = subprocess.run(["readelf", "-d", found[-1]], capture_output=True, text=True, check=True).stdout
     common = {"libstdc++", "libm", "libgcc_s", "libgomp", "libc", "libpthread", "libdl", "librt", "ld-linux-x86-64", "ld-linux-aarch64"}
     assert set(re.findall(r"NEEDED.*\[([\w+-]+)\.so", needed)) <= common
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_says_what_it_will_build(tmp_path):
+    """nvcc on the path is a CUDA build, but where RAMIFY_CUDA=off: a build that says it takes six minutes had better take them."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "RAMIFY_CUDA"}
+    environment["PATH"] = f"{tmp_path}{os.pathsep}{environment['PATH']}"
+    said = {None: "with CUDA kernels", "auto": "with CUDA kernels", "on": "with CUDA kernels", "off": "a minute or two"}
+    for wanted, words in said.items():
+        more = {} if wanted is None else {"RAMIFY_CUDA": wanted}
+        command = ["make", "-n", "demo", f"VENV={tmp_path / 'none'}"]
+        done = subprocess.run(command, cwd=ROOT, env=environment | more, capture_output=True, text=True)
+        assert re.search(rf"instruction set level \(.*{words}", done.stdout), done.stdout + done.stderr
