@@ -5,22 +5,26 @@ With quantization_config=RamifyConfig(...) a dense folder is quantised while it 
 what `ramify convert` writes, and loading that gives the same bits. Importing this module registers both.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ramify.errors import CheckpointError
 from ramify.fields import Fields
+from ramify.hf.coverage import kept_dense
 from ramify.hf.low_bit import LowBitLinear
 from ramify.quant import Format, quantize
 from ramify.quant.sources.ramify import FIELDS, ORDER_MISSING, VERSION, Ramify, method_of
 from ramify.quant.weight import CODES, SCALES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 METHODS = ("ramify_w4", "ramify_w8")
 
@@ -34,9 +38,9 @@ DTYPES = {
 class RamifyConfig(QuantizationConfigMixin):
     """What `quantization_config=` of from_pretrained takes to quantise a dense checkpoint while it loads. Needs `pip install 'ramify[hf]'`.
 
-    format: "int4-g64", "int8", "fp8", ... by name. modules_to_not_convert: names of layers, or parts of names, that stay dense
-    besides the head. formats: names of layers, or parts of names, that have another format. method, head and act_order are notes of the
-    quantizer that wrote a checkpoint. Raises UnsupportedModelError for an unknown format.
+    format: "int4-g64", "int8", "fp8", ... by name. modules_to_not_convert: names of layers, or parts of names, that stay dense besides
+    the head and what transformers keeps in fp32. formats: names of layers, or parts of names, that have another format. method, head and
+    act_order are notes of the quantizer that wrote a checkpoint. Raises UnsupportedModelError for an unknown format.
     """
 
     def __init__(
@@ -69,10 +73,10 @@ class RamifyQuantizer(HfQuantizer):
 
     quantization_config: RamifyConfig
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         config = self.quantization_config
         if not self.pre_quantized:  # what stays dense is written down, so that the saved folder loads alike
-            config.modules_to_not_convert = sorted({*config.modules_to_not_convert, *get_keys_to_not_convert(model)})
+            config.modules_to_not_convert = sorted({*config.modules_to_not_convert, *kept_dense(model)})
         source = _source(config)
         stored = _Stored(kwargs.get("checkpoint_files"), str(model.base_model_prefix)) if self.pre_quantized else None
         for name, module in list(model.named_modules()):
