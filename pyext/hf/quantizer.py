@@ -39,8 +39,8 @@ class RamifyConfig(QuantizationConfigMixin):
     """What `quantization_config=` of from_pretrained takes to quantise a dense checkpoint while it loads. Needs `pip install 'ramify[hf]'`.
 
     format: "int4-g64", "int8", "fp8", ... by name. modules_to_not_convert: names of layers, or parts of names, that stay dense besides
-    the head and what transformers keeps in fp32. formats: names of layers, or parts of names, that have another format. method, head and
-    act_order are notes of the quantizer that wrote a checkpoint. Raises UnsupportedModelError for an unknown format.
+    the head, what transformers keeps in fp32 and what models take as a bare matrix. formats: names of layers, or parts of names, that
+    have another format. method, head and act_order are notes of the quantizer that wrote a checkpoint. Raises UnsupportedModelError for an unknown format.
     """
 
     def __init__(

@@ -5,14 +5,17 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    MambaConfig,
     T5Config,
 )
 
 from ramify.hf import LowBitLinear, RamifyConfig
+from ramify.quant import Format, quantize
 
 TOKENS = torch.arange(7)[None] * 5
 CONFIGS = {
     "t5": T5Config(vocab_size=64, d_model=128, d_kv=64, d_ff=256, num_layers=2, num_heads=2, decoder_start_token_id=0),
+    "mamba": MambaConfig(vocab_size=64, hidden_size=128, num_hidden_layers=2, state_size=16, intermediate_size=256),
 }
 
 
@@ -55,3 +58,40 @@ def test_what_transformers_keeps_in_fp32_stays_dense(dense, tmp_path, form):
     model.save_pretrained(tmp_path)
     again = kind("t5").from_pretrained(tmp_path)
     assert torch.equal(logits(again), want) and low_bit(again) == low_bit(model)
+
+
+@pytest.mark.parametrize("form", ["int4-g64", "int8"])
+def test_transposed_inputs_and_bare_matrices(dense, tmp_path, form):
+    """Mamba's x_proj reads what a convolution over tokens has written, and dt_proj is never called: its weight is taken as it is."""
+    model = kind("mamba").from_pretrained(dense("mamba"), quantization_config=RamifyConfig(form))
+    assert {name.rpartition(".")[2] for name in low_bit(model)} == {"in_proj", "x_proj", "out_proj"}
+    want = logits(model)
+    assert (want - logits(kind("mamba").from_pretrained(dense("mamba")))).norm() < 0.2 * want.norm()
+    model.save_pretrained(tmp_path)
+    again = kind("mamba").from_pretrained(tmp_path)
+    assert torch.equal(logits(again), want) and low_bit(again) == low_bit(model)
+
+
+STRIDED = {
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "every second": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "one number": lambda x: x[..., :1].expand_as(x),
+    "one row": lambda x: x[:, :1].expand_as(x),
+    "batch inside": lambda x: x.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+    "flat": lambda x: x.mT.contiguous().mT[0, 0],
+}
+
+
+@pytest.mark.parametrize("form", ["int4-g32", "int8", "fp8"])
+@pytest.mark.parametrize("view", STRIDED)
+def test_a_layer_takes_every_stride(form, view):
+    g = torch.Generator().manual_seed(0)
+    layer = LowBitLinear.of(quantize(torch.randn(48, 64, generator=g), Format.parse(form)))
+    x = STRIDED[view](torch.randn(2, 3, 64, generator=g))
+    assert torch.equal(layer(x), layer(x.clone(memory_format=torch.contiguous_format)))
+
+
+def test_an_input_cast_to_codes_is_named():
+    layer = LowBitLinear.of(quantize(torch.randn(48, 64), Format("fp8")))
+    with pytest.raises(TypeError, match=r"LowBitLinear: x is float8_e4m3fn; takes floats.*modules_to_not_convert"):
+        layer(torch.randn(3, 64).to(layer.weight.dtype))
