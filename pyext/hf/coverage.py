@@ -1,7 +1,10 @@
-"""Which layers of a model of transformers become low-bit."""
+"""Which layers of a model of transformers become low-bit, and a warning where they are few."""
 
 import inspect
 import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -25,11 +28,42 @@ def kept_dense(model: "PreTrainedModel") -> set[str]:
     in_fp32 = re.compile("|".join(f"(?:{pattern.replace('*', '.*')})" for pattern in patterns))  # read as transformers reads them
     found = set()
     for owner, module in model.named_modules():
+        bare = _matrices(type(module))  # type: ignore[arg-type]  # a class can be hashed
         for short, layer in module.named_children():
             name = f"{owner}.{short}" if owner else short
-            if isinstance(layer, nn.Linear) and (short in _matrices(type(module)) or (patterns and in_fp32.search(f"{name}.weight"))):
+            if isinstance(layer, nn.Linear) and (short in bare or (patterns and in_fp32.search(f"{name}.weight"))):
                 found.add(name.removeprefix(f"{model.base_model_prefix}."))
     return found | set(get_keys_to_not_convert(model))
+
+
+def warn_of_little(model: "PreTrainedModel", rounded: Collection[str], format: str, named: Callable[[str], bool]) -> None:
+    """A UserWarning where the layers `rounded` have less than half of the weights outside embeddings and head.
+
+    named: whether the user has asked for a layer to stay dense. Weights are parameters of two axes and more.
+    """
+    apart = [each for each in model.modules() if isinstance(each, nn.Embedding) or each is model.get_output_embeddings()]
+    seen = {id(parameter) for each in apart for parameter in each.parameters()}
+    low_bit, dense = 0, Counter[str]()
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.ndim < 2 or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if name in rounded:
+                low_bit += parameter.numel()
+                continue
+            kept = "named in modules_to_not_convert" if named(name) else "in fp32, a bare matrix or the last layer"
+            why = kept if isinstance(module, nn.Linear) else "no nn.Linear"
+            dense[f"{type(module).__name__} ({{:,}}, {why})"] += parameter.numel()
+    total = low_bit + dense.total()
+    if 2 * low_bit < total or not rounded:
+        largest = ", ".join(what.format(count) for what, count in dense.most_common(3))
+        warnings.warn(
+            f"RamifyConfig: {format} rounds {low_bit:,} of {total:,} weights ({low_bit / max(total, 1):.0%}) of {type(model).__name__} "
+            f"outside embeddings and head. The largest that stay dense: {largest or 'none'}. Only layers of class nn.Linear are rounded; "
+            "without quantization_config the model loads as it is.",
+            stacklevel=2,
+        )
 
 
 @lru_cache(maxsize=256)

@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ramify.errors import CheckpointError
 from ramify.fields import Fields
-from ramify.hf.coverage import kept_dense
+from ramify.hf.coverage import kept_dense, warn_of_little
 from ramify.hf.low_bit import LowBitLinear
 from ramify.quant import Format, quantize
 from ramify.quant.sources.ramify import FIELDS, ORDER_MISSING, VERSION, Ramify, method_of
@@ -40,7 +40,9 @@ class RamifyConfig(QuantizationConfigMixin):
 
     format: "int4-g64", "int8", "fp8", ... by name. modules_to_not_convert: names of layers, or parts of names, that stay dense besides
     the head, what transformers keeps in fp32 and what models take as a bare matrix. formats: names of layers, or parts of names, that
-    have another format. method, head and act_order are notes of the quantizer that wrote a checkpoint. Raises UnsupportedModelError for an unknown format.
+    have another format. method, head and act_order are notes of the quantizer that wrote a checkpoint.
+
+    A warning tells of a model of which less than half is rounded. Raises UnsupportedModelError for an unknown format.
     """
 
     def __init__(
@@ -75,23 +77,26 @@ class RamifyQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         config = self.quantization_config
+        named = _source(config)
         if not self.pre_quantized:  # what stays dense is written down, so that the saved folder loads alike
             config.modules_to_not_convert = sorted({*config.modules_to_not_convert, *kept_dense(model)})
         source = _source(config)
         stored = _Stored(kwargs.get("checkpoint_files"), str(model.base_model_prefix)) if self.pre_quantized else None
-        for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and source.covers(name):
-                form, N, K = source.format_of(name), module.out_features, module.in_features
-                if form.kind == "int4" and K % form.group:
-                    raise ValueError(
-                        f'RamifyConfig: layer "{name}" has {K} inputs; {form.name} takes multiples of {form.group}. '
-                        "Choose a smaller group, or name it in modules_to_not_convert."
-                    )
-                perm = stored is not None and stored.check(name, form, source.ordered(name))
-                layer = LowBitLinear(form, N, K, module.bias is not None, perm, module.weight.dtype, device="meta")
-                if stored is not None:
-                    stored.fits(name, layer)
-                model.set_submodule(name, layer)
+        layers = {name: each for name, each in model.named_modules() if isinstance(each, nn.Linear) and source.covers(name)}
+        if not self.pre_quantized:
+            warn_of_little(model, layers, config.format, lambda name: not named.covers(name))
+        for name, module in layers.items():
+            form, N, K = source.format_of(name), module.out_features, module.in_features
+            if form.kind == "int4" and K % form.group:
+                raise ValueError(
+                    f'RamifyConfig: layer "{name}" has {K} inputs; {form.name} takes multiples of {form.group}. '
+                    "Choose a smaller group, or name it in modules_to_not_convert."
+                )
+            perm = stored is not None and stored.check(name, form, source.ordered(name))
+            layer = LowBitLinear(form, N, K, module.bias is not None, perm, module.weight.dtype, device="meta")
+            if stored is not None:
+                stored.fits(name, layer)
+            model.set_submodule(name, layer)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         for name, layer in model.named_modules():
