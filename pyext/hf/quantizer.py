@@ -1,10 +1,12 @@
 """transformers' quantizers "ramify_w4" and "ramify_w8": low-bit folders load with from_pretrained, dense ones are quantised on the way.
 
-A folder whose quantization_config names one of the two has its linear layers replaced by LowBitLinear before its tensors are read.
-With quantization_config=RamifyConfig(...) a dense folder is quantised while it loads, round to nearest; save_pretrained writes
-what `ramify convert` writes, and loading that gives the same bits. Importing this module registers both.
+A folder whose quantization_config names one of the two has its linear layers replaced by LowBitLinear before its tensors are read; those of
+which the folder holds nothing, such as a new head, stay as they are. With quantization_config=RamifyConfig(...) a dense folder is
+quantised while it loads, round to nearest; save_pretrained writes what `ramify convert` writes, and loading that gives the same bits.
+model.dequantize() makes it dense again. Importing this module registers both.
 """
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,6 +87,9 @@ class RamifyQuantizer(HfQuantizer):
         layers = {name: each for name, each in model.named_modules() if isinstance(each, nn.Linear) and source.covers(name)}
         if not self.pre_quantized:
             warn_of_little(model, layers, config.format, lambda name: not named.covers(name))
+        elif stored is not None and (new := stored.new(layers)):
+            config.modules_to_not_convert = sorted({*config.modules_to_not_convert, *new})
+            layers = {name: each for name, each in layers.items() if name not in new}
         for name, module in layers.items():
             form, N, K = source.format_of(name), module.out_features, module.in_features
             if form.kind == "int4" and K % form.group:
@@ -123,6 +128,23 @@ class RamifyQuantizer(HfQuantizer):
         """Scales, zeros and orders keep the dtype of the file; the rest follows the model."""
         own = converter.target_patterns[0].endswith(tuple(f".{name}" for part, name in FIELDS.items() if part != "codes"))
         return None if own else super().get_new_dtype(converter, param, dtype)
+
+    def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | None = None) -> "PreTrainedModel":
+        """Every LowBitLinear becomes an nn.Linear with the values that its codes stand for; a dtype not the model's is for all of it."""
+        dtype = dtype or model.dtype
+        for name, layer in list(model.named_modules()):
+            if not isinstance(layer, LowBitLinear):
+                continue
+            if any(buffer.is_meta for buffer in layer.buffers()):
+                raise ValueError(f'dequantize: layer "{name}" lies on a disk; takes a model in memory. Load it without offloading.')
+            dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+            dense.weight = nn.Parameter(layer.quantized.dequantize().to(dtype))
+            if layer.bias is not None:
+                dense.bias = nn.Parameter(layer.bias.detach().to(dtype))
+            model.set_submodule(name, dense.train(layer.training))
+        if dtype != model.dtype:
+            nn.Module.to(model, dtype)
+        return model
 
     def is_serializable(self) -> bool:
         """save_pretrained writes the codes."""
@@ -166,6 +188,17 @@ class _Stored:
                         self.headers[self._short(name)] = tensor.get_dtype(), tensor.get_shape()
             except SafetensorError as problem:
                 raise CheckpointError(f"from_pretrained: {file} is cut off or damaged ({problem}). Fetch the file again.") from None
+
+    def new(self, layers: Iterable[str]) -> set[str]:
+        """The layers of which no file holds any tensor, such as a new head: transformers makes them, as it does in a dense model.
+
+        Not those whose last name a low-bit layer has that is stored and is none of `layers`: their codes may lie under its name.
+        """
+        held = {name.rpartition(".")[0] for name in self.headers}
+        own = {layer: self._short(f"{layer}.weight").rpartition(".")[0] for layer in layers}
+        others = {name for name in held - {*own.values()} if f"{name}.weight_scale" in self.headers}
+        taken = {name.rpartition(".")[2] for name in others}
+        return {layer for layer, short in own.items() if held and short not in held and layer.rpartition(".")[2] not in taken}
 
     def check(self, layer: str, form: Format, ordered: bool) -> bool:
         """Whether the layer has an order of inputs. CheckpointError for a tensor that is missing or would be cast in silence."""
