@@ -128,6 +128,7 @@ def test_the_card(source, tmp_path):
     assert text.startswith("---\nbase_model: model\nbase_model_relation: quantized\nlibrary_name: transformers\ntags: [ramify, ")
     for part in (
         f"GPTQ, calibrated on {made.calibration_tokens:,} tokens",
+        f"in act-order, with {torch.get_num_threads()} of torch's threads.",
         f"| perplexity | {made.before.perplexity:.3f} | {made.after.perplexity:.3f} |",
         "ramify convert model OUT --to int4-g64 --method gptq --calibration FILE --calibration-tokens ",
         f" --calibration-tokens {made.calibration_tokens} --head int8`",
