@@ -7,6 +7,7 @@ model.dequantize() makes it dense again. Importing this module registers both.
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from ramify.errors import CheckpointError
 from ramify.fields import Fields
 from ramify.hf.coverage import kept_dense, warn_of_little
 from ramify.hf.low_bit import LowBitLinear
+from ramify.model.damage import damage
 from ramify.quant import Format, quantize
 from ramify.quant.sources.ramify import FIELDS, ORDER_MISSING, VERSION, Ramify, method_of
 from ramify.quant.weight import CODES, SCALES
@@ -83,7 +85,8 @@ class RamifyQuantizer(HfQuantizer):
         if not self.pre_quantized:  # what stays dense is written down, so that the saved folder loads alike
             config.modules_to_not_convert = sorted({*config.modules_to_not_convert, *kept_dense(model)})
         source = _source(config)
-        stored = _Stored(kwargs.get("checkpoint_files"), str(model.base_model_prefix)) if self.pre_quantized else None
+        headers = _Stored(kwargs.get("checkpoint_files"), str(model.base_model_prefix))  # raises for a file that is not whole
+        stored = headers if self.pre_quantized else None
         layers = {name: each for name, each in model.named_modules() if isinstance(each, nn.Linear) and source.covers(name)}
         if not self.pre_quantized:
             warn_of_little(model, layers, config.format, lambda name: not named.covers(name))
@@ -180,14 +183,16 @@ class _Stored:
         """base: the prefix of names that a model with a head has and one without has not."""
         self.base = base
         self.headers: dict[str, tuple[str, list[int]]] = {}
-        for file in files or ():
+        for file in map(Path, files or ()):
+            if file.suffix != ".safetensors":
+                continue
             try:
                 with safe_open(str(file), framework="pt") as shard:
                     for name in shard.keys():  # noqa: SIM118
                         tensor = shard.get_slice(name)
                         self.headers[self._short(name)] = tensor.get_dtype(), tensor.get_shape()
             except SafetensorError as problem:
-                raise CheckpointError(f"from_pretrained: {file} is cut off or damaged ({problem}). Fetch the file again.") from None
+                raise CheckpointError(f"from_pretrained: {file.name} in {file.parent} {damage(file, problem)}") from None
 
     def new(self, layers: Iterable[str]) -> set[str]:
         """The layers of which no file holds any tensor, such as a new head: transformers makes them, as it does in a dense model.

@@ -1,5 +1,7 @@
 """Low-bit folders through transformers' own from_pretrained and save_pretrained."""
 
+import json
+import re
 import subprocess
 import sys
 
@@ -118,12 +120,19 @@ def test_a_lost_order_of_inputs_is_noticed(dense, tmp_path):
             read(tmp_path)
 
 
-def test_a_file_that_is_cut_off(dense, tmp_path):
-    load(dense["llama"], quantization_config=RamifyConfig("int8")).save_pretrained(tmp_path)
+@pytest.mark.parametrize("low_bit", [False, True])
+def test_a_file_that_is_cut_off(dense, tmp_path, low_bit):
+    """The tensor whose end is lost is named, whether codes are read or weights rounded; by load too."""
+    load(dense["llama"], **({"quantization_config": RamifyConfig("int8")} if low_bit else {})).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(ramify.CheckpointError, match=r"model\.safetensors is cut off or damaged"):
-        load(tmp_path)
+    file.write_bytes(file.read_bytes()[:-10])
+    [*_, last] = (json.loads(file.read_bytes()[8 : 8 + int.from_bytes(file.read_bytes()[:8], "little")])).items()
+    config = {} if low_bit else {"quantization_config": RamifyConfig("int8")}
+    says = rf'model\.safetensors in .*is cut short: tensor "{re.escape(last[0])}" lies beyond its end'
+    with pytest.raises(ramify.CheckpointError, match=f"^from_pretrained: {says}"):
+        load(tmp_path, **config)
+    with pytest.raises(ramify.CheckpointError, match=f"^load: {says}"):
+        ramify.load(tmp_path)
 
 
 def test_layers_left_dense(dense, tmp_path):
