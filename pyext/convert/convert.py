@@ -22,7 +22,7 @@ from ramify.convert import calibrate
 from ramify.convert.card import card
 from ramify.convert.conversion import Conversion, Progress, silent
 from ramify.convert.evaluate import Judged, judged
-from ramify.convert.folder import KEPT_FILES, NewFolder, refuse
+from ramify.convert.folder import KEPT_FILES, NewFolder, refuse, refuse_name
 from ramify.convert.repack import refuse_rounding, write_repacked
 from ramify.convert.rounding import write_rounded
 from ramify.model.checkpoint import Checkpoint
@@ -74,6 +74,7 @@ def convert(
     if method is not None:
         one_of("method", method, METHODS, "convert")
     whole("calibration_tokens", calibration_tokens, calibrate.LEAST, "convert")
+    refuse_name(out)
     if out.exists() and folder.resolve().is_relative_to(out.resolve()):
         raise ValueError(f"convert: OUT {out} holds the checkpoint that is read; takes another folder.")
     refuse(out, force)
