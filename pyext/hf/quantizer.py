@@ -61,8 +61,8 @@ class RamifyConfig(QuantizationConfigMixin):
         quant_method: str | None = None,
     ) -> None:
         if quant_method is None:
-            format = Format.parse(format).name
-            quant_method = method_of(Format.parse(format))
+            form = Format.parse(format, "RamifyConfig: format")
+            format, quant_method = form.name, method_of(form)
         self.quant_method: Any = quant_method
         self.format, self.method, self.head, self.version = format, method, head, version
         self.formats, self.act_order = formats or {}, act_order or []
@@ -71,7 +71,7 @@ class RamifyConfig(QuantizationConfigMixin):
 
 
 def _source(config: RamifyConfig) -> Ramify:
-    return Ramify(Fields(vars(config), "quantization_config"))
+    return Ramify(Fields(vars(config), "quantization_config", caller="RamifyConfig"))
 
 
 class RamifyQuantizer(HfQuantizer):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 import ramify
+from ramify.convert import convert
 from ramify.hf import LowBitLinear, RamifyConfig
 from ramify.quant import Format, QuantizedWeight, quantize
 
@@ -145,10 +146,31 @@ def test_layers_left_dense(dense, tmp_path):
 def test_refusals(dense):
     with pytest.raises(ramify.UnsupportedModelError, match='2 for "version".*newer'):
         RamifyConfig("int8", version=2)
-    with pytest.raises(ValueError, match='format is "int5".*int4-g64'):
+    with pytest.raises(ValueError, match='^RamifyConfig: format is "int5".*int4-g64'):
         RamifyConfig("int5")
+    for given, says in (
+        ({"head": "int5"}, '"int5" for "head"; takes int8, .*fp8-b128 or null, which leaves it dense'),
+        ({"formats": {"mlp": "x"}}, '"x" for "mlp" in formats'),
+        ({"modules_to_not_convert": 3}, '3 for "modules_to_not_convert"'),
+        ({"quant_method": "ramify_w8"}, '"ramify_w8" for "quant_method"'),
+    ):
+        with pytest.raises(ValueError, match=f"^RamifyConfig: quantization_config has {says}"):
+            RamifyConfig("int4-g64", **given)
     with pytest.raises(ValueError, match=r'down_proj" has 192 inputs; int4-g128 takes multiples of 128'):
         load(dense["llama"], quantization_config=RamifyConfig("int4-g128"))
+
+
+@pytest.mark.parametrize(("key", "value"), [("head", "int5"), ("head", ["int8"]), ("format", "int9"), ("version", 7)])
+def test_a_folder_that_says_what_is_not_known(dense, tmp_path, key, value):
+    """Each reader is named by its own name."""
+    load(dense["llama"], quantization_config=RamifyConfig("int8")).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"][key] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    readers = {"RamifyConfig": load, "load": ramify.load, "convert": lambda folder: convert(folder, tmp_path / "out")}
+    for name, read in readers.items():
+        with pytest.raises(ValueError, match=rf'^{name}: .* for "{key}"'):
+            read(tmp_path)
 
 
 LAYER = "model.layers.1.mlp.down_proj"
