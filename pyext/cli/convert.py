@@ -38,7 +38,8 @@ def add_parser(commands: Any) -> None:
     add(
         "--head",
         metavar="FORMAT",
-        help='format of the head once loaded, or "dense" to leave it (default int8, or as a quantised IN has it)',
+        help='format of the head once loaded, or "dense" to leave it (default int8, or as a quantised IN has it); the file holds it as it '
+        'was, and ramify.load rounds it so unless head="dense"; transformers keeps it dense, so logits differ',
     )
     add(
         "--evaluate",

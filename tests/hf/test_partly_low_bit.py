@@ -97,3 +97,17 @@ def test_dequantized_in_a_dtype(converted):
         assert {each.dtype for each in model.parameters()} == {dtype}
         assert torch.equal(model.get_submodule(LAYER).weight, codes.dequantize().to(dtype))
         assert model(TOKENS).logits.dtype == dtype
+
+
+def test_the_head_is_what_two_readers_differ_in(converted):
+    """transformers keeps it dense; load rounds it as the folder notes, to int8, unless it is told not to."""
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32).eval()(TOKENS).logits[0]
+    apart = []
+    for options in ({"head": "dense"}, {}):
+        model = ramify.load(converted, dtype="fp32", **options)
+        rows = []
+        cache = model.new_cache([16])
+        model.prefill([TOKENS[0].tolist()], cache, rows_out=lambda slot, tokens, out, rows=rows: rows.append(torch.tensor(out.logits)))
+        apart.append(float((rows[0] - theirs).abs().max()))
+    assert apart[0] < 1e-4 < 1e-3 < apart[1]
