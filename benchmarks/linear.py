@@ -31,6 +31,8 @@ GATES = (
     (64, "torch dynamic int8", 1.0),
 )
 """M, the peer (or the best of its weights), and how many times as fast MAIN should be at least, on layers of 16 M weights and more."""
+SHARES = ((1, 0.85), (4, 0.75), (16, 0.55), (32, 0.62), (64, 0.70))
+"""M, and the share of its floor that MAIN should reach there: of one read of its weights, from 16 rows on of the peak."""
 STEPS = (8, 1.3)  # M, and how many of its own single steps at most
 OLD = ("ramify avx2", "ramify portable")
 AVX2 = (8, 0.7)
@@ -151,7 +153,7 @@ def verdict(rows: Sequence[dict]) -> str:
 
 
 def gates(rows: Sequence[dict]) -> str:
-    """What the large layers of `rows` hold: GATES and STEPS, or on a level without VNNI its own share of the peak."""
+    """What the large layers of `rows` hold: GATES, SHARES and STEPS, or on a level without VNNI its own share of the peak."""
     found: list[tuple[bool, str]] = []
     for layer in dict.fromkeys(row["shape"]["layer"] for row in rows):
         N, K = size_of(layer)
@@ -169,6 +171,9 @@ def gates(rows: Sequence[dict]) -> str:
             speed = mine and (mine.get("over_int4") if rival == "int4" else other and other["us"]["median"] / mine["us"]["median"])
             if speed:
                 found.append((speed >= least, f"{layer} M={M} {speed:.2f}x {rival}, to be {least}"))
+        for M, share in SHARES:
+            if M not in shares and (reached := times.get((MAIN, M), {}).get("share_of_floor")) is not None:
+                found.append((reached >= share, f"{layer} M={M} {reached:.0%} of the floor, to be {share:.0%}"))
         if (mine := times.get((MAIN, STEPS[0]))) and STEPS[0] not in shares and "single_steps" in mine:
             found.append((mine["single_steps"] <= STEPS[1], f"{layer} M={STEPS[0]} {mine['single_steps']:.2f} steps, to be {STEPS[1]}"))
     return report.gates(found)

@@ -17,11 +17,15 @@ INT32_MAX = (1 << 31) - 1
 
 @dataclass(frozen=True)
 class Fields:
-    """`values` of one object of `file`; `inside` is the path to the field that holds the object when it is not the whole file."""
+    """`values` of one object of `file`; `inside` is the path to the field that holds the object when it is not the whole file.
+
+    caller: what the user has called, for messages.
+    """
 
     values: Mapping[str, Any]
     file: str = "config.json"
     inside: str = ""
+    caller: str = "load"
 
     def get(self, key: str, default: Any = None) -> Any:
         """As it stands, or the default."""
@@ -32,7 +36,7 @@ class Fields:
         """What the file says of a field, as a message begins."""
         value = self.values.get(key)
         came = "no" if value is None else f"{show(value)} for"
-        return f'load: {self.file} has {came} "{key}"{f" in {self.inside}" if self.inside else ""}'
+        return f'{self.caller}: {self.file} has {came} "{key}"{f" in {self.inside}" if self.inside else ""}'
 
     def wrong(self, key: str, takes: str) -> CheckpointError:
         """The error for a field, to be raised by the caller."""
@@ -96,4 +100,4 @@ class Fields:
         value = self.get(key, {})
         if not isinstance(value, Mapping):
             raise self.wrong(key, "an object")
-        return Fields(value, self.file, f"{self.inside}.{key}" if self.inside else key)
+        return Fields(value, self.file, f"{self.inside}.{key}" if self.inside else key, self.caller)

@@ -187,7 +187,7 @@ def _tree_attention(rows: Sequence[dict]) -> str:
 
 
 def _linear(rows: Sequence[dict]) -> str:
-    """Speed over the best int4 peer and over the best of any kind, and the cost in single steps: a line per layer and format.
+    """Speed over the best int4 peer and the best of any kind, cost in single steps, share of the floor: a line per layer and format.
 
     Formats as the model layer runs them; the document also has their variants, named behind a comma.
     """
@@ -199,6 +199,7 @@ def _linear(rows: Sequence[dict]) -> str:
             parts = [
                 f"{row[key]:.2f}{unit}" if key in row else "-" for key, unit in (("over_int4", "x"), ("ratio", "x"), ("single_steps", ""))
             ]
+            parts.append(f"{row['share_of_floor']:.0%}" if "share_of_floor" in row else "-")
             lines.setdefault((row["shape"]["layer"], row["provider"]), {})[row["shape"]["M"]] = " / ".join(parts)
     return table(["N x K", "", *(f"M = {n}" for n in counts)], [[*key, *(c.get(n, "-") for n in counts)] for key, c in lines.items()])
 
@@ -238,7 +239,7 @@ _SHOWN: dict[str, Callable[[Sequence[dict]], str]] = {
 _TITLES = {
     "accuracy": "Low-bit weights and rounded inputs: nats a token above the zoo's own weights on held-out modules",
     "end_to_end": "Whole generations: tokens a second / over ramify plain on the same weights / tokens a step",
-    "linear": "Linear layers of M rows: speed over the best int4 peer / over the best peer of any kind / time in single steps",
+    "linear": "Linear layers of M rows: speed over the best int4 peer / the best of any kind / time in single steps / share of the floor",
     "step": "One pass of M rows through a model: milliseconds / time in single steps",
     "tree_attention": "Tree attention: speed over the fastest torch way",
 }

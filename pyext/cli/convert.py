@@ -27,13 +27,19 @@ def add_parser(commands: Any) -> None:
     add("source", metavar="IN", help='a Hugging Face checkpoint folder, or "zoo" or "zoo-drafter"')
     add("out", metavar="OUT", help="the folder to write; it appears whole or not at all")
     add("--to", metavar="FORMAT", help="int8, int4-g32, -g64 or -g128 (each also with -zp), fp8, fp8-b128 (default int4-g64)")
-    add("--method", metavar="NAME", help="rtn, hqq or gptq; the default is gptq for int4 with calibration text, rtn for the rest")
+    add(
+        "--method",
+        metavar="NAME",
+        help="rtn, hqq or gptq; the default is gptq for int4 with calibration text, rtn for the rest; "
+        "files of rtn and hqq are always the same, those of gptq under the same number of torch's threads (OMP_NUM_THREADS)",
+    )
     add("--calibration", type=named_file, metavar="FILE", help="text for gptq, like what the model will read; the zoo has its own")
     add("--calibration-tokens", type=int, default=16384, metavar="N", help="tokens of it to use at most, 128 or more (default 16384)")
     add(
         "--head",
         metavar="FORMAT",
-        help='format of the head once loaded, or "dense" to leave it (default int8, or as a quantised IN has it)',
+        help='format of the head once loaded, or "dense" to leave it (default int8, or as a quantised IN has it); the file holds it as it '
+        'was, and ramify.load rounds it so unless head="dense"; transformers keeps it dense, so logits differ',
     )
     add(
         "--evaluate",

@@ -30,7 +30,7 @@ Make it again: `ramify convert {command}`.
 METHOD_LINES = {
     "rtn": ", by round to nearest",
     "hqq": ", by half-quadratic refinement of scales and zeros (HQQ); no calibration",
-    "gptq": ", by GPTQ, calibrated on {tokens:,} tokens of {text}, inputs in act-order",
+    "gptq": ", by GPTQ, calibrated on {tokens:,} tokens of {text}, inputs in act-order, with {threads} of torch's threads",
     "repack": ".\nTheir codes, scales, zeros and order of inputs are those of its {writer} files, bit for bit: nothing was rounded again",
 }
 
@@ -48,7 +48,9 @@ def card(made: Conversion, config: Mapping[str, Any], name: str) -> str:
         name=name,
         format=made.format,
         formats=formats_line(made),
-        method_line=METHOD_LINES[made.method].format(tokens=made.calibration_tokens, text=made.calibration, writer=writer),
+        method_line=METHOD_LINES[made.method].format(
+            tokens=made.calibration_tokens, text=made.calibration, threads=made.threads, writer=writer
+        ),
         head=f"held in {made.head} after loading" if made.head else "as it was",
         layers_before=made.layer_bytes[0] / 1e6,
         layers_after=made.layer_bytes[1] / 1e6,

@@ -23,7 +23,8 @@ class Conversion:
     output_errors the same of the layer's output on the calibration text, where there was one.
 
     format: that of most layers; formats counts them all, "dense" ones too. method: the quantizer, or "repack" where the codes are those
-    of a quantised checkpoint; source_method is then its quant_method. unmeasured: why there is no perplexity.
+    of a quantised checkpoint; source_method is then its quant_method. threads: torch's, on which
+    the codes of gptq depend; 0 where nothing does. unmeasured: why there is no perplexity.
     """
 
     source: str
@@ -35,6 +36,7 @@ class Conversion:
     formats: dict[str, int] = field(default_factory=dict)
     calibration: str | None = None
     calibration_tokens: int = 0
+    threads: int = 0
     layer_bytes: tuple[int, int] = (0, 0)
     total_bytes: tuple[int, int] = (0, 0)
     errors: dict[str, float] = field(default_factory=dict)

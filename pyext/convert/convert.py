@@ -3,7 +3,8 @@
 gptq is the default for int4 where there is text, because it loses least: on the zoo's target about 0.4 of what rtn and hqq lose, in every
 group size. One scale a token is enough for inputs rounded to int8: it adds 0.0005 nats a token at most, and so does one a group.
 benchmarks/accuracy.py measures all of it (benchmarks/results/accuracy.json). gptq sorts inputs (act-order), so groups matter less.
-Without text rtn is the default: hqq, for all its refining, is within the noise of it.
+Without text rtn is the default: hqq, for all its refining, is within the noise of it. What gptq makes depends on the number of torch's
+threads, as its sums do; the model card says how many there were.
 """
 
 import os
@@ -21,7 +22,7 @@ from ramify.convert import calibrate
 from ramify.convert.card import card
 from ramify.convert.conversion import Conversion, Progress, silent
 from ramify.convert.evaluate import Judged, judged
-from ramify.convert.folder import KEPT_FILES, NewFolder, refuse
+from ramify.convert.folder import KEPT_FILES, NewFolder, refuse, refuse_name
 from ramify.convert.repack import refuse_rounding, write_repacked
 from ramify.convert.rounding import write_rounded
 from ramify.model.checkpoint import Checkpoint
@@ -73,6 +74,7 @@ def convert(
     if method is not None:
         one_of("method", method, METHODS, "convert")
     whole("calibration_tokens", calibration_tokens, calibrate.LEAST, "convert")
+    refuse_name(out)
     if out.exists() and folder.resolve().is_relative_to(out.resolve()):
         raise ValueError(f"convert: OUT {out} holds the checkpoint that is read; takes another folder.")
     refuse(out, force)
@@ -98,6 +100,7 @@ def convert(
                 texts = calibrate.windows(tokenizer, calibration, is_zoo, calibration_tokens)
             made.calibration = calibrate.ZOO_TEXT if calibration is None else calibrate.named(calibration)
             made.calibration_tokens = sum(map(len, texts))
+            made.threads = torch.get_num_threads()
             calibrate.warn_of_few(checkpoint, made.calibration_tokens, calibration_tokens)
         judge = judged(evaluate, checkpoint, tokenizer)
         if isinstance(judge, str):

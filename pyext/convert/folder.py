@@ -1,5 +1,6 @@
 """A checkpoint folder that appears whole or not at all: written under another name beside its place, and renamed at the end."""
 
+import hashlib
 import json
 import os
 import platform
@@ -23,6 +24,10 @@ from ramify.model.config import read_json
 SHARD = 2_000_000_000
 """Bytes of tensors in one safetensors file; also what is kept in memory before it is written."""
 
+LONGEST = 150
+"""Bytes of a name that are taken over into that of the folder which is written: the process, machine and time besides need up to 100,
+and file systems take 255."""
+
 KEPT_FILES = (
     *("generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template*", "LICENSE*", "NOTICE*", "USE_POLICY*"),
@@ -44,7 +49,7 @@ class NewFolder:
     def __init__(self, out: Path, force: bool = False) -> None:
         self.out, self.force = out, force
         refuse(out, force)
-        self.path = out.parent / f".{out.name}.{os.getpid()}@{platform.node()}.{time.monotonic_ns():x}.part"
+        self.path = out.parent / f".{_stem(out)}.{os.getpid()}@{platform.node()}.{time.monotonic_ns():x}.part"
         self._old = self.path.with_suffix(".old")
         self._parents: list[Path] = []
         self._waiting: dict[str, Tensor] = {}
@@ -120,8 +125,7 @@ class NewFolder:
         try:
             yield
         except (OSError, SafetensorError) as problem:
-            reason = getattr(problem, "strerror", None) or problem
-            raise ValueError(f"convert: OUT {self.out} cannot be written ({reason}); takes a new folder in a place that can be.") from None
+            raise _unwritable(self.out, problem) from None
 
     def _put_in_place(self) -> None:
         if not self.force or not self.out.exists():
@@ -145,8 +149,19 @@ class NewFolder:
                 folder.rmdir()
 
 
+def refuse_name(out: Path) -> None:
+    """ValueError where the system takes no such name, or does not let us look there."""
+    try:
+        os.lstat(out)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as problem:
+        raise _unwritable(out, problem) from None
+
+
 def refuse(out: Path, force: bool) -> None:
     """ValueError where `out` must not be written."""
+    refuse_name(out)
     if out.is_symlink():
         raise ValueError(
             f"convert: OUT {out} is a symbolic link to {out.readlink()}; takes a folder. Name the folder itself, or another one."
@@ -179,9 +194,22 @@ def _no_checkpoint(folder: Path) -> str:
     return f"it holds {other[0]} besides" if other else ""
 
 
+def _unwritable(out: Path, problem: Exception) -> ValueError:
+    reason = getattr(problem, "strerror", None) or problem
+    return ValueError(f"convert: OUT {out} cannot be written ({reason}); takes a new folder in a place that can be.")
+
+
+def _stem(out: Path) -> str:
+    """The name of OUT in that of what is written beside it, which is longer: a long one by its beginning and a digest of the whole."""
+    name = os.fsencode(out.name)
+    if len(name) <= LONGEST:
+        return out.name
+    return f"{name[: LONGEST - 20].decode(errors='ignore')}~{hashlib.sha256(name).hexdigest()[:16]}"
+
+
 def _remove_leftovers(out: Path) -> None:
     """Delete what processes of this machine that are no more had begun to write as `out`, and what they had put aside for a new one."""
-    name = re.compile(rf"\.{re.escape(out.name)}\.(\d+)@{re.escape(platform.node())}\.[0-9a-f]+\.(part|old)")
+    name = re.compile(rf"\.{re.escape(_stem(out))}\.(\d+)@{re.escape(platform.node())}\.[0-9a-f]+\.(part|old)")
     for each in out.parent.iterdir() if out.parent.is_dir() else ():
         found = name.fullmatch(each.name)
         if found and not _lives(int(found[1])) and (found[2] == "part" or out.exists()):  # else it is the only one left

@@ -66,7 +66,14 @@ class LowBitLinear(nn.Module):
         return self._made
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N] in x's dtype."""
+        """x [..., K] -> [..., N] in x's dtype. TypeError for an x that a model has cast to the dtype of the codes."""
+        if x.dtype in CODES.values():
+            raise TypeError(
+                f"LowBitLinear: x is {str(x.dtype).removeprefix('torch.')}; takes floats. Where the model casts x to weight.dtype, name "
+                "the layer in modules_to_not_convert."
+            )
+        if x.ndim and x.stride(-1) != 1:
+            x = x.contiguous()
         return ops.linear(x, self.quantized, self.bias)
 
     def extra_repr(self) -> str:

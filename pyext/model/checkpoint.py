@@ -18,6 +18,7 @@ from torch import Tensor
 from ramify.checks import show
 from ramify.errors import CheckpointError
 from ramify.model.config import ModelConfig, read_json
+from ramify.model.damage import damage
 from ramify.quant import Format, QuantizedWeight
 from ramify.quant.sources import source_of
 
@@ -257,9 +258,4 @@ def _opened(file: Path) -> safe_open:
     try:
         return safe_open(str(file), framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as problem:
-        size = file.stat().st_size
-        with file.open("rb") as raw:
-            pointer = raw.read(24).startswith(b"version https://git-lfs")
-        damage = f"({size:,} bytes) is cut short or damaged ({problem}). Fetch it again."
-        what = "is a Git LFS pointer and not the weights. Run git lfs pull." if pointer else damage
-        raise CheckpointError(f"load: {file.name} in {file.parent} {what}") from None
+        raise CheckpointError(f"load: {file.name} in {file.parent} {damage(file, problem)}") from None

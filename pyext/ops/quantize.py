@@ -9,7 +9,8 @@ from ramify.quant import Format, QuantizedWeight, quantize
 def quantize_weight(
     w: Tensor, format: str = "int4", group: int = 64, zero_point: bool = False, method: str = "rtn", hessian: Tensor | None = None
 ) -> QuantizedWeight:
-    """A weight [N, K] of any float dtype in a low-bit format, always the same for the same weight.
+    """A weight [N, K] of any float dtype in a low-bit format, always the same for the same weight; with "gptq" under the same number of
+    torch's threads, whose matrix products round by how they are split.
 
     format: "int8", "fp8", "fp8-b128", a full name such as "int4-g64-zp", or "int4", which takes its group (32, 64, 128) and zero_point
     from the arguments; other formats do not read them. method: "rtn" (round to nearest), "hqq" (int4 alone) or "gptq", which takes

@@ -24,8 +24,10 @@ LARGEST = 1e38
 def quantize(w: Tensor, format: Format, method: str = "rtn", hessian: Tensor | None = None) -> QuantizedWeight:
     """A weight [N, K] of any float dtype in a format. hessian: 2 X^T X of the inputs X [tokens, K], which "gptq" takes.
 
-    The result is the same every time. Raises TypeError for what is no float matrix; ValueError for an unknown method, K that is no
-    multiple of the group, and weights that are not finite.
+    The result is the same every time; of "gptq" under the same number of torch's threads, whose matrix products round by how they
+    are split, and under another one some codes are others, no worse.
+    Raises TypeError for what is no float matrix; ValueError for an unknown method, K that is no multiple of the group, and weights that
+    are not finite.
     """
     quantizer = METHODS[one_of("method", method, METHODS, "quantize_weight")]
     if not isinstance(w, Tensor) or not w.is_floating_point():

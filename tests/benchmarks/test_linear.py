@@ -59,19 +59,22 @@ def test_hot_floors_are_those_of_the_cache():
 
 def test_gates():
     good = finished(cell(1, 1000.0, 980.0, 1500.0), cell(8, 1250.0, 1800.0, 1800.0), cell(16, 1400.0, 4e3, 1800.0), cell(64, 3e3, 9e3, 3e3))
-    assert linear.gates(good) == "5 of 5 gates held"
+    assert linear.gates(good) == "8 of 8 gates held"  # three of them shares of the floor
     bad = finished(cell(1, 1000.0, 900.0, 1500.0), cell(8, 1350.0, 1800.0, 1800.0))
     text = linear.gates(bad)
-    assert text.startswith("0 of 3 gates held") and "M=1 0.90x llama.cpp Q4_0, to be 0.97" in text
+    assert text.startswith("1 of 4 gates held") and "M=1 0.90x llama.cpp Q4_0, to be 0.97" in text
     assert "M=8 1.33x int4, to be 1.4" in text and "M=8 1.35 steps, to be 1.3" in text
     assert linear.gates([{**r, "shape": {"layer": "1024x1024", "M": r["shape"]["M"]}} for r in bad]) == ""  # too small to be judged
-    assert linear.gates([r for r in good if not r["baseline"] and r["shape"]["M"] == 1]) == ""
+    assert linear.gates([r for r in good if not r["baseline"] and r["shape"]["M"] == 1]) == "1 of 1 gates held"  # no peer is needed
+    slow = linear.gates(finished(cell(1, 1060.0, 1060.0, 1500.0), cell(4, 1200.0, 3e3, 3e3)))
+    assert slow.startswith("1 of 3 gates held (missed: ")
+    assert "4096x4096 M=1 84% of the floor, to be 85%; 4096x4096 M=4 74% of the floor, to be 75%" in slow
     old = [{**r, "backend": "ramify avx2"} if r["provider"] == linear.MAIN else r for r in bad + cell(16, 1400.0, 4e3, 1.0)[:1]]
     old[-1] |= {"share_of_floor": 0.65, "backend": "ramify avx2"}
     held = [r for r in old if r["provider"] == linear.MAIN and r["shape"]["M"] == 8][0]["share_of_floor"]
     text = linear.gates(old)  # without VNNI further rows are held to that level's peak
     assert "M=16 65% of the int8 peak, to be 70%" in text and "steps" not in text and "torch dynamic" not in text
-    assert text.startswith(f"{1 * (held >= 0.7)} of 4 gates held")
+    assert text.startswith(f"{1 + (held >= 0.7)} of 5 gates held")
     assert "gates held" in linear.verdict(good) and "M=8 1.44x int4, 1.44x any, 1.25 steps" in linear.verdict(good)
 
 

@@ -39,6 +39,15 @@ def test_json(tmp_path, text, capsys):
     assert (out / "config.json").is_file()
 
 
+def test_help_says_what_a_user_trips_over(capsys):
+    """Heads that two readers hold otherwise, and files that another number of threads would make otherwise."""
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert 'ramify.load rounds it so unless head="dense"; transformers keeps it dense, so logits differ' in told
+    assert "those of gptq under the same number of torch's threads" in told
+
+
 def test_too_little_text_is_told_in_one_line(tmp_path, text):
     """On standard error, beside a JSON object that is whole."""
     argv = ["convert", "zoo-drafter", tmp_path / "out", "--json", "--calibration", text, "--evaluate", text]

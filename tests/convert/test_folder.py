@@ -155,6 +155,32 @@ def test_leftovers_of_the_dead(tmp_path):
     assert listing(tmp_path / "aside") >= {aside.name}  # while there is no OUT, it is the only copy
 
 
+@pytest.mark.parametrize("name", ["n" * 250, "n" * 255, "\u00e9" * 127, "n" * 150])
+def test_a_name_as_long_as_the_system_takes(tmp_path, name):
+    """The name that it is written under is longer by what it is told apart by, so it holds the beginning alone; leftovers are found."""
+    write(tmp_path / name)
+    others = [f"{name[:-1]}x", name[:-1]]
+    with pytest.raises(KeyboardInterrupt), NewFolder(tmp_path / others[0]) as new:
+        left = new.path.name.replace(f".{os.getpid()}@", f".{dead()}@")
+        raise KeyboardInterrupt
+    made(tmp_path / left)
+    made(tmp_path / left.replace(".part", ".old"), **WHOLE)
+    write(tmp_path / others[1])
+    assert (tmp_path / left).exists()  # another OUT's
+    write(tmp_path / others[0])
+    assert {each.name for each in tmp_path.iterdir()} == {name, *others, left.replace(".part", ".old")}
+    write(tmp_path / others[0], force=True)
+    assert {each.name for each in tmp_path.iterdir()} == {name, *others}
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_name_longer_than_the_system_takes(tmp_path, force):
+    """Told before the work."""
+    with pytest.raises(ValueError, match=r"^convert: OUT .*cannot be written \(File name too long\)"):
+        convert("zoo-drafter", tmp_path / ("n" * 256), force=force, progress=lambda items, stage: pytest.fail("it had begun"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_parents_are_made_and_removed(tmp_path):
     out = tmp_path / "a" / "b" / "out"
     with pytest.raises(KeyboardInterrupt), NewFolder(out):

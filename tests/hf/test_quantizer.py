@@ -1,5 +1,7 @@
 """Low-bit folders through transformers' own from_pretrained and save_pretrained."""
 
+import json
+import re
 import subprocess
 import sys
 
@@ -9,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 import ramify
+from ramify.convert import convert
 from ramify.hf import LowBitLinear, RamifyConfig
 from ramify.quant import Format, QuantizedWeight, quantize
 
@@ -118,16 +121,24 @@ def test_a_lost_order_of_inputs_is_noticed(dense, tmp_path):
             read(tmp_path)
 
 
-def test_a_file_that_is_cut_off(dense, tmp_path):
-    load(dense["llama"], quantization_config=RamifyConfig("int8")).save_pretrained(tmp_path)
+@pytest.mark.parametrize("low_bit", [False, True])
+def test_a_file_that_is_cut_off(dense, tmp_path, low_bit):
+    """The tensor whose end is lost is named, whether codes are read or weights rounded; by load too."""
+    load(dense["llama"], **({"quantization_config": RamifyConfig("int8")} if low_bit else {})).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(ramify.CheckpointError, match=r"model\.safetensors is cut off or damaged"):
-        load(tmp_path)
+    file.write_bytes(file.read_bytes()[:-10])
+    [*_, last] = (json.loads(file.read_bytes()[8 : 8 + int.from_bytes(file.read_bytes()[:8], "little")])).items()
+    config = {} if low_bit else {"quantization_config": RamifyConfig("int8")}
+    says = rf'model\.safetensors in .*is cut short: tensor "{re.escape(last[0])}" lies beyond its end'
+    with pytest.raises(ramify.CheckpointError, match=f"^from_pretrained: {says}"):
+        load(tmp_path, **config)
+    with pytest.raises(ramify.CheckpointError, match=f"^load: {says}"):
+        ramify.load(tmp_path)
 
 
 def test_layers_left_dense(dense, tmp_path):
-    model = load(dense["qwen2"], quantization_config=RamifyConfig("int8", modules_to_not_convert=["layers.0", "down_proj"]))
+    with pytest.warns(UserWarning, match=r"\(40%\).*named in modules_to_not_convert"):
+        model = load(dense["qwen2"], quantization_config=RamifyConfig("int8", modules_to_not_convert=["layers.0", "down_proj"]))
     assert all(name.startswith("model.layers.1.") and "down_proj" not in name for name in low_bit(model)) and len(low_bit(model)) == 6
     model.save_pretrained(tmp_path)
     assert low_bit(load(tmp_path)).keys() == low_bit(model).keys()
@@ -136,10 +147,31 @@ def test_layers_left_dense(dense, tmp_path):
 def test_refusals(dense):
     with pytest.raises(ramify.UnsupportedModelError, match='2 for "version".*newer'):
         RamifyConfig("int8", version=2)
-    with pytest.raises(ValueError, match='format is "int5".*int4-g64'):
+    with pytest.raises(ValueError, match='^RamifyConfig: format is "int5".*int4-g64'):
         RamifyConfig("int5")
+    for given, says in (
+        ({"head": "int5"}, '"int5" for "head"; takes int8, .*fp8-b128 or null, which leaves it dense'),
+        ({"formats": {"mlp": "x"}}, '"x" for "mlp" in formats'),
+        ({"modules_to_not_convert": 3}, '3 for "modules_to_not_convert"'),
+        ({"quant_method": "ramify_w8"}, '"ramify_w8" for "quant_method"'),
+    ):
+        with pytest.raises(ValueError, match=f"^RamifyConfig: quantization_config has {says}"):
+            RamifyConfig("int4-g64", **given)
     with pytest.raises(ValueError, match=r'down_proj" has 192 inputs; int4-g128 takes multiples of 128'):
         load(dense["llama"], quantization_config=RamifyConfig("int4-g128"))
+
+
+@pytest.mark.parametrize(("key", "value"), [("head", "int5"), ("head", ["int8"]), ("format", "int9"), ("version", 7)])
+def test_a_folder_that_says_what_is_not_known(dense, tmp_path, key, value):
+    """Each reader is named by its own name."""
+    load(dense["llama"], quantization_config=RamifyConfig("int8")).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"][key] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    readers = {"RamifyConfig": load, "load": ramify.load, "convert": lambda folder: convert(folder, tmp_path / "out")}
+    for name, read in readers.items():
+        with pytest.raises(ValueError, match=rf'^{name}: .* for "{key}"'):
+            read(tmp_path)
 
 
 LAYER = "model.layers.1.mlp.down_proj"

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import pytest
 import torch
@@ -101,7 +102,27 @@ def test_truncated(tmp_path, keep, sharded):
     file = folder / ("model-2.safetensors" if sharded else SINGLE)
     raw = file.read_bytes()
     file.write_bytes(raw[: keep if isinstance(keep, int) else int(len(raw) * keep)])
-    refused(folder, rf"{file.name}.*cut short or damaged.*Fetch it again")
+    whole = header_of(raw)
+    start = len(raw) - max(end for _, end in whole.values())
+    lacking = sorted((name for name, (_, end) in whole.items() if start + end > file.stat().st_size), key=lambda name: whole[name][1])
+    if file.stat().st_size < start:
+        refused(folder, rf"{file.name}.*cut short or damaged.*Fetch it again")
+    else:
+        named = ", ".join(f'"{re.escape(name)}"' for name in lacking[:3]) if len(lacking) > 3 else rf'"{re.escape(lacking[0])}"'
+        refused(folder, rf"{file.name}.* is cut short: tensors? {named}.* beyond its end.*Fetch it again")
+
+
+def header_of(raw):
+    """name -> data_offsets of a file's bytes."""
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    return {name: tensor["data_offsets"] for name, tensor in header.items() if name != "__metadata__"}
+
+
+@pytest.mark.parametrize("header", [b"[]", b"{", b'{"a": 3}', b'{"a": {"data_offsets": [0]}}', b'{"a": {"data_offsets": "x"}}', b"\xff"])
+def test_a_header_that_is_none(tmp_path, header):
+    folder = write(tmp_path / "m")
+    (folder / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header)
+    refused(folder, rf"{SINGLE}.*cut short or damaged.*Fetch it again")
 
 
 def test_lfs_pointer(tmp_path):

@@ -299,3 +299,48 @@ def test_the_op_refuses(arguments, error, says):
     with pytest.raises(error, match=says) as caught:
         ops.quantize_weight(**{"w": weight(), **arguments})
     assert "\n" not in str(caught.value)
+
+
+# ---- what float16 does not hold ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "format"), CASES, **BY_NAME)
+def test_a_row_far_below_the_others_is_not_lost(method, format):
+    """Its scale is no normal float16, so all scales are float32; blocks of fp8 share theirs with other rows. Rows of zeros need none."""
+    w = weight(4)
+    w[3] = 0
+    ordinary = quantize(w, format, method, torch.eye(256)).scale.dtype
+    assert ordinary == (torch.float16 if format.kind == "int4" else torch.float32)
+    w[1] *= 1e-7
+    w[2, :128] *= 1e-7
+    made = quantize(w, format, method, torch.eye(256))
+    assert made.scale.dtype == torch.float32
+    if format.name != "fp8-b128":
+        error = made.dequantize() - w
+        assert float(error[1].norm() / w[1].norm()) < 0.15 and bool((error[3] == 0).all())
+    if format.kind == "int4":
+        assert float(error[2, :128].norm() / w[2, :128].norm()) < 0.15
+
+
+def spread_error(w, format, method="rtn"):
+    """Root mean square of the error in every group, as a share of the group's own spread."""
+    groups = w.view(-1, format.group)
+    error = (quantize(w, format, method, torch.eye(w.shape[1])).dequantize() - w).view(-1, format.group)
+    return error.square().mean(1).sqrt() / groups.std(1)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize(("middle", "most"), [(3, 0.12), (-10, 0.12), (100, 0.12), (-1000, 0.25), (1e4, 1.0)])
+def test_zero_points_serve_groups_that_lie_apart_from_zero(middle, most, group):
+    """A zero far from the codes gives them the group's own span, as far as its 11 bits and those of the scale go."""
+    w = weight(64, scale=1.0, seed=1).clamp(-3, 3) + middle
+    assert float(spread_error(w, Format("int4", group, zero_point=True)).mean()) < most
+
+
+@pytest.mark.parametrize("format", [format for format in INT4 if format.zero_point], **BY_NAME)
+@pytest.mark.parametrize(("middle", "spread"), [(1000, 1e-3), (1003.7, 1e-3), (-0.02, 1e-6), (1000, 0.0), (5e4, 1.0), (1e30, 1e22)])
+def test_zero_points_are_never_worse_than_none(format, middle, spread):
+    """In groups apart from 0, even where neither grid comes near the weights: a zero of 8 is tried too."""
+    w = middle + spread * weight(16, scale=1.0)
+    with_zero, without = (spread_error(w, each) for each in (format, Format("int4", format.group)))
+    assert bool((with_zero <= 1.001 * without)[without.isfinite()].all())

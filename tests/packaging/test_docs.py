@@ -99,6 +99,7 @@ def test_results_of_linear(tmp_path):
             "over_int4": 1.5,
             "ratio": 1.2,
             "single_steps": 1.1,
+            "share_of_floor": 0.656,
             "shape": {"layer": "64x256", "M": 8},
         },
         {"provider": "ramify int4-g64", "status": "ok", "ratio": 1.2, "shape": {"layer": "64x256", "M": 1}},
@@ -107,8 +108,8 @@ def test_results_of_linear(tmp_path):
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     (tmp_path / "benchmarks/results/linear-here.json").write_text(json.dumps(document(benchmark="linear", rows=rows)))
     text = docs.results(tmp_path)
-    assert "| 64x256 | ramify int4-g64 | - / 1.20x / - | 1.50x / 1.20x / 1.10 |" in text and "torch |" not in text
-    assert "(linear-here.json)" in text
+    assert "| 64x256 | ramify int4-g64 | - / 1.20x / - / - | 1.50x / 1.20x / 1.10 / 66% |" in text and "torch |" not in text
+    assert "(linear-here.json)" in text and "/ share of the floor (avx2)" in text
     assert "| int4-g64 linear layers, over int4 kernels (median of 64x256) | - | 1.50x | - |" in docs.headline(tmp_path)
 
 

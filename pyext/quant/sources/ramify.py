@@ -36,7 +36,7 @@ class Ramify(Source):
         if config.get("version", VERSION) != VERSION:
             raise refuse(config, "version", f"{VERSION}: a newer ramify wrote it")
         self.format = _format(config, "format")
-        self.head = None if config.get("head") is None else _format(config, "head")
+        self.head = None if config.get("head") is None else _format(config, "head", " or null, which leaves it dense")
         others = config.object("formats")
         self.others = {name: _format(others, name) for name in others.values}
         self.act_order = config.names("act_order")
@@ -112,9 +112,9 @@ def stored(prefix: str, weight: QuantizedWeight) -> dict[str, Tensor]:
     return {f"{prefix}.{FIELDS[part]}": tensor for part, tensor in weight.state_dict().items()}
 
 
-def _format(config: Fields, key: str) -> Format:
+def _format(config: Fields, key: str, besides: str = "") -> Format:
     name = config.text(key)
     try:
-        return Format.parse(name)
+        return Format.parse(name, besides=besides)
     except ValueError as problem:
         raise refuse(config, key, str(problem).partition("takes ")[2].rstrip(".")) from None
