@@ -52,6 +52,9 @@ def cells(device: str, tiny: bool = False, seed: int = 0) -> Iterator[Cell]:
     yield Cell("verify_sample", "f32", {"B": 1, "T": T, "V": V}, lambda: _sample(device, T, V, seed))
     yield Cell("residual_sample", "f32", {"R": B, "V": V}, lambda: _residual(device, B, V, seed))
     yield Cell("kv_commit", "bf16", {"L": L, "T": T, "A": T // 4 + 1, "S": S}, lambda: _commit(device, L, T, T // 4 + 1, S, seed))
+    yield Cell("kv_append", "bf16", {"T": T, "S": S}, lambda: _append(device, T, S, seed))
+    yield Cell("rope_append", "bf16", {"rows": T, "S": S}, lambda: _rope_append(device, T, S, seed))
+    yield Cell("attention_colsum", "bf16", {"T": T, "S": 4 * S}, lambda: _colsum(device, tiny, T, 4 * S, seed))
     yield Cell("rms_norm", "bf16", {"rows": T, "H": H}, lambda: _norm(device, T, H, seed))
     yield Cell("silu_mul", "bf16", {"rows": T, "F": 3 * H}, lambda: _silu(device, T, 3 * H, seed))
     yield Cell("rope", "bf16", {"rows": T, "H": H // 64, "D": 64}, lambda: _rope(device, T, H // 64, seed))
@@ -125,6 +128,44 @@ def _commit(device: str, L: int, T: int, A: int, S: int, seed: int) -> Case:
     return Case((*tails, *caches, path, count, length), 8 * L * A * Hkv * D, 0, "fp32", want, 0.0)
 
 
+def _append(device: str, T: int, S: int, seed: int) -> Case:
+    """New rows of one sequence; the caches are written in place, the same at every call."""
+    random, (Hkv, D) = _rng(device, seed), (8, 128) if S > 64 else (2, 8)
+    rows, caches = [random(1, T, Hkv, D) for _ in "kv"], [random(1, S, Hkv, D) for _ in "kv"]
+    length = torch.tensor([S - T - 1], dtype=torch.int32, device=device)
+    before = [cache.clone() for cache in caches]
+
+    def want() -> tuple[Tensor, ...]:
+        reference.kv_append(*rows, *before, length)
+        return tuple(before)
+
+    return Case((*rows, *caches, length), 8 * T * Hkv * D, 0, "fp32", want, 0.0)
+
+
+def _rope_append(device: str, rows: int, S: int, seed: int) -> Case:
+    """Rows of a fused product, as the layers of a model have them; the caches are written in place, the same at every call."""
+    random, (Hq, Hkv, D) = _rng(device, seed), (32, 8, 128) if S > 64 else (4, 2, 64)
+    qkv, caches = random(rows, (Hq + 2 * Hkv) * D), [random(S, Hkv, D) for _ in "kv"]
+    angle = torch.arange(S, device=device)[:, None] / 10000 ** (torch.arange(D // 2, device=device) * 2 / D)
+    slots = torch.arange(S - rows, S, dtype=torch.int32, device=device)
+    tables = angle.cos(), angle.sin(), slots
+    wide = [cache.double() for cache in caches]
+
+    def want() -> tuple[Tensor, ...]:
+        return reference.rope_append(qkv.double(), *tables, slots, *wide), *wide
+
+    return Case((qkv, *tables, slots, *caches), 4 * qkv.numel(), 3 * qkv.numel(), "fp32", want, 0.01)
+
+
+def _colsum(device: str, tiny: bool, T: int, S: int, seed: int) -> Case:
+    (Hq, Hkv, D), random = tree.SIZES["tiny" if tiny else "large"], _rng(device, seed)
+    q, k, length = random(1, T, Hq, D), random(1, S, Hkv, D), torch.tensor([S], dtype=torch.int32, device=device)
+    scores = q.float().unflatten(2, (Hkv, -1)).permute(0, 2, 3, 1, 4) @ k.float().permute(0, 2, 3, 1)[:, :, None] / D**0.5
+    lse = scores.logsumexp(-1).permute(0, 3, 1, 2).flatten(2).contiguous()
+    want = lambda: (reference.attention_colsum(q.double(), k.double(), lse, length),)  # noqa: E731
+    return Case((q, k, lse, length), 2 * S * Hkv * D + 4 * Hkv * S, 2 * Hq * T * S * D, "bf16", want, 0.01)
+
+
 def _norm(device: str, rows: int, H: int, seed: int) -> Case:
     random = _rng(device, seed)
     x, weight, residual = random(rows, H), random(H), random(rows, H)
@@ -178,6 +219,11 @@ def _committed(*args: Tensor) -> tuple[Tensor, Tensor]:
     return args[2], args[3]
 
 
+def _appended(*args: Tensor) -> tuple[Tensor, Tensor]:
+    ops.kv_append(*args)
+    return args[2], args[3]
+
+
 CALLS: dict[str, tuple[Callable[..., Any], Callable[..., tuple] | None]] = {
     "tree_attention": (ops.tree_attention, _tensors),
     "linear": (gpu_linear.ours, None),
@@ -187,6 +233,9 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[..., tuple] | None]] = {
     "verify_sample": (ops.verify_sample, None),
     "residual_sample": (ops.residual_sample, None),
     "kv_commit": (_committed, None),
+    "kv_append": (_appended, None),
+    "rope_append": (lambda *args: (ops.rope_append(*args), *args[5:]), None),
+    "attention_colsum": (ops.attention_colsum, None),
     "rms_norm": (ops.rms_norm, None),
     "silu_mul": (ops.silu_mul, None),
     "rope": (ops.rope, None),
