@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -52,6 +53,9 @@ _HALF = 40.0  # guesses of a kind after which what they taught counts half
 _LEAST = 0.02  # chance of a guess that is worth a row on any machine
 
 
+_TRUST = 8.0  # guesses that what earlier texts taught counts as, at most: the next one may be of another kind
+
+
 class _Odds:
     """How often the next guess was right, by the tokens before it that agreed. Before any was seen: n of n + 2."""
 
@@ -71,6 +75,13 @@ class _Odds:
             if expected != came:
                 break
 
+    def trust(self) -> None:
+        """What was learned is of other texts now."""
+        for n, tried in enumerate(self.tried):
+            less = min(1.0, _TRUST / tried)
+            self.tried[n] *= less
+            self.right[n] *= less
+
     def of(self, agreed: int, count: int) -> list[float]:
         """The chance of each of `count` guesses in a row; the list ends before one that is not worth a row."""
         chance, odds = [], 1.0
@@ -81,6 +92,9 @@ class _Odds:
                 break
             chance.append(odds)
         return chance
+
+
+_kept: WeakKeyDictionary[Any, dict[bool, _Odds]] = WeakKeyDictionary()  # target -> by whether text is sampled
 
 
 @drafter("prompt_lookup", lossless=True, trained=False, portfolio=True, source="Saxena 2023; Ge et al. 2022")
@@ -108,8 +122,11 @@ class PromptLookup(Drafter):
         flag("copy_on", self.copy_on, "prompt_lookup")
 
     def bind(self, model: Any, requests: Sequence[Request]) -> None:
-        """Learn which tokens end a text."""
+        """Learn which tokens end a text, and how guesses did with this target before."""
         self._eos = frozenset(model.config.eos_token_ids)
+        sampled = any(request.params.temperature > 0 for request in requests)
+        self._odds = _kept.setdefault(model, {}).setdefault(sampled, self._odds)
+        self._odds.trust()
 
     def size_policy(self) -> SizePolicy:
         """Guesses are there for the taking; which of them to verify is a matter of their chance."""

@@ -9,10 +9,17 @@ from ramify.draft.prompt_lookup import PromptLookup
 from ramify.verify import Verdict
 
 
+class Target:
+    """A model as far as the drafter looks at it."""
+
+    def __init__(self, eos=""):
+        self.config = SimpleNamespace(eos_token_ids=tuple(map(ord, eos)))
+
+
 def guess(text, count, eos=(), **options):
     """What follows `text` (letters) in the drafter's eyes, as letters."""
     drafter = PromptLookup(**options)
-    drafter.bind(SimpleNamespace(config=SimpleNamespace(eos_token_ids=tuple(map(ord, eos)))), [])
+    drafter.bind(Target(eos), [])
     drafter.begin([0], [list(map(ord, text))])
     tree = drafter.propose([0], [ord(text[-1])], [count + 1])
     return "".join(map(chr, tree.tokens[1:]))
@@ -67,7 +74,7 @@ def test_copy_goes_on_where_it_was():
     text = "abcdefgh cdX ab"
     for copy_on, told in ((True, "ef"), (False, "X ")):
         drafter = PromptLookup(longest=2, copy_on=copy_on)
-        drafter.bind(SimpleNamespace(config=SimpleNamespace(eos_token_ids=())), [])
+        drafter.bind(Target(), [])
         drafter.begin([0], [list(map(ord, text))])
         assert "".join(map(chr, drafter.propose([0], [ord("b")], [2]).tokens[1:])) == "c"
         emit(drafter, "cd")
@@ -76,7 +83,7 @@ def test_copy_goes_on_where_it_was():
 
 def test_copy_ends_where_the_text_departs():
     drafter = PromptLookup()
-    drafter.bind(SimpleNamespace(config=SimpleNamespace(eos_token_ids=())), [])
+    drafter.bind(Target(), [])
     drafter.begin([0], [list(map(ord, "abcdefgh.gX.ab"))])
     drafter.propose([0], [ord("b")], [4])
     emit(drafter, "cg")
@@ -85,7 +92,7 @@ def test_copy_ends_where_the_text_departs():
 
 def test_rows_are_prefixes_and_slots_are_apart():
     drafter = PromptLookup()
-    drafter.bind(SimpleNamespace(config=SimpleNamespace(eos_token_ids=())), [])
+    drafter.bind(Target(), [])
     prompts = [list(map(ord, text)) for text in ("abcdab", "xyz", "klmkl")]
     drafter.begin([0, 2, 5], prompts)
     wide = drafter.propose([0, 2, 5], [p[-1] for p in prompts], [7, 7, 7])
@@ -106,7 +113,7 @@ def chance(drafter, slot, root):
 
 def test_longer_agreement_is_likelier():
     drafter = PromptLookup()
-    drafter.bind(SimpleNamespace(config=SimpleNamespace(eos_token_ids=())), [])
+    drafter.bind(Target(), [])
     texts = ("xbcdefgh yb", "abcdefgh ab", "abcdefgh abcde")  # one, two and five tokens agree with where the copy begins
     drafter.begin([0, 1, 2], [list(map(ord, text)) for text in texts])
     tree = drafter.propose([0, 1, 2], [ord(text[-1]) for text in texts], [4, 4, 4])
@@ -120,7 +127,7 @@ def test_longer_agreement_is_likelier():
 def test_chances_are_learned_from_what_came(right):
     """Also where the guess was not verified, or only a part of it: what was emitted tells all the same."""
     drafter = PromptLookup(longest=1, shortest=1, copy_on=False)
-    drafter.bind(SimpleNamespace(config=SimpleNamespace(eos_token_ids=())), [])
+    drafter.bind(Target(), [])
     told = []
     for slot in range(60):
         drafter.begin([slot], [[1, 2, 3, 4, 9, 8, 1]])
@@ -133,9 +140,32 @@ def test_chances_are_learned_from_what_came(right):
         assert chance(drafter, 60, 2) == 0.5
 
 
+def test_later_texts_begin_with_what_earlier_ones_taught():
+    """With the same target, at a temperature or at none; a few guesses of the new text outweigh it."""
+    model = Target()
+
+    def begun(temperature, slots=1):
+        drafter = PromptLookup(longest=1, shortest=1, copy_on=False)
+        drafter.bind(model, [SimpleNamespace(params=SimpleNamespace(temperature=temperature))])
+        drafter.begin(list(range(slots)), [[1, 2, 3, 4, 9, 8, 1]] * slots)
+        return drafter
+
+    def told(drafter, right, slots):
+        chances = []
+        for slot in slots:
+            chances.append(chance(drafter, slot, 1))
+            drafter.observe([slot], None, None, Verdict([np.zeros(1, np.int32)], [[2 if right else 5]]))
+        return chances
+
+    fresh, *_, taught = told(begun(0.0, 60), False, range(60))
+    later = told(begun(0.0, 20), True, range(20))
+    assert later[0] <= taught < fresh / 4 and later[12] > 0.5
+    assert told(begun(0.8), False, [0]) == [fresh]
+
+
 def test_unlikely_guesses_take_no_rows():
     drafter = PromptLookup()
-    drafter.bind(SimpleNamespace(config=SimpleNamespace(eos_token_ids=())), [])
+    drafter.bind(Target(), [])
     drafter.begin([0, 1], [list(range(60)) + [70, 3], [1, 2, 3]])
     tree = drafter.propose([0, 1], [3, 3], [200, 200])
     assert 4 < tree.rows[0] < 20 and tree.chance.min() >= 0.02 and tree.rows[1] == 1 and tree.chance[-1] == 1
