@@ -10,6 +10,16 @@ from ramify.model.checkpoint import SINGLE, expected
 from ramify.model.config import ModelConfig
 
 VOCABULARY = 199
+GROUPED: dict[str, int] = {
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 192,
+    "max_position_embeddings": 64,
+}
+"""Sizes of a tiny model whose every layer has whole groups of inputs, in any low-bit format but int4-g128."""
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"architectures": ["LlamaForCausalLM"], "num_key_value_heads": 2, "tie_word_embeddings": True},
     "mistral": {"architectures": ["MistralForCausalLM"], "num_key_value_heads": 2, "sliding_window": 37},

@@ -16,17 +16,10 @@ from transformers import (
 
 from ramify.hf import LowBitLinear, RamifyConfig
 from ramify.quant import Format, quantize
+from ramify.testing.tiny_models import GROUPED
 
 TOKENS = torch.arange(7)[None] * 5
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "intermediate_size": 192,
-    "max_position_embeddings": 64,
-}
+SIZES = {"vocab_size": 64, **GROUPED}
 CONFIGS = {
     "t5": T5Config(vocab_size=64, d_model=128, d_kv=64, d_ff=256, num_layers=2, num_heads=2, decoder_start_token_id=0),
     "mamba": MambaConfig(vocab_size=64, hidden_size=128, num_hidden_layers=2, state_size=16, intermediate_size=256),

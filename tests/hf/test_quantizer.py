@@ -14,16 +14,9 @@ import ramify
 from ramify.convert import convert
 from ramify.hf import LowBitLinear, RamifyConfig
 from ramify.quant import Format, QuantizedWeight, quantize
+from ramify.testing.tiny_models import GROUPED
 
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "intermediate_size": 192,
-    "max_position_embeddings": 64,
-}
+SIZES = {"vocab_size": 61, **GROUPED}
 FORMATS = ["int4-g32", "int4-g64-zp", "int8", "fp8", "fp8-b128"]
 TOKENS = torch.arange(7)[None] * 5
 

@@ -14,17 +14,13 @@ from ramify.model.config import ModelConfig
 from ramify.quant import Format, QuantizedWeight
 from ramify.quant.packing import packed
 from ramify.quant.sources.ramify import config_of, stored
+from ramify.testing.tiny_models import GROUPED
 from ramify.tree import TokenTree
 
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
     "vocab_size": 50,
-    "hidden_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "intermediate_size": 192,
-    "max_position_embeddings": 64,
+    **GROUPED,
     "tie_word_embeddings": False,
     "dtype": "bfloat16",
 }
