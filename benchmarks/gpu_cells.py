@@ -214,14 +214,14 @@ def _tensors(x: tree.Inputs) -> tuple:
     return x.q, x.k, x.v, x.tail_k, x.tail_v, x.ancestors, x.prefix_len
 
 
-def _committed(*args: Tensor) -> tuple[Tensor, Tensor]:
-    ops.kv_commit(*args)
-    return args[2], args[3]
+def _in_place(op: Callable[..., None]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """An op that writes its third and fourth argument, as one that returns them."""
 
+    def call(*args: Tensor) -> tuple[Tensor, Tensor]:
+        op(*args)
+        return args[2], args[3]
 
-def _appended(*args: Tensor) -> tuple[Tensor, Tensor]:
-    ops.kv_append(*args)
-    return args[2], args[3]
+    return call
 
 
 CALLS: dict[str, tuple[Callable[..., Any], Callable[..., tuple] | None]] = {
@@ -232,8 +232,8 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[..., tuple] | None]] = {
     "verify_greedy": (ops.verify_greedy, None),
     "verify_sample": (ops.verify_sample, None),
     "residual_sample": (ops.residual_sample, None),
-    "kv_commit": (_committed, None),
-    "kv_append": (_appended, None),
+    "kv_commit": (_in_place(ops.kv_commit), None),
+    "kv_append": (_in_place(ops.kv_append), None),
     "rope_append": (lambda *args: (ops.rope_append(*args), *args[5:]), None),
     "attention_colsum": (ops.attention_colsum, None),
     "rms_norm": (ops.rms_norm, None),

@@ -9,10 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from ramify.checks import show
+from ramify.checks import INT32_MAX, show
 from ramify.errors import CheckpointError
-
-INT32_MAX = (1 << 31) - 1
 
 
 @dataclass(frozen=True)

@@ -51,16 +51,16 @@ struct Attention {
 
   template <class X>
   void pack_row(const X* x, float* group, int rows, int m) {
-    const auto value = [&](int64_t d) {
-      if constexpr (sizeof(X) == 2) return widen(x[d]);
-      if constexpr (sizeof(X) == 4) return x[d];
-    };
     if constexpr (kDot) {
       float* const out = group + m;
       bf16 rounded[kMaxHead];
       narrow_row(x, rounded, D);
       for (int64_t d = 0; d < D; d += 2) __builtin_memcpy(out + (d >> 1) * rows, rounded + d, 4);
     } else {
+      const auto value = [&](int64_t d) {
+        if constexpr (sizeof(X) == 2) return widen(x[d]);
+        if constexpr (sizeof(X) == 4) return x[d];
+      };
       for (int64_t d = 0; d < D; ++d) group[d * rows + m] = value(d) * log2_scale;
     }
   }

@@ -70,9 +70,12 @@ struct Exact {
     const int64_t first = m / kRows * kRows, rows = M - first < kRows ? M - first : kRows;
     for (int64_t k = 0; k < a.K; k += kLowBitGroup) {
       const int64_t count = a.K - k < kLowBitGroup ? a.K - k : kLowBitGroup;
+      const float* part = x + k;
       float rounded[kLowBitGroup];
-      for (int64_t i = 0; a.activations == kToBf16 && i < count; ++i) rounded[i] = widen(narrow(x[k + i]));
-      const float* const part = a.activations == kToBf16 ? rounded : x + k;
+      if (a.activations == kToBf16) {
+        for (int64_t i = 0; i < count; ++i) rounded[i] = widen(narrow(part[i]));
+        part = rounded;
+      }
       pack_row(a, part, count, static_cast<char*>(packed) + offset(a, M, first, k), int(rows), int(m - first));
     }
   }

@@ -18,6 +18,7 @@ from ramify.checks import between
 from ramify.draft.base import Drafter, Wants, drafter
 from ramify.model.step_out import StepOut
 from ramify.registry import drafter as drafters
+from ramify.sampling.pipeline import sampled
 from ramify.size._cost import CostTable
 from ramify.size._experience import Experience, remembered
 from ramify.size._rest import Rest
@@ -209,7 +210,7 @@ class _AutoSize(SizePolicy):
         for arm in self.auto.arms:
             arm.size.bind(model, requests)
         if model is not None:
-            self.log = remembered(model, "auto, sampled" if any(r.params.temperature > 0 for r in requests) else "auto")
+            self.log = remembered(model, "auto, sampled" if sampled(r.params for r in requests) else "auto")
         self.log.wait = max(self.log.wait, _FIRST)
 
     def rows(self, live: Sequence[int], lengths: Sequence[int]) -> list[int]:
@@ -266,7 +267,6 @@ class _AutoSize(SizePolicy):
 
     def _lose(self, arm: Arm, seconds: float) -> None:
         name = arm.drafter.name
-        self.log.lost += seconds
         self.log.lost_to[name] = self.log.lost_to.get(name, 0.0) + seconds
 
     @property
@@ -289,11 +289,11 @@ class _AutoSize(SizePolicy):
     def _leave_home(self, batch: int) -> None:
         """Begin a visit to the next drafter that is within its part of the time for visits; who is new waits until all losses are."""
         arms = self.auto.arms
-        log, allowed = self.log, self.auto.share * self.log.spent
+        log, allowed, lost_to_all = self.log, self.auto.share * self.log.spent, sum(self.log.lost_to.values())
         for other in sorted(range(len(arms)), key=lambda i: (arms[i].size.met, (i - self.next - 1) % len(arms))):
             arm = arms[other]
             price = arm.size.price(batch, self._rate)
-            lost = len(arms) * (log.lost_to.get(arm.drafter.name, 0.0) + price) if arm.size.met else log.lost + price
+            lost = len(arms) * (log.lost_to.get(arm.drafter.name, 0.0) + price) if arm.size.met else lost_to_all + price
             if other != self.home and lost <= allowed:
                 self.next = self.auto.chosen = other
                 self.visit, log.since, self._first = _VISIT, 0, not arm.size.met

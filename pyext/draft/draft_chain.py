@@ -17,7 +17,7 @@ import numpy as np
 from ramify.checks import between, flag, whole
 from ramify.draft._second_model import ROOM, ModelDrafter
 from ramify.draft.base import drafter
-from ramify.sampling.pipeline import Sampling, draw_children
+from ramify.sampling.pipeline import Sampling, draw_children, sampled
 from ramify.size.base import SizePolicy
 from ramify.size.fixed import Fixed
 from ramify.tree import TokenTree
@@ -49,7 +49,7 @@ class DraftChain(ModelDrafter):
 
     def propose(self, slots: Sequence[int], roots: Sequence[int], rows: Sequence[int]) -> TokenTree:
         """Run the draft model token by token; a sequence leaves the batch when it is unsure or has its rows."""
-        drawing = self.stochastic and any(self.params[slot].temperature > 0 for slot in slots)
+        drawing = self.stochastic and sampled(self.params[slot] for slot in slots)
         logits = any(self.params[slot].needs_logits for slot in slots)
         active = self.second.start(slots, roots, rows)
         sampling = self.sampling([t.slot for t in active])

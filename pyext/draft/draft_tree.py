@@ -22,7 +22,7 @@ import numpy as np
 from ramify.checks import between, flag, whole
 from ramify.draft._second_model import ROOM, Guessing, ModelDrafter
 from ramify.draft.base import drafter
-from ramify.sampling.pipeline import Sampling, draw_children
+from ramify.sampling.pipeline import Sampling, draw_children, sampled
 from ramify.size.base import SizePolicy
 from ramify.size.fixed import Fixed
 from ramify.tree import TokenTree
@@ -62,7 +62,7 @@ class DraftTree(ModelDrafter):
 
     def propose(self, slots: Sequence[int], roots: Sequence[int], rows: Sequence[int]) -> TokenTree:
         """Grow all sequences' trees together, one level per forward of the draft model."""
-        drawing = self.stochastic and any(self.params[slot].temperature > 0 for slot in slots)
+        drawing = self.stochastic and sampled(self.params[slot] for slot in slots)
         dice = any(self.params[slot].needs_logits for slot in slots)
         run = self.second.start(slots, roots, rows)
         sampling = self.sampling([t.slot for t in run])

@@ -19,6 +19,7 @@ import numpy as np
 
 from ramify.checks import flag, one_of, whole
 from ramify.draft.base import Drafter, drafter
+from ramify.sampling.pipeline import sampled
 from ramify.size.base import SizePolicy
 from ramify.size.weighed import Weighed
 from ramify.tree import TokenTree
@@ -124,8 +125,8 @@ class PromptLookup(Drafter):
     def bind(self, model: Any, requests: Sequence[Request]) -> None:
         """Learn which tokens end a text, and how guesses did with this target before."""
         self._eos = frozenset(model.config.eos_token_ids)
-        sampled = any(request.params.temperature > 0 for request in requests)
-        self._odds = _kept.setdefault(model, {}).setdefault(sampled, self._odds)
+        drawn = sampled(request.params for request in requests)
+        self._odds = _kept.setdefault(model, {}).setdefault(drawn, self._odds)
         self._odds.trust()
 
     def size_policy(self) -> SizePolicy:

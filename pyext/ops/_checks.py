@@ -3,6 +3,7 @@
 Every message: function, argument, what came; what is taken. What to do.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
@@ -10,13 +11,12 @@ import torch
 from torch import Tensor
 
 from ramify import backends
-from ramify.checks import INT64_MAX, show, whole
+from ramify.checks import INT32_MAX, INT64_MAX, show, whole
 from ramify.tree import MAX_ROWS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INT32, INT64 = (torch.int32,), (torch.int64,)
 INDICES = (torch.int32, torch.int64)
-INT32_MAX = (1 << 31) - 1
 
 Results = Sequence[tuple[Sequence[int], torch.dtype]]
 """Shape and dtype of every output of an op."""
@@ -182,15 +182,43 @@ def check_pages(op: str, page_table: Tensor, length: Tensor, k: Tensor) -> None:
             raise ValueError(f"{op}: page_table[{b}, {i}] is {int(pages[i])}; takes 0 to {k.shape[0] - 1}, the pages of k.")
 
 
-def check_most_rows(check: Shapes, T: int) -> None:
-    """Rows of a step, none at all included, are not more than every kernel takes."""
+def check_heads(op: str, Hq: int, Hkv: int) -> None:
+    """Every KV head serves as many query heads."""
+    if Hkv == 0 or Hq % Hkv:
+        raise ValueError(
+            f"{op}: q has {Hq} heads and k has {Hkv}; q heads must be a multiple of k heads. Axes are q [B, T, Hq, D], k [B, S, Hkv, D]."
+        )
+
+
+def check_tree(check: Shapes, q: Tensor, Hkv: int, ancestors: Tensor | None, scale: float, window: int, sink: int) -> None:
+    """Heads, rows (none at all included), words and numbers of an attention by the rows of trees."""
+    _, T, Hq, _ = q.shape
+    check_heads(check.op, Hq, Hkv)
     if T > MAX_ROWS:
         raise check.fail(f"q has {T} rows a sequence", f"1 to {MAX_ROWS}", "Lower the rows of the tree, or feed them in chunks.")
+    if ancestors is not None and 64 * ancestors.shape[2] < T:
+        raise check.fail(f"ancestors has {ancestors.shape[2]} words a row", f"{-(-T // 64)} for {T} rows")
+    if not math.isfinite(scale):
+        raise check.fail(f"scale is {scale}", "a finite number")
+    check_window(check, window, sink)
 
 
-def check_ancestors(op: str, ancestors: Tensor, used: Tensor | None) -> None:
-    """Every row in use sees itself and no later row."""
-    if wrong := wrong_row(ancestors, used):
+def slots_of(k: Tensor, page_table: Tensor | None) -> int:
+    """Slots of a sequence in a cache [B, S, ...], or in the pages of its table."""
+    return k.shape[1] * (1 if page_table is None else page_table.shape[1])
+
+
+def check_tree_values(
+    op: str, q: Tensor, k: Tensor, prefix_len: Tensor, page_table: Tensor | None, tail_rows: Tensor | None, ancestors: Tensor | None
+) -> None:
+    """Lengths fit their tensors, pages exist, and every row in use sees itself and no later row."""
+    for name, lengths, most in (("prefix_len", prefix_len, slots_of(k, page_table)), ("tail_rows", tail_rows, q.shape[1])):
+        for b, n in enumerate([] if lengths is None else lengths.tolist()):
+            if not 0 <= n <= most:
+                raise ValueError(f"{op}: {name}[{b}] is {n}; takes 0 to {most}.")
+    if page_table is not None:
+        check_pages(op, page_table, prefix_len, k)
+    if ancestors is not None and (wrong := wrong_row(ancestors, tail_rows)):
         b, i = wrong
         words = [f"{int(word) % 2**64:#x}" for word in ancestors[b, i]]
         raise ValueError(

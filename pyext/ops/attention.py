@@ -16,15 +16,14 @@ from ramify.ops._checks import (
     INT64,
     Results,
     Shapes,
-    check_ancestors,
     check_cache,
-    check_most_rows,
-    check_pages,
-    check_window,
+    check_heads,
+    check_tree,
+    check_tree_values,
     outputs,
     tensor,
     window_of,
-)  # fmt: skip
+)
 from ramify.ops._library import Op
 
 
@@ -111,7 +110,7 @@ def _check_interval(q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor,
     check("v", v, "B S Hkv D", (k.dtype,))
     check("start", start, "B T", INT32)
     check("end", end, "B T", INT32)
-    _check_heads("interval_attention", q.shape[2], k.shape[2])
+    check_heads("interval_attention", q.shape[2], k.shape[2])
     return (q.shape, q.dtype), (q.shape[:3], torch.float32)
 
 
@@ -149,19 +148,7 @@ def _check_tree_attention(
     check("prefix_len", prefix_len, "B", INT32)
     if tail_rows is not None:
         check("tail_rows", tail_rows, "B", INT32)
-    _, T, Hq, _ = q.shape
-    Hkv = tail_k.shape[2]
-    if Hq % Hkv:
-        raise ValueError(
-            f"tree_attention: q has {Hq} heads and k has {Hkv}; q heads must be a multiple of k heads. "
-            "Axes are q [B, T, Hq, D], k [B, S, Hkv, D]."
-        )
-    check_most_rows(check, T)
-    if 64 * ancestors.shape[2] < T:
-        raise check.fail(f"ancestors has {ancestors.shape[2]} words a row", f"{-(-T // 64)} for {T} rows")
-    if not math.isfinite(scale):
-        raise check.fail(f"scale is {scale}", "a finite number")
-    check_window(check, window, sink)
+    check_tree(check, q, tail_k.shape[2], ancestors, scale, window, sink)
     return ((q.shape, q.dtype), (q.shape[:3], torch.float32))
 
 
@@ -176,26 +163,9 @@ def _check_merge_states(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> R
     return ((o1.shape, o1.dtype), (lse1.shape, torch.float32))
 
 
-def _check_heads(op: str, Hq: int, Hkv: int) -> None:
-    if Hkv == 0 or Hq % Hkv:
-        raise ValueError(
-            f"{op}: q has {Hq} heads and k has {Hkv}; q heads must be a multiple of k heads. Axes are q [B, T, Hq, D], k [B, S, Hkv, D]."
-        )
-
-
 def _check_values(q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows) -> None:
     """Lengths fit their tensors and every used row sees itself and no later row."""
-    T = q.shape[1]
-    slots = k.shape[1] * (1 if page_table is None else page_table.shape[1])
-    for name, lengths, most in (("prefix_len", prefix_len, slots), ("tail_rows", tail_rows, T)):
-        if lengths is None:
-            continue
-        for b, n in enumerate(lengths.tolist()):
-            if not 0 <= n <= most:
-                raise ValueError(f"tree_attention: {name}[{b}] is {n}; takes 0 to {most}.")
-    if page_table is not None:
-        check_pages("tree_attention", page_table, prefix_len, k)
-    check_ancestors("tree_attention", ancestors, tail_rows)
+    check_tree_values("tree_attention", q, k, prefix_len, page_table, tail_rows, ancestors)
 
 
 def _reference(q, k, v, tail_k, tail_v, ancestors, prefix_len, page_table, scale, window, sink, tail_rows):

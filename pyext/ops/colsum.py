@@ -9,19 +9,7 @@ from torch import Tensor
 from ramify import reference
 from ramify.checks import number
 from ramify.ops import _cuda, _native
-from ramify.ops._checks import (
-    FLOATS,
-    INT32,
-    INT64,
-    Results,
-    Shapes,
-    check_ancestors,
-    check_most_rows,
-    check_pages,
-    check_window,
-    tensor,
-    window_of,
-)  # fmt: skip
+from ramify.ops._checks import FLOATS, INT32, INT64, Results, Shapes, check_tree, check_tree_values, slots_of, tensor, window_of
 from ramify.ops._library import Op
 
 
@@ -70,27 +58,13 @@ def _check(
     check("prefix_len", prefix_len, "B", INT32)
     if ancestors is not None:
         check("ancestors", ancestors, "B T W", INT64)
-        if 64 * ancestors.shape[2] < q.shape[1]:
-            raise check.fail(f"ancestors has {ancestors.shape[2]} words a row", f"{-(-q.shape[1] // 64)} for {q.shape[1]} rows")
     if page_table is not None:
         check("page_table", page_table, "B P", INT32)
     if tail_rows is not None:
         check("tail_rows", tail_rows, "B", INT32)
-    (B, _, Hq, _), Hkv = q.shape, k.shape[2]
-    if Hq % Hkv:
-        raise ValueError(
-            f"attention_colsum: q has {Hq} heads and k has {Hkv}; q heads must be a multiple of k heads. "
-            "Axes are q [B, T, Hq, D], k [B, S, Hkv, D]."
-        )
-    check_most_rows(check, q.shape[1])
-    if not math.isfinite(scale):
-        raise check.fail(f"scale is {scale}", "a finite number")
-    check_window(check, window, sink)
-    return (((B, Hkv, _slots(k, page_table)), torch.float32),)
-
-
-def _slots(k: Tensor, page_table: Tensor | None) -> int:
-    return k.shape[1] * (1 if page_table is None else page_table.shape[1])
+    B, Hkv = q.shape[0], k.shape[2]
+    check_tree(check, q, Hkv, ancestors, scale, window, sink)
+    return (((B, Hkv, slots_of(k, page_table)), torch.float32),)
 
 
 def _check_values(
@@ -98,14 +72,7 @@ def _check_values(
     sink: int, tail_rows: Tensor | None,
 ) -> None:  # fmt: skip
     """Lengths fit their tensors, pages exist, and ancestors are words of a tree."""
-    for name, lengths, most in (("prefix_len", prefix_len, _slots(k, page_table)), ("tail_rows", tail_rows, q.shape[1])):
-        for b, n in enumerate([] if lengths is None else lengths.tolist()):
-            if not 0 <= n <= most:
-                raise ValueError(f"attention_colsum: {name}[{b}] is {n}; takes 0 to {most}.")
-    if page_table is not None:
-        check_pages("attention_colsum", page_table, prefix_len, k)
-    if ancestors is not None:
-        check_ancestors("attention_colsum", ancestors, tail_rows)
+    check_tree_values("attention_colsum", q, k, prefix_len, page_table, tail_rows, ancestors)
 
 
 def _reference(q: Tensor, k: Tensor, lse: Tensor, prefix_len: Tensor, *rest: Any) -> tuple[Tensor]:

@@ -5,7 +5,7 @@ Everything is a function of one row, its request's parameters, its own text and 
 Only rows that a verifier visits are processed, and after top-k only what it kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -61,6 +61,11 @@ class SamplingParams:
     def is_plain(self) -> bool:
         """Whether a draw from softmax(logits / temperature) is all that is asked, at a temperature by which any logit can be divided."""
         return self.temperature >= _COLDEST and not self.top_k and self.top_p == 1 and not self.min_p and self.repetition_penalty == 1
+
+
+def sampled(texts: Iterable[SamplingParams]) -> bool:
+    """Whether any of these texts is drawn: each token of a text at temperature 0 is the most likely one."""
+    return any(params.temperature > 0 for params in texts)
 
 
 class Draws(NamedTuple):

@@ -33,7 +33,7 @@ class Experience:
 
     Widths up to the widest tree of the last few dozen steps are known; wider ones hold what was seen last, or the prior. opening: seconds
     that the first draft of a text takes beyond the others, such as a draft model's reading of the prompt. spent, lost: seconds of all
-    steps and of trials (lost_to: of each drafter's, where there are several); checked: `spent` when plain decoding was last looked at;
+    steps and of trials (lost_to: of each, where drafters are several); checked: `spent` when plain decoding was last looked at;
     wait, since: steps between two trials, and since the last.
     """
 

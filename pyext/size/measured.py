@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ramify.checks import between, show, whole
+from ramify.sampling.pipeline import sampled
 from ramify.size._cost import SETTLED, CostTable, cost_table
 from ramify.size._experience import FIRST_WAIT, WIDTHS, Experience, remembered
 from ramify.size._rest import MOST, Rest
@@ -81,8 +82,8 @@ class Measured(SizePolicy):
         if self.costs is None:
             self.costs = cost_table(model)
         if self.about:
-            sampled = any(r.params.temperature > 0 for r in requests)
-            self.experience = remembered(model, f"{self.about}, sampled" if sampled else self.about)
+            drawn = sampled(r.params for r in requests)
+            self.experience = remembered(model, f"{self.about}, sampled" if drawn else self.about)
         self._left = max((r.max_new_tokens for r in requests), default=np.inf)
 
     def rows(self, live: Sequence[int], lengths: Sequence[int]) -> list[int]:

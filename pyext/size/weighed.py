@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from ramify.checks import between, show, whole
+from ramify.sampling.pipeline import sampled
 from ramify.size._cost import SETTLED, CostTable, cost_table
 from ramify.size.base import SizePolicy, size_policy
 from ramify.tree import MAX_ROWS, TokenTree
@@ -101,7 +102,7 @@ class Weighed(SizePolicy):
         if self.costs is None:
             self.costs = cost_table(model)
         if self.about:
-            kind = self.about, any(r.params.temperature > 0 for r in requests)
+            kind = self.about, sampled(r.params for r in requests)
             self._asks = _kept.setdefault(model, {}).setdefault(kind, self._asks)
             self._asks.left = max(self._asks.left, _FRESH)
 
