@@ -108,6 +108,11 @@ class CacheView:
             cache.arena.note(path + self.draft_page[b] * PAGE, target)
             cache.lengths[slot] = begin + count
 
+    def moved(self, counts: Sequence[int]) -> None:
+        """Count what a device has committed by itself, counts[b] tokens in sequence b, into pages that it was given before."""
+        for slot, count in zip(self.slots, counts, strict=True):
+            self.cache.lengths[slot] += count
+
     def crop(self, lengths: Sequence[int]) -> None:
         """Forget committed tokens at the end: sequence b keeps its first lengths[b]. Raises ValueError for more than it has."""
         for slot, length in zip(self.slots, lengths, strict=True):

@@ -29,7 +29,8 @@ MOST_MOVES = 1 << 15
 class DeviceArena:
     """k, v [L, pages + 1, 64, Hkv, D] and draft_k, draft_v [L, 64 draft_pages + 1, Hkv, D] on `device`.
 
-    programs: the steps recorded over it. cos, sin f32 [positions, D / 2]: rotary tables as long as any position that fits.
+    programs: the steps recorded over it; states: what its turns hand on. cos, sin f32 [positions, D / 2]: rotary tables as long as any
+    position that fits.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class DeviceArena:
         self.spare_draft, self.spare_slot = draft_pages * PAGE, pages * PAGE
         self.free_pages = list(range(pages - 1, -1, -1))
         self.programs: dict = {}
+        self.states: dict = {}
         self.pending = 0
         self._source, self._target = (np.zeros(min(draft_pages * PAGE, MOST_MOVES), np.int32) for _ in range(2))
         self._flush: tuple[Mirror, bound.Bound] | None = None

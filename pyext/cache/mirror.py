@@ -13,38 +13,44 @@ _NUMPY = {torch.int32: np.int32, torch.int64: np.int64, torch.float32: np.float3
 class Mirror:
     """host[name], a numpy view, and device[name], a tensor view, of arrays {name: (shape, dtype)}; zeros at first.
 
-    The host's buffer is pinned where the device is a GPU. Copies are queued on the current stream and wait for nothing.
+    hosts: buffers on the host, `host` the first of them, for results of which one is read while the next arrives. They are pinned where
+    the device is a GPU. buffer: the device's bytes. Copies are queued on the current stream and wait for nothing.
     """
 
-    def __init__(self, device: torch.device, arrays: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+    def __init__(self, device: torch.device, arrays: Mapping[str, tuple[tuple[int, ...], torch.dtype]], hosts: int = 1) -> None:
         places, size = {}, 0
         for name, (shape, dtype) in arrays.items():
             places[name] = size
             size += -(-int(np.prod(shape)) * dtype.itemsize // _ALIGNED) * _ALIGNED
-        self._host = torch.zeros(max(size, 1), dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
-        self._device = torch.zeros(max(size, 1), dtype=torch.uint8, device=device)
-        self.host: dict[str, np.ndarray] = {}
+        like = {"dtype": torch.uint8, "device": "cpu", "pin_memory": device.type == "cuda"}
+        self._hosts = [torch.zeros(max(size, 1), **like) for _ in range(hosts)]
+        self.buffer = torch.zeros(max(size, 1), dtype=torch.uint8, device=device)
+        self.hosts: list[dict[str, np.ndarray]] = [{} for _ in self._hosts]
         self.device: dict[str, Tensor] = {}
         for name, (shape, dtype) in arrays.items():
             span = slice(places[name], places[name] + int(np.prod(shape)) * dtype.itemsize)
-            self.host[name] = self._host[span].numpy().view(_NUMPY[dtype]).reshape(shape)
-            self.device[name] = self._device[span].view(dtype).view(shape)
+            self.device[name] = self.buffer[span].view(dtype).view(shape)
+            for named, buffer in zip(self.hosts, self._hosts, strict=True):
+                named[name] = buffer[span].numpy().view(_NUMPY[dtype]).reshape(shape)
+        self.host = self.hosts[0]
 
     @property
     def nbytes(self) -> int:
         """Bytes that a copy moves."""
-        return self._host.nbytes
+        return self.buffer.nbytes
 
     def upload(self) -> None:
         """Host to device."""
-        self._device.copy_(self._host, non_blocking=True)
+        self.buffer.copy_(self._hosts[0], non_blocking=True)
 
-    def download(self) -> None:
-        """Device to host."""
-        self._host.copy_(self._device, non_blocking=True)
+    def download(self, host: int = 0) -> None:
+        """Device to that buffer of the host."""
+        self._hosts[host].copy_(self.buffer, non_blocking=True)
 
 
-def wait(device: torch.device) -> None:
-    """Until everything that is queued on the device's current stream is done."""
-    if device.type == "cuda":
+def wait(device: torch.device, event: torch.cuda.Event | None = None) -> None:
+    """Until everything that is queued on the device's current stream is done, or only what was before the event."""
+    if event is not None:
+        event.synchronize()
+    elif device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()

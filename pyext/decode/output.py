@@ -115,7 +115,12 @@ class Output:
         return reader.text
 
     def take(self, tokens: list[int]) -> int:
-        """Append what one step emitted, up to and including the token that ends the text; return how many were kept."""
+        """Append what one step emitted, up to and including the token that ends the text; return how many were kept.
+
+        Once the text has ended none are: a device may be a step ahead of whoever tells it so.
+        """
+        if self.finish_reason:
+            return 0
         count = min(len(tokens), self._left)
         if self._one_by_one or not self.request.eos.isdisjoint(tokens):
             count = self._take_singly(tokens[:count])
@@ -134,7 +139,7 @@ class Output:
 
     def tell(self, count: int) -> None:
         """Pass the newest `count` ids, and the text that they finished, to the stream."""
-        if self._stream is None:
+        if self._stream is None or not count:
             return
         piece = ""
         if self._reader is not None:

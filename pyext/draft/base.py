@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ramify.registry import drafter
-from ramify.tree import TokenTree
+from ramify.tree import StaticTree, TokenTree
 
 if TYPE_CHECKING:
     from ramify.decode.output import Request
@@ -67,6 +67,13 @@ class Drafter:
 
     def end(self, slots: Sequence[int]) -> None:
         """Forget these slots. Called for every slot that began, also after an interrupt, and harmless for one that did not."""
+
+    def static(self) -> StaticTree | None:
+        """What `propose` and `observe` come to, where that is filling one shape from a table; None where it is more.
+
+        A device that can then drafts, decides and learns by itself, several steps ahead of its host, which calls neither.
+        """
+        return None
 
     def size_policy(self) -> "SizePolicy | None":
         """A policy that belongs to this drafter, or None for the caller's choice."""

@@ -18,7 +18,8 @@ import numpy as np
 
 from ramify.checks import flag, one_of, show
 from ramify.draft.base import Drafter, Wants, drafter
-from ramify.tree import TokenTree
+from ramify.tree import StaticTree, TokenTree
+from ramify.tree.static_tree import Links
 
 if TYPE_CHECKING:
     from ramify.decode.output import Request
@@ -123,6 +124,10 @@ class TokenRecycling(Drafter):
         """Every row, accepted or not, says what is likely after its token."""
         self._learn(tree.tokens.tolist(), out.topk_ids)
 
+    def static(self) -> StaticTree | None:
+        """The template over the table. Rows whose token is not known stay in it, and nobody accepts them."""
+        return StaticTree(links, self.table) if type(self) is TokenRecycling else None  # another class may guess otherwise
+
     def _learn(self, tokens: list[int], likely: np.ndarray) -> None:
         if len(tokens) == 1:
             self.table[tokens[0]] = likely[0, :WIDTH]
@@ -142,6 +147,17 @@ def template(rows: int) -> tuple[list[tuple[np.ndarray, np.ndarray, np.ndarray]]
         at = [row for row, path in enumerate(paths) if len(path) == depth]
         levels.append((np.array(at), np.array([parents[row] for row in at]), np.array([paths[row][-1] for row in at])))
     return levels, parents
+
+
+@lru_cache(maxsize=256)
+def links(rows: int) -> Links:
+    """Parents and ranks of the first `rows` rows of the static tree."""
+    levels, parents = template(rows)
+    ranks = [0] * len(parents)
+    for at, _, rank in levels:
+        for row, r in zip(at.tolist(), rank.tolist(), strict=True):
+            ranks[row] = r
+    return tuple(parents), tuple(ranks)
 
 
 def _paths() -> list[tuple[int, ...]]:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ramify.backends import invariant
 from ramify.cache.device_arena import DeviceArena
-from ramify.cache.mirror import Mirror
 from ramify.model.config import ModelConfig
 from ramify.model.describe import Plan
 from ramify.model.weights import DeviceLinear, Weights
@@ -20,11 +19,13 @@ from ramify.ops._library import Bound
 
 
 class DeviceRecorder:
-    """`calls`, in order: first the moves that the last commits have asked for, then the model. describe.Recorder says the rest."""
+    """`calls`, in order, over tensors of the device by their names. describe.Recorder says the rest."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, arena: DeviceArena, plan: Plan, inputs: Mirror, results: Mirror):
+    def __init__(
+        self, config: ModelConfig, weights: Weights, arena: DeviceArena, plan: Plan, inputs: dict[str, Tensor], results: dict[str, Tensor]
+    ):
         self.config, self.weights, self.arena, self.plan = config, weights, arena, plan
-        self.inputs, self.results = inputs.device, results.device
+        self.inputs, self.results = inputs, results
         self.rows, self.dtype = plan.rows * plan.sequences, weights.dtype
         c = config
         self.x = self._buffer("x", c.hidden_size)
@@ -33,7 +34,7 @@ class DeviceRecorder:
         self.gate_up = self._buffer("gate_up", 2 * c.inner_size)
         self.q = self._buffer("q", c.num_heads * c.head_dim).view(self.rows, c.num_heads, c.head_dim)
         self.logits: Tensor | None = None
-        self.calls: list[Bound] = [arena.moves(inputs)]
+        self.calls: list[Bound] = []
         if plan.layers[0] > 0:
             self._copy(self.inputs["hidden"], self.x)
 

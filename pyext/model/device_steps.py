@@ -1,26 +1,27 @@
-"""Steps of a model on a device: recorded once for each plan, replayed as one CUDA graph, one copy in and one copy out.
+"""Steps of a model on a device: recorded once for each plan, one copy in and one copy out.
 
-On a device that is no GPU the recorded calls run one after the other; so everything but the graph itself is tested without one.
-Status: run on tensors of the CPU, under the emulator and in Triton's interpreter; the graph not yet run on hardware.
+Status: run on tensors of the CPU, under the emulator and in Triton's interpreter, not yet on hardware.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from ramify import backends, native_cuda
+from ramify import backends
 from ramify.cache.base import PageFormat
 from ramify.cache.cache import CacheView
 from ramify.cache.device_arena import MOST_MOVES, DeviceArena
 from ramify.cache.mirror import Mirror, wait
 from ramify.model.config import ModelConfig
 from ramify.model.describe import Plan, describe
+from ramify.model.device_graph import Recording
 from ramify.model.device_record import DeviceRecorder
 from ramify.model.rope import rope_tables
 from ramify.model.shape import DRAFT_PAGES, Shape
 from ramify.model.step_out import DeviceStepOut
 from ramify.model.weights import Weights
-from ramify.ops._bound import ASKING
 from ramify.sampling.pipeline import Draws
 from ramify.tree import MAX_ROWS, TokenTree
 
@@ -32,7 +33,7 @@ MOVES = 32
 class DeviceSteps:
     """The recorded steps of a model on `device`: one for each plan that was asked for, kept by the arena over which it runs."""
 
-    prefill_rows, draws = MAX_ROWS, True
+    prefill_rows, draws, takes_turns = MAX_ROWS, True, True
 
     def __init__(self, config: ModelConfig, weights: Weights, device: torch.device):
         self.config, self.weights, self.device = config, weights, device
@@ -79,14 +80,14 @@ class DeviceSteps:
         """The tables of an arena are ready for all of its positions."""
 
 
-class DeviceStep:
-    """A recorded step: its inputs and results, each in one buffer here and there, and its calls. Results hold until the next run.
+class DeviceStep(Recording):
+    """A recorded step: its inputs and results, each in one buffer here and there. Results hold until the next run.
 
-    graph: what replays the calls, None where they run one by one. copies: times that results were brought here.
+    copies: times that results were brought here.
     """
 
     def __init__(self, steps: DeviceSteps, arena: DeviceArena, plan: Plan, pages: int):
-        self.plan, self.arena, self.device = plan, arena, steps.device
+        self.plan, self.arena = plan, arena
         config, B, T = steps.config, plan.sequences, plan.rows
         rows = B * T
         arrays: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"ancestors": ((B, T, -(-T // 64)), I64)}
@@ -108,17 +109,11 @@ class DeviceStep:
         self.copies = 0
         self._shape: Shape | None = None
         self._at: slice | np.ndarray = slice(0, 0)  # of every row of the tree that is computed, its place in the step
-        record = DeviceRecorder(config, steps.weights, arena, plan, self.inputs, self.results)
+        record = DeviceRecorder(config, steps.weights, arena, plan, self.inputs.device, self.results.device)
+        record.calls.insert(0, arena.moves(self.inputs))  # what the last commits have asked for
         describe(record)
-        self.calls, self.logits = record.calls, record.logits
-        self.graph: torch.cuda.CUDAGraph | None = None
-        if steps.device.type == "cuda" and self.captures:
-            self.graph = self._capture(steps)
-
-    @property
-    def captures(self) -> bool:
-        """Whether no call needs an answer from the device, as some references do."""
-        return not any(call.op in ASKING and call.backend == "reference" for call in self.calls)
+        self.logits = record.logits
+        super().__init__(steps, record.calls)
 
     def fill(self, shape: Shape, tree: TokenTree, tokens: np.ndarray, lengths: np.ndarray, page_table: np.ndarray) -> None:
         """Write the inputs. A shape that the step has seen last is not written again."""
@@ -160,18 +155,10 @@ class DeviceStep:
         """Compute the step: a copy there, one launch of the graph or one call after the other, a copy back, and one wait."""
         self.arena.hand(self.inputs.host)
         self.inputs.upload()
-        if self.graph is None or eager:
-            self.replay()
-        else:
-            self.graph.replay()
+        self.launch(eager)
         self.results.download()
         self.copies += 1
         wait(self.device)
-
-    def replay(self) -> None:
-        """Make the recorded calls, one by one."""
-        for call in self.calls:
-            call.run()
 
     def out(self, shape: Shape) -> DeviceStepOut:
         """What the last `run` left: views, or where sequences are of unequal rows, copies without the rows between."""
@@ -190,20 +177,11 @@ class DeviceStep:
         at = self._at if isinstance(self._at, slice) else torch.from_numpy(self._at).to(self.device)
         return self.logits[at].cpu().numpy()
 
-    def _capture(self, steps: DeviceSteps) -> torch.cuda.CUDAGraph:
-        """The calls as a graph, after a run on a side stream that compiles and allocates; both work on rows and moves of nobody."""
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """Rows and moves of nobody."""
         self.inputs.host["slot"][:] = self.arena.spare_draft
         moves = {name: self.inputs.host[name] for name in ("source", "target", "moved")}
         moves["source"][:], moves["target"][:], moves["moved"][:] = self.arena.spare_draft, self.arena.spare_slot, 0
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device):
-            self.inputs.upload()
-            steps.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(steps.stream):
-                self.replay()
-                if any(call.backend == "cuda" for call in self.calls):  # held: a later launch that needs more of them makes others
-                    self._tickets: Tensor = native_cuda.tickets(self.device, 1)
-            steps.stream.synchronize()
-            with torch.cuda.graph(graph, pool=steps.pool, stream=steps.stream, capture_error_mode="thread_local"):
-                self.replay()
-        return graph
+        self.inputs.upload()
+        yield

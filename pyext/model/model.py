@@ -1,6 +1,5 @@
 """Model: token trees in, logits out, over captured steps."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,13 +12,14 @@ from ramify.cache.cache import Cache, CacheView
 from ramify.checks import show, whole
 from ramify.model.config import ModelConfig
 from ramify.model.device_steps import DeviceSteps
+from ramify.model.device_turns import DeviceTurns
 from ramify.model.shape import DRAFT_PAGES, Shape
-from ramify.model.step_out import StepOut
+from ramify.model.step_out import StepOut, check_finite
 from ramify.model.tokenizer import Tokenizer
 from ramify.model.weights import Weights
 from ramify.registry import page_format
 from ramify.sampling.pipeline import Draws
-from ramify.tree import MAX_ROWS, TokenTree
+from ramify.tree import MAX_ROWS, StaticTree, TokenTree
 
 FORMATS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -61,6 +61,11 @@ class Model:
     def draws(self) -> bool:
         """Whether `forward` draws tokens when it is asked to: on a GPU, from where logits would be long on their way."""
         return bool(self._steps.draws)
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether `turns` can be had: on a GPU, which should not wait for its host between two steps."""
+        return bool(self._steps.takes_turns)
 
     @property
     def backend(self) -> str:
@@ -155,6 +160,18 @@ class Model:
             out.logits = None
         return out
 
+    def turns(
+        self, view: CacheView, tree: StaticTree, roots: Sequence[int], left: Sequence[int], draws: Draws | None = None
+    ) -> DeviceTurns:
+        """Steps that draft from tree.table, decide and commit where the model is, `left` tokens of each sequence of `view` in all.
+
+        roots: the last token of each text, as in a tree. draws: as in `forward`; None takes the likeliest tokens. Of a model whose
+        `takes_turns` is True. Raises ValueError for a root outside the vocabulary and for more tokens than a slot holds.
+        """
+        self._check_view(view, len(roots))
+        self._check_tokens(np.asarray(roots, np.int32))
+        return DeviceTurns(self._steps, view, tree, roots, left, draws)
+
     def _check_request(self, span, taps, topk, hidden) -> tuple[int, ...]:
         L = self.config.num_layers
         if not 0 <= span[0] < span[1] <= L:
@@ -170,15 +187,8 @@ class Model:
         return taps
 
     def _forward(self, tree, view, first, span, head, topk, taps, hidden, limit, draws=None) -> StepOut:
-        if not isinstance(view, CacheView):
-            raise TypeError(f"forward: view is {show(view)}; takes slots of a cache: cache.of([0]).")
-        B, arena = len(tree.row_start) - 1, view.cache.arena
-        if view.cache.model is not self:
-            raise ValueError("forward: cache is another model's; takes one that this model's new_cache made.")
-        if not view.cache.live:  # its memory may be another cache's by now
-            raise ValueError("forward: cache was freed; takes one that was not. Make another with new_cache.")
-        if len(view.slots) != B:
-            raise ValueError(f"forward: tree has {B} sequences; takes {len(view.slots)}, as the view has.")
+        self._check_view(view, len(tree.row_start) - 1)
+        arena = view.cache.arena
         shape = Shape.of(tree, limit) if first is None else Shape.grown(tree, first, limit)
         step = self._steps.step(view, shape, tree, span, head, topk, taps, draws is not None)
         self._fill(step, shape, tree, view)
@@ -193,19 +203,31 @@ class Model:
         arena.flushed()
         view.draft_page, view.draft_rows = step.draft_page, shape.rows
         out: StepOut = step.out(shape)
-        if head and not math.isfinite(out.lse.sum()):  # type: ignore[union-attr]
-            row = int(np.flatnonzero(~np.isfinite(out.lse))[0])  # type: ignore[arg-type]
-            raise ValueError(f"forward: logits of row {row} are not finite; takes weights without NaN. Check the checkpoint.")
+        if out.lse is not None:
+            check_finite(out.lse)
         return out
+
+    def _check_view(self, view: CacheView, B: int) -> None:
+        if not isinstance(view, CacheView):
+            raise TypeError(f"forward: view is {show(view)}; takes slots of a cache: cache.of([0]).")
+        if view.cache.model is not self:
+            raise ValueError("forward: cache is another model's; takes one that this model's new_cache made.")
+        if not view.cache.live:  # its memory may be another cache's by now
+            raise ValueError("forward: cache was freed; takes one that was not. Make another with new_cache.")
+        if len(view.slots) != B:
+            raise ValueError(f"forward: tree has {B} sequences; takes {len(view.slots)}, as the view has.")
+
+    def _check_tokens(self, tokens: np.ndarray) -> None:
+        if int(tokens.view(np.uint32).max()) >= self.config.vocab_size:  # a negative id is a large unsigned one
+            bad = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)][0]
+            raise ValueError(f"forward: token {bad}; takes 0 to {self.config.vocab_size - 1}. Is it another model's vocabulary?")
 
     def _fill(self, step: Any, shape: Shape, tree: TokenTree, view: CacheView) -> None:
         """Write a step's inputs; checks what a wrong address could come from."""
         cache, B = view.cache, len(view.slots)
         lengths = cache.lengths[view.slots]
         tokens = tree.tokens if shape.keep is None else tree.tokens[shape.keep]
-        if int(tokens.view(np.uint32).max()) >= self.config.vocab_size:  # a negative id is a large unsigned one
-            bad = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)][0]
-            raise ValueError(f"forward: token {bad}; takes 0 to {self.config.vocab_size - 1}. Is it another model's vocabulary?")
+        self._check_tokens(tokens)
         last = int(lengths[0]) + shape.deepest if B == 1 else int((lengths + shape.depths).max())
         if last >= self.config.max_positions:
             raise ValueError(f"forward: position {last}; takes 0 to {self.config.max_positions - 1}. Shorten the text or the tree.")

@@ -26,7 +26,7 @@ from ramify.tree import TokenTree
 class Steps:
     """The captured steps of a model on the CPU: one for each plan that was asked for, kept by the arena over which it runs."""
 
-    prefill_rows, draws = PREFILL_ROWS, False
+    prefill_rows, draws, takes_turns = PREFILL_ROWS, False, False
 
     def __init__(self, config: ModelConfig, weights: Weights):
         self.config, self.weights = config, weights

@@ -1,5 +1,6 @@
 """What a forward returns."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -24,6 +25,13 @@ class StepOut:
     logits: np.ndarray | None = None
     taps: dict[int, np.ndarray] = field(default_factory=dict)
     drawn: np.ndarray | None = None
+
+
+def check_finite(lse: np.ndarray) -> None:
+    """Raises ValueError where the log-sum-exp of a row says that its logits are no numbers."""
+    if not math.isfinite(lse.sum()):
+        row = int(np.flatnonzero(~np.isfinite(lse))[0])
+        raise ValueError(f"forward: logits of row {row} are not finite; takes weights without NaN. Check the checkpoint.")
 
 
 class DeviceStepOut(StepOut):

@@ -17,7 +17,7 @@ from ramify.ops.linear import _linear, _low_bit
 from ramify.quant.packing import packed
 from ramify.quant.weight import QuantizedWeight
 
-ASKING = ("rope_append", "tree_attention")
+ASKING = ("rope_append", "tree_attention", "kv_commit", "verify_greedy")
 
 
 def embed(ids: Tensor, table: Tensor, out: Tensor) -> Bound:
@@ -110,6 +110,18 @@ def kv_moves(draft_k: Tensor, draft_v: Tensor, k: Tensor, v: Tensor, source: Ten
 def _move(draft_k: Tensor, draft_v: Tensor, k: Tensor, v: Tensor, source: Tensor, target: Tensor) -> None:
     for draft, cache in ((draft_k, k), (draft_v, v)):
         cache[:, target.long()] = draft[:, source.long()].to(cache.dtype)
+
+
+def verify_greedy(tokens: Tensor, parents: Tensor, chosen: Tensor, n_rows: Tensor, outs: Outputs) -> Bound:
+    """ops.verify_greedy; chosen: the token after every row, most likely or drawn. outs: path, count and bonus."""
+    return verify._verify_greedy.bind(outs, tokens, parents, chosen, n_rows)
+
+
+def kv_commit(
+    tail_k: Tensor, tail_v: Tensor, k: Tensor, v: Tensor, path: Tensor, count: Tensor, length: Tensor, page_table: Tensor
+) -> Bound:
+    """ops.kv_commit of all layers into pages."""
+    return kv._kv_commit.bind(tail_k, tail_v, k, v, path, count, length, page_table)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, add: bool) -> Bound:

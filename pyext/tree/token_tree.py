@@ -123,6 +123,14 @@ class TokenTree:
             tree._check_q("TokenTree.from_parents")
         return tree
 
+    @classmethod
+    def filled(cls, tokens: np.ndarray, parents: tuple[int, ...]) -> "TokenTree":
+        """One shape for all sequences, tokens int32 [B, T] as they are: a row without a token (-1) is a PAD, and nothing is merged."""
+        shape, packed = _tree_shape((parents,) * len(tokens)), tokens.ravel()
+        if packed.min() >= 0:
+            return cls(packed, *shape)
+        return cls(packed.clip(0), *shape[:-1], np.where(packed < 0, PAD, CANDIDATE).astype(np.uint8))
+
     @property
     def B(self) -> int:
         """Number of sequences."""

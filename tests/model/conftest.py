@@ -10,8 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ramify import backends
+from ramify.cache import device_arena
 from ramify.cache.mirror import wait
-from ramify.model import device_steps
+from ramify.model import device_steps, device_turns
 from ramify.testing import emulator
 from ramify.testing.device_model import device_model
 from ramify.testing.tiny_models import FAMILIES, write_tiny_model
@@ -78,12 +79,13 @@ class Engine:
         """A list that grows by one whenever a step waits for the device; only there may anything wait under `waits("error")`."""
         counted = []
 
-        def once(device):
+        def once(device, event=None):
             counted.append(device)
             with self.waits("default"):
-                wait(device)
+                wait(device, event)
 
-        monkeypatch.setattr(device_steps, "wait", once)
+        for module in (device_arena, device_steps, device_turns):
+            monkeypatch.setattr(module, "wait", once)
         return counted
 
     def load(self, folder, weights=None):
