@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ramify import ops, reference
+from ramify import backends, ops, reference
 from ramify.draft.token_recycling import WIDTH, TokenRecycling, template
+from ramify.ops import _bound
 from ramify.testing.tensors import TREES, padded, poisoned, random_tree, running, runs, threads
 
 I32 = torch.int32
@@ -210,3 +211,27 @@ def test_nothing_to_do():
     assert ops.table_draft(table, none, torch.tensor([-1, 0]).int(), torch.zeros(2, dtype=I32)).shape == (0, 2)
     ops.table_learn(table, none, torch.zeros(0, 3, dtype=I32))
     assert not table.any()
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_bound_calls(backend):
+    """Called again and again over what their tensors hold by then; values are not looked at, and none is read outside a tensor."""
+    table, likely = table_of(50, WIDTH, 1, 0.2), table_of(243, WIDTH, 2, 0.2)
+    roots, (parents, ranks), out = torch.tensor([3, 5, 7]), template_of(81), poisoned((3, 81), I32)
+    with backends.backend(backend):
+        draft, learn = _bound.table_draft(table, roots, parents, ranks, out), _bound.table_learn(table, out.view(-1), likely)
+    assert (draft.op, learn.op, draft.backend) == ("table_draft", "table_learn", backend or "cpu") and (out == -7).all()
+    for step in range(3):
+        roots += step
+        want, taught = reference.table_draft(table, roots, parents, ranks), table.clone()
+        reference.table_learn(taught, want.view(-1), likely)
+        draft.run()
+        learn.run()
+        assert torch.equal(out, want) and torch.equal(table, taught)
+    spoilt = parents.clone(), ranks.clone()
+    spoilt[0][[0, 4, 5, 6]] = torch.tensor([3, 5, -9, 1 << 30], dtype=I32)
+    spoilt[1][[7, 8]] = torch.tensor([WIDTH, -1], dtype=I32)
+    parents[4:7] = parents[7:9] = -1
+    with backends.backend(backend):
+        _bound.table_draft(table, roots, *spoilt, out).run()
+    assert torch.equal(out, reference.table_draft(table, roots, parents, ranks)) and (out[:, 4:9] == -1).all()
