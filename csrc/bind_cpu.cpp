@@ -79,7 +79,7 @@ PYBIND11_MODULE(_cpu, m) {
 #define SIZE(T) d[#T] = sizeof(T)
     SIZE(LinearArgs), SIZE(AttentionArgs), SIZE(RopeAppendArgs), SIZE(EmbedArgs), SIZE(RmsNormArgs), SIZE(SiluMulArgs), SIZE(RopeArgs),
         SIZE(CopyRowsArgs), SIZE(CommitArgs), SIZE(RowStatsArgs), SIZE(PackArgs), SIZE(ProbeArgs), SIZE(MergeArgs), SIZE(PlaceArgs),
-        SIZE(VerifyArgs), SIZE(ResidualArgs), SIZE(ColsumArgs);
+        SIZE(VerifyArgs), SIZE(ResidualArgs), SIZE(ColsumArgs), SIZE(TableDraftArgs), SIZE(TableLearnArgs);
 #undef SIZE
     return d;
   });

@@ -102,6 +102,8 @@ TABLE = (
     Kernel("verify_greedy", "cpu", (torch.int32, torch.int64)),
     Kernel("verify_sample", "cpu", _F32_BF16),
     Kernel("residual_sample", "cpu", (torch.float32, torch.bfloat16, torch.float64)),
+    Kernel("table_draft", "cpu", (torch.int32,)),
+    Kernel("table_learn", "cpu", (torch.int32,)),
     Kernel("tree_attention", "cuda", (torch.bfloat16,), {"D": HEAD_SIZES, "kv": (torch.bfloat16,)}, row_invariant=True),
     Kernel("tree_attention", "cuda", (torch.float16,), {"D": HEAD_SIZES, "kv": (torch.float16,)}, row_invariant=True),
     Kernel("interval_attention", "cuda", (torch.bfloat16,), {"D": HEAD_SIZES, "kv": (torch.bfloat16,)}, row_invariant=True),

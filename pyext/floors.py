@@ -141,6 +141,11 @@ FLOORS: dict[str, tuple[dict[str, str], Callable[..., tuple[int, int]]]] = {
     "verify_greedy": ({"tokens": "B T"}, lambda item, sizes, tokens, *_: (12 * prod(tokens), 0)),
     "verify_sample": ({"logits": "B T V"}, lambda item, sizes, x, *_: (prod(x) * item, 3 * prod(x))),
     "residual_sample": ({"p": "R V"}, lambda item, sizes, p, *_: (2 * prod(p) * item, 2 * prod(p))),
+    "table_draft": (
+        {"table": "V W", "roots": "B", "parents": "T"},
+        lambda item, sizes, table, roots, parents, *_: (8 * (roots[0] + 1) * parents[0], 0),
+    ),
+    "table_learn": ({"table": "V W", "tokens": "M"}, lambda item, sizes, table, tokens, *_: (tokens[0] * (4 + 8 * table[1]), 0)),
     "kv_append": ({"k": "B T Hkv D"}, lambda item, sizes, k, *_: (4 * prod(k) * item, 0)),
     "kv_commit": (
         {"tail_k": "B T Hkv D", "tail_v": "B T Hkv D", "k_cache": "pages page Hkv D", "v_cache": "pages page Hkv D", "path": "B A"},

@@ -90,6 +90,8 @@ ColsumArgs = _struct(
     "k_stride_h:i page_table:p table_stride:i page:i lse:p lse_stride_b:i lse_stride_t:i prefix_len:p tail_rows:p depth:p scale:d "
     "window:i sink:i out:p out_stride_b:i out_stride_h:i scratch:p",
 )
+TableDraftArgs = _struct("TableDraftArgs", 19, "B:i T:i V:i W:i table:p table_stride:i roots:p parents:p ranks:p out:p out_stride:i")
+TableLearnArgs = _struct("TableLearnArgs", 20, "M:i V:i W:i table:p table_stride:i tokens:p likely:p likely_stride:i")
 
 STRUCTS = (
     LinearArgs,
@@ -109,6 +111,8 @@ STRUCTS = (
     VerifyArgs,
     ResidualArgs,
     ColsumArgs,
+    TableDraftArgs,
+    TableLearnArgs,
 )
 
 uniform = _cpu.uniform

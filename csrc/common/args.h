@@ -252,6 +252,26 @@ struct DrawArgs {
   void* scratch;
 };
 
+// Trees filled from a table of likely successors: row t of a sequence follows the token of row parents[t], as rank ranks[t] of its
+// successors.
+struct TableDraftArgs {
+  int64_t B, T, V, W;
+  const int32_t* table;  // [V, W]
+  int64_t table_stride;
+  const int32_t *roots, *parents, *ranks;  // [B], [T], [T]
+  int32_t* out;                            // [B, T]; -1: not known
+  int64_t out_stride;
+};
+
+// Row tokens[m] of the table becomes the first W of row m, in the order of the rows.
+struct TableLearnArgs {
+  int64_t M, V, W;
+  int32_t* table;
+  int64_t table_stride;
+  const int32_t *tokens, *likely;  // [M], [M, W or more]
+  int64_t likely_stride;
+};
+
 // Weight [N, K] row-major -> panels. Zero-pads the last panel and an odd K.
 struct PackArgs {
   const void* weight;
@@ -291,6 +311,8 @@ enum Kernel : int64_t {
   kResidualSample,
   kColsum,
   kDraw,
+  kTableDraft,
+  kTableLearn,
   kKernels
 };
 

@@ -13,6 +13,7 @@ namespace ramify {
   extern const KernelRow low_bit_kernels[];   \
   extern const KernelRow attention_kernels[]; \
   extern const KernelRow colsum_kernels[];    \
+  extern const KernelRow draft_kernels[];     \
   extern const KernelRow glue_kernels[];      \
   extern const KernelRow kv_kernels[];        \
   extern const KernelRow merge_kernels[];     \
@@ -27,7 +28,7 @@ RAMIFY_LEVELS(X)
 
 namespace {
 
-constexpr int kFiles = 11;
+constexpr int kFiles = 12;
 
 struct Level {
   const char* name;
@@ -35,10 +36,11 @@ struct Level {
   bool (*adds_in_order)();
 };
 
-#define X(level)                                                                                                                        \
-  {#level,                                                                                                                              \
-   {level::linear_kernels, level::low_bit_kernels, level::attention_kernels, level::colsum_kernels, level::glue_kernels,                \
-    level::kv_kernels, level::merge_kernels, level::place_kernels, level::sample_kernels, level::verify_kernels, level::probe_kernels}, \
+#define X(level)                                                                                                                      \
+  {#level,                                                                                                                            \
+   {level::linear_kernels, level::low_bit_kernels, level::attention_kernels, level::colsum_kernels, level::draft_kernels,             \
+    level::glue_kernels, level::kv_kernels, level::merge_kernels, level::place_kernels, level::sample_kernels, level::verify_kernels, \
+    level::probe_kernels},                                                                                                            \
    level::adds_in_order},
 const Level levels[] = {RAMIFY_LEVELS(X)};
 #undef X

@@ -6,6 +6,7 @@ kernel that `ramify.explain` names.
 
 from ramify.ops.attention import interval_attention, merge_states, tree_attention
 from ramify.ops.colsum import attention_colsum
+from ramify.ops.draft import table_draft, table_learn
 from ramify.ops.glue import embed, rms_norm, rope, rope_append, silu_mul
 from ramify.ops.kv import kv_append, kv_commit
 from ramify.ops.linear import PackedWeight, linear
@@ -30,6 +31,8 @@ __all__ = [
     "rope_append",
     "row_stats",
     "silu_mul",
+    "table_draft",
+    "table_learn",
     "topk_logits",
     "tree_attention",
     "verify_greedy",

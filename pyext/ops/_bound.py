@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ramify.ops import _cuda, attention, glue, kv, sample, verify
+from ramify.ops import _cuda, attention, draft, glue, kv, sample, verify
 from ramify.ops._library import Bound, Outputs, launcher
 from ramify.ops.linear import _linear, _low_bit
 from ramify.quant.packing import packed
@@ -108,8 +108,18 @@ def kv_moves(draft_k: Tensor, draft_v: Tensor, k: Tensor, v: Tensor, source: Ten
 
 
 def _move(draft_k: Tensor, draft_v: Tensor, k: Tensor, v: Tensor, source: Tensor, target: Tensor) -> None:
-    for draft, cache in ((draft_k, k), (draft_v, v)):
-        cache[:, target.long()] = draft[:, source.long()].to(cache.dtype)
+    for tail, cache in ((draft_k, k), (draft_v, v)):
+        cache[:, target.long()] = tail[:, source.long()].to(cache.dtype)
+
+
+def table_draft(table: Tensor, roots: Tensor, parents: Tensor, ranks: Tensor, out: Tensor) -> Bound:
+    """ops.table_draft; what parents and ranks cannot be leaves its row without a token."""
+    return draft._table_draft.bind((out,), table, roots, parents, ranks)
+
+
+def table_learn(table: Tensor, tokens: Tensor, likely: Tensor) -> Bound:
+    """ops.table_learn."""
+    return draft._table_learn.bind(table, tokens, likely)
 
 
 def verify_greedy(tokens: Tensor, parents: Tensor, chosen: Tensor, n_rows: Tensor, outs: Outputs) -> Bound:

@@ -14,6 +14,11 @@ def crosses(a: Tensor, b: Tensor) -> bool:
     return first < second + other.nbytes() and second < first + one.nbytes()
 
 
+def apart(x: Tensor, written: Tensor) -> Tensor:
+    """x, or a copy of it where a tensor that is written while x is read may hold it."""
+    return x.clone() if crosses(x, written) else x
+
+
 def overlap(a: Tensor, b: Tensor) -> bool:
     """Whether a and b have a byte in common. Exact; marks every byte of a where their storages cross."""
     if a.numel() == 0 or b.numel() == 0 or not crosses(a, b):

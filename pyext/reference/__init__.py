@@ -4,6 +4,7 @@ Written to be read. Any float dtype, float64 included: a test compares a kernel 
 """
 
 from ramify.reference.attention import attention_colsum, interval_attention, merge_states, tree_attention
+from ramify.reference.draft import table_draft, table_learn
 from ramify.reference.glue import embed, rms_norm, rope, rope_append, silu_mul
 from ramify.reference.kv import kv_append, kv_commit
 from ramify.reference.linear import linear, quantize_rows
@@ -24,6 +25,8 @@ __all__ = [
     "rope_append",
     "row_stats",
     "silu_mul",
+    "table_draft",
+    "table_learn",
     "topk_logits",
     "tree_attention",
     "verify_greedy",

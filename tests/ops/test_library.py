@@ -27,6 +27,7 @@ q = torch.rand(1, 3, 8)
 sampled = x[None], tokens, parents, length[:1] * 3, torch.ones(1), torch.ones(1, dtype=torch.int64), length[:1]
 
 
+successors = torch.arange(18, dtype=I32).view(6, 3) % 6
 qkv, slots = torch.randn(3, 16), torch.tensor([5, 0, 2], dtype=I32)
 
 
@@ -81,6 +82,9 @@ RAW = [
     ("verify_sample.out", (*sampled, None, "det"), dict(zip(("path", "count", "bonus"), verdict))),
     ("residual_sample.default", (q[0], q[0].flip(0), torch.rand(3).double()), {}),
     ("residual_sample.out", (q[0], q[0].flip(0), torch.rand(3).double()), {"ids": torch.zeros(3, dtype=I32)}),
+    ("table_draft.default", (successors, at, parents[0], tokens[0] - 2), {}),
+    ("table_draft.out", (successors, at, parents[0], tokens[0] - 2), {"tokens": torch.zeros(3, 3, dtype=I32)}),
+    ("table_learn.default", (successors.clone(), tokens[0], successors[:3]), {}),
     ("kv_append.default", (rows, rows, *caches(), length, None, None), {}),
     ("kv_commit.default", (rows, rows, *caches(), torch.tensor([[0, 2], [1, 1]]), length, length, None), {}),
 ]  # fmt: skip
@@ -300,6 +304,11 @@ def commit_both(path):
     return k + 1, v
 
 
+def taught(table):
+    ops.table_learn(table, tokens[0], table[3:] + 1)
+    return table
+
+
 def turned(rows):
     k, v = heads()
     q = ops.rope_append(rows, angles[:, :2], angles[:, :2], at, slots - 1, k, v, k_norm=weight[:4])
@@ -324,6 +333,8 @@ CALLS = {
     "verify_greedy": lambda: ops.verify_greedy(tokens, parents, tokens + 1, length[:1] * 3)[0] + 1,
     "verify_sample": lambda: ops.verify_sample(sampled[0] * 2, *sampled[1:], q, mode="iid")[0] + 1,
     "residual_sample": lambda: ops.residual_sample(q[0] * 2, q[0], torch.full((3,), 0.5, dtype=torch.float64)) + 1,
+    "table_draft": lambda: ops.table_draft(successors * 1, at, parents[0], tokens[0] - 2) + 1,
+    "table_learn": lambda: taught(successors * 1) + 1,
     "kv_append": lambda: commit_both(torch.tensor([[0, 2], [1, 1]]))[0],
     "kv_commit": lambda: commit_both(torch.tensor([[2, 2], [1, 1]]))[0],
 }

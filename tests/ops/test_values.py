@@ -69,6 +69,7 @@ def inputs_of_every_look():
         "embed": (at, torch.randn(6, 4), torch.float32),
         "kv_append": (rows, rows, cache, cache, one, None, None),
         "kv_commit": (rows, rows, cache, cache, torch.tensor([[0, 2], [1, 1]]), one, one, None),
+        "table_draft": (tokens[:4], one, parents[0], n_rows[:1].expand(parents.shape[1]) * 0),
         "verify_greedy": (tokens, parents, tokens, n_rows),
         "verify_sample": (*sampled, q, "wor"),
         "residual_sample": (q[0], q[1], torch.rand(4).double()),
@@ -77,7 +78,7 @@ def inputs_of_every_look():
 
 def test_debug_looks_at_what_is_on_a_device():
     """A copy of a device's small tensors, and the shapes of the others, is all that any op's look at values needs."""
-    modules = [import_module(f"ramify.ops.{name}") for name in ("attention", "colsum", "glue", "kv", "sample", "verify")]
+    modules = [import_module(f"ramify.ops.{name}") for name in ("attention", "colsum", "draft", "glue", "kv", "sample", "verify")]
     looking = {x.name: x for module in modules for x in vars(module).values() if isinstance(x, (Op, InPlaceOp)) and x._values}
     fine = inputs_of_every_look()
     assert looking.keys() == fine.keys()
