@@ -98,6 +98,18 @@ def test_texts_and_tables_are_those_of_the_host(engine, folders, method, tempera
             assert got[:2] == want[:2] and (got[2].steps, got[2].accepted) == (want[2].steps, want[2].accepted)
 
 
+def test_each_call_has_its_own_seeds(engine, folders, by_host):
+    """The same recorded turn under other temperatures and seeds, then under the first ones again."""
+    model, results, count = engine.load(folders["llama"]), [], 3 if engine.slow else 12
+    calls = [{"temperature": t, "seed": seed} for t, seed in ((0.9, 1), (0.9, 2**63 + 5), (2.0, 1), (0.9, 1))]
+    for host in (False, True):
+        if host:
+            by_host()
+        results.append([texts(model, [[1, 2, 3]], "plain", max_new_tokens=count, **how)[0] for how in calls])
+    assert results[0] == results[1] and results[0][0] == results[0][3]
+    assert len({tuple(ids) for ids, _, _ in results[0]}) == 3
+
+
 def test_committed_keys_and_values_are_those_of_the_host(engine, folders, by_host):
     model, count, kept = engine.load(folders["qwen3"]), 5 if engine.slow else 70, []
     for host in (False, True):
