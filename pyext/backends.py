@@ -140,7 +140,7 @@ TABLE = (
     Kernel("verify_greedy", "triton", (torch.int32, torch.int64)),
     Kernel("verify_sample", "triton", _GPU),
     Kernel("residual_sample", "triton", (torch.float32, torch.float64)),
-    *(Kernel(op, name, (torch.int32,), row_invariant=True) for op in ("table_draft", "table_learn") for name in ("cpu", "cuda")),
+    *(Kernel(op, name, (torch.int32,), row_invariant=True) for op in ("table_draft", "table_learn") for name in DEVICE_OF),
 )
 """Everything that runs on a kernel; a call that no row takes runs in plain torch."""
 

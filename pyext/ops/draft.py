@@ -85,6 +85,7 @@ _table_draft = Op(
     reference=_draft,
     cpu=_native_draft.table_draft,
     cuda=_cuda_draft.table_draft,
+    triton="table_draft",
     values=_check_draft_values,
 )
 _table_learn = InPlaceOp(
@@ -95,4 +96,5 @@ _table_learn = InPlaceOp(
     reference.table_learn,
     cpu=_native_draft.table_learn,
     cuda=_cuda_draft.table_learn,
+    triton="table_learn",
 )
