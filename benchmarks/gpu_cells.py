@@ -17,6 +17,7 @@ from benchmarks import tree_attention as tree
 from benchmarks.peers import gpu_attention as peers
 from benchmarks.registry import Case, Provider
 from ramify import backends, ops, reference
+from ramify.draft.token_recycling import WIDTH, template
 from ramify.quant import Format
 from ramify.testing.tensors import random_tree
 
@@ -51,6 +52,8 @@ def cells(device: str, tiny: bool = False, seed: int = 0) -> Iterator[Cell]:
     yield Cell("verify_greedy", "int32", {"B": B, "T": T}, lambda: _greedy(device, B, T, seed))
     yield Cell("verify_sample", "f32", {"B": 1, "T": T, "V": V}, lambda: _sample(device, T, V, seed))
     yield Cell("residual_sample", "f32", {"R": B, "V": V}, lambda: _residual(device, B, V, seed))
+    yield Cell("table_draft", "int32", {"B": B, "T": 81, "V": V}, lambda: _draft(device, B, V, seed))
+    yield Cell("table_learn", "int32", {"M": 81 * B, "V": V}, lambda: _learn(device, 81 * B, V, seed))
     yield Cell("kv_commit", "bf16", {"L": L, "T": T, "A": T // 4 + 1, "S": S}, lambda: _commit(device, L, T, T // 4 + 1, S, seed))
     yield Cell("kv_append", "bf16", {"T": T, "S": S}, lambda: _append(device, T, S, seed))
     yield Cell("rope_append", "bf16", {"rows": T, "S": S}, lambda: _rope_append(device, T, S, seed))
@@ -110,6 +113,33 @@ def _residual(device: str, R: int, V: int, seed: int) -> Case:
     u = torch.rand(R, generator=g, dtype=torch.float64)
     want = reference.residual_sample
     return Case((p.to(device), q.to(device), u.to(device)), 8 * R * V, 2 * R * V, "fp32", lambda: (want(p.double(), q.double(), u),), 0.0)
+
+
+def _draft(device: str, B: int, V: int, seed: int) -> Case:
+    """Token Recycling's tree, of 6 levels, from a table that knows every token."""
+    g = torch.Generator().manual_seed(seed)
+    levels, parents = template(81)
+    ranks = torch.zeros(81, dtype=torch.int32)
+    for rows, _, rank in levels:
+        ranks[torch.from_numpy(rows)] = torch.from_numpy(rank).int()
+    table, roots = torch.randint(0, V, (V, WIDTH), generator=g).int(), torch.randint(0, V, (B,), generator=g).int()
+    args = table, roots, torch.tensor(parents, dtype=torch.int32), ranks
+    return Case(tuple(x.to(device) for x in args), 8 * 81 * (B + 1), 0, "fp32", lambda: (reference.table_draft(*args),), 0.0)
+
+
+def _learn(device: str, M: int, V: int, seed: int) -> Case:
+    """The rows of a step, a third of whose tokens come again; the table is written in place, the same at every call."""
+    g = torch.Generator().manual_seed(seed)
+    table, likely = (torch.randint(0, V, (n, WIDTH), generator=g).int() for n in (V, M))
+    tokens = torch.randint(0, V, (M,), generator=g).int()
+    tokens[::3] = tokens[1::3][: len(tokens[::3])]
+
+    def want() -> tuple[Tensor, ...]:
+        after = table.clone()
+        reference.table_learn(after, tokens, likely)
+        return (after,)
+
+    return Case(tuple(x.to(device) for x in (table.clone(), tokens, likely)), M * (4 + 8 * WIDTH), 0, "fp32", want, 0.0)
 
 
 def _commit(device: str, L: int, T: int, A: int, S: int, seed: int) -> Case:
@@ -232,6 +262,8 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[..., tuple] | None]] = {
     "verify_greedy": (ops.verify_greedy, None),
     "verify_sample": (ops.verify_sample, None),
     "residual_sample": (ops.residual_sample, None),
+    "table_draft": (ops.table_draft, None),
+    "table_learn": (lambda table, *rest: (ops.table_learn(table, *rest), table)[1:], None),
     "kv_commit": (_in_place(ops.kv_commit), None),
     "kv_append": (_in_place(ops.kv_append), None),
     "rope_append": (lambda *args: (ops.rope_append(*args), *args[5:]), None),
@@ -286,6 +318,7 @@ TORCH: dict[str, tuple[Callable[..., Any], Callable[..., tuple] | None]] = {
     "interval_attention": (_torch_causal, _heads_first),
     "merge_states": (reference.merge_states, None),
     "verify_greedy": (reference.verify_greedy, None),
+    "table_draft": (reference.table_draft, None),
 }
 """Op -> what torch offers for it."""
 

@@ -102,8 +102,6 @@ TABLE = (
     Kernel("verify_greedy", "cpu", (torch.int32, torch.int64)),
     Kernel("verify_sample", "cpu", _F32_BF16),
     Kernel("residual_sample", "cpu", (torch.float32, torch.bfloat16, torch.float64)),
-    Kernel("table_draft", "cpu", (torch.int32,)),
-    Kernel("table_learn", "cpu", (torch.int32,)),
     Kernel("tree_attention", "cuda", (torch.bfloat16,), {"D": HEAD_SIZES, "kv": (torch.bfloat16,)}, row_invariant=True),
     Kernel("tree_attention", "cuda", (torch.float16,), {"D": HEAD_SIZES, "kv": (torch.float16,)}, row_invariant=True),
     Kernel("interval_attention", "cuda", (torch.bfloat16,), {"D": HEAD_SIZES, "kv": (torch.bfloat16,)}, row_invariant=True),
@@ -142,6 +140,7 @@ TABLE = (
     Kernel("verify_greedy", "triton", (torch.int32, torch.int64)),
     Kernel("verify_sample", "triton", _GPU),
     Kernel("residual_sample", "triton", (torch.float32, torch.float64)),
+    *(Kernel(op, name, (torch.int32,), row_invariant=True) for op in ("table_draft", "table_learn") for name in DEVICE_OF),
 )
 """Everything that runs on a kernel; a call that no row takes runs in plain torch."""
 

@@ -124,6 +124,8 @@ LinearArgs = _struct(
     "zero:p zero_stride:i perm:p bias:p bias_type:i silu:i residual:p residual_type:i residual_stride:i out:p out_stride:i "
     "slice:i scratch:p tickets:p variant:i",
 )
+TableDraftArgs = _struct("TableDraftArgs", 16, "B:i T:i V:i W:i table:p table_stride:i roots:p parents:p ranks:p out:p out_stride:i")
+TableLearnArgs = _struct("TableLearnArgs", 17, "M:i V:i W:i table:p table_stride:i tokens:p likely:p likely_stride:i")
 
 STRUCTS = (
     FillArgs,
@@ -142,6 +144,8 @@ STRUCTS = (
     ColsumArgs,
     MmaArgs,
     LinearArgs,
+    TableDraftArgs,
+    TableLearnArgs,
 )
 
 _stand_in: Library | None = None

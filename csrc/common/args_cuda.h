@@ -243,6 +243,26 @@ struct LinearArgs {
   int64_t variant;
 };
 
+// Trees filled from a table of likely successors: row t of a sequence follows the token of row parents[t], as rank ranks[t] of its
+// successors.
+struct TableDraftArgs {
+  int64_t B, T, V, W;    // T: kMaxRows at most
+  const int32_t* table;  // [V, W]
+  int64_t table_stride;
+  const int32_t *roots, *parents, *ranks;  // [B], [T], [T]
+  int32_t* out;                            // [B, T]; -1: not known
+  int64_t out_stride;
+};
+
+// Row tokens[m] of the table becomes the first W of row m; of rows with one token the last counts.
+struct TableLearnArgs {
+  int64_t M, V, W;
+  int32_t* table;
+  int64_t table_stride;
+  const int32_t *tokens, *likely;  // [M], [M, W or more]
+  int64_t likely_stride;
+};
+
 struct FillArgs {  // out[i] = value + i, to show that a launch works
   uint32_t* out;
   int64_t count, value;
@@ -265,6 +285,8 @@ enum Kernel : int64_t {
   kColsum,
   kMmaProbe,
   kLinear,
+  kTableDraft,
+  kTableLearn,
   kKernels
 };
 

@@ -24,6 +24,8 @@ bool has_wgmma();                                            // whether the devi
 int attention_invariant(const AttentionArgs& a, void* stream);
 int join_attention(const AttentionArgs& a, void* stream);  // the parts of all chunks, after either
 int linear(const LinearArgs& a, void* stream);
+int table_draft(const TableDraftArgs& a, void* stream);
+int table_learn(const TableLearnArgs& a, void* stream);
 int residual_sample(const ResidualSampleArgs& a, void* stream);
 
 }  // namespace ramify::gpu

@@ -101,6 +101,10 @@ int ramify_cuda_run(int64_t kernel, const void* args, void* stream) {
       return call(linear, args, stream);
     case kResidualSample:
       return call(residual_sample, args, stream);
+    case kTableDraft:
+      return call(table_draft, args, stream);
+    case kTableLearn:
+      return call(table_learn, args, stream);
     default:
       return cudaErrorInvalidValue;
   }
@@ -142,6 +146,10 @@ int64_t ramify_cuda_size(int64_t kernel) {
       return sizeof(LinearArgs);
     case kResidualSample:
       return sizeof(ResidualSampleArgs);
+    case kTableDraft:
+      return sizeof(TableDraftArgs);
+    case kTableLearn:
+      return sizeof(TableLearnArgs);
     default:
       return -1;
   }

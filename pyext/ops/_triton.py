@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ramify.kernels import attention, colsum, glue, interval, kv, sample, verify
+from ramify.kernels import attention, colsum, draft, glue, interval, kv, sample, verify
 from ramify.kernels import linear_low_bit as low_bit
-from ramify.ops._memory import crosses
+from ramify.ops._memory import apart, crosses
 from ramify.quant.formats import Format
 
 Outputs = tuple[Tensor, ...]
@@ -217,6 +217,17 @@ def kv_commit(
     if tail_k.numel() and path.numel():
         layers = (x if x.ndim == 5 else x[None] for x in (tail_k, tail_v, k_cache, v_cache))
         kv.place(*layers, path, count.contiguous(), length.contiguous(), page_table)
+
+
+def table_draft(outs: Outputs, table: Tensor, roots: Tensor, parents: Tensor, ranks: Tensor) -> None:
+    """Tokens of each sequence's tree, straight into the output."""
+    draft.table_draft(table, roots.contiguous(), parents.contiguous(), ranks.contiguous(), outs[0])
+
+
+def table_learn(table: Tensor, tokens: Tensor, likely: Tensor) -> None:
+    """Rows of the table whose tokens are here."""
+    if tokens.numel():
+        draft.table_learn(table, apart(tokens.contiguous(), table), apart(likely, table))
 
 
 _SCRATCH = {"f32": torch.float32, "f64": torch.float64, "i32": torch.int32, "i64": torch.int64}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ramify import reference
-from ramify.ops import _native_draft
+from ramify.ops import _cuda_draft, _native_draft
 from ramify.ops._checks import INDICES, INT32, Results, Shapes
 from ramify.ops._library import InPlaceOp, Op
 from ramify.ops.verify import check_rows
@@ -84,6 +84,8 @@ _table_draft = Op(
     sizes=lambda table, *_: {"dtype": table.dtype},
     reference=_draft,
     cpu=_native_draft.table_draft,
+    cuda=_cuda_draft.table_draft,
+    triton="table_draft",
     values=_check_draft_values,
 )
 _table_learn = InPlaceOp(
@@ -93,4 +95,6 @@ _table_learn = InPlaceOp(
     lambda table, *_: {"dtype": table.dtype},
     reference.table_learn,
     cpu=_native_draft.table_learn,
+    cuda=_cuda_draft.table_learn,
+    triton="table_learn",
 )

@@ -338,6 +338,9 @@ def calls():
     _cuda.commit_layers(rand(1, 2, 2, 1, 24), rand(1, 2, 2, 1, 24), k, v, None, count, torch.tensor([15, 3], dtype=I32), table)
     tokens, parents, rows = trees(2, 12, "bushy", 9, 3)
     ops.verify_greedy(tokens, parents, tokens, rows)
+    successors = padded(torch.randint(0, 9, (9, 3), generator=g).int(), 3)
+    guesses = ops.table_draft(successors, at[1:], parents[0], parents[1].clamp(0, 2))
+    ops.table_learn(successors, guesses.view(-1)[3:], torch.ones(21, 5, dtype=I32))
     *given, q = sample_case(2, 3, 30, 132, mode="wor", tree="star")  # of the second tree both children are rejected
     ops.verify_sample(*given, padded(q), mode="wor")
     ops.residual_sample(rand(2, 2100).softmax(-1), rand(2, 2100).softmax(-1), torch.tensor([0.1, 0.9], dtype=torch.float64))

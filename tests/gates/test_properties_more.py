@@ -124,7 +124,26 @@ def linear(draw):
     return (lambda: [ops.linear(x, weight, **given, **how, out=draw.out(M, N))]), [(want, limit)]
 
 
-TABLE = verify_greedy, verify_sample, residual_sample, kv_append, kv_commit, attention_colsum, linear
+def table_draft(draw):
+    B, T, V, W = draw.whole(0, 5), draw.of([1, 2, 31, 33, 81, 200, 256]), draw.of([1, 2, 5, 300]), draw.whole(1, 9)
+    table, roots = draw.strided(torch.randint(-1 - V // 9, V + 1, (V, W), generator=draw.g).int()), draw.index(V + 1, B)
+    parents, ranks = torch.tensor(random_tree(T, draw.of(TREES), draw.g)).int(), torch.randint(0, W, (T,), generator=draw.g).int()
+    parents[torch.rand(T, generator=draw.g) < draw.of([0, 0.05])] = -1
+    args = table, draw.strided(roots), draw.strided(parents), draw.strided(ranks)
+    return (lambda: [ops.table_draft(*args, out=draw.out(B, T, dtype=I32))]), [(reference.table_draft(*args), 0)]
+
+
+def table_learn(draw):
+    M, V, W = draw.of([0, 1, 2, 31, 33, 200]), draw.of([1, 2, 5, 300]), draw.whole(1, 40)
+    table, likely = (
+        draw.strided(torch.randint(-9, 999, (n, W + more), generator=draw.g).int()) for n, more in ((V, 0), (M, draw.whole(0, 3)))
+    )
+    tokens, want = draw.strided(torch.randint(-1, V + 1, (M,), generator=draw.g).int()), table.clone()
+    reference.table_learn(want, tokens, likely)
+    return (lambda: [ops.table_learn(table, tokens, likely), table][1:]), [(want, 0)]
+
+
+TABLE = verify_greedy, verify_sample, residual_sample, kv_append, kv_commit, attention_colsum, linear, table_draft, table_learn
 
 
 def test_every_op_has_properties():

@@ -192,6 +192,14 @@ def verify(name):
     }[name]()
 
 
+def table(name, T=81):
+    from ramify.kernels import draft
+
+    ids, tree = functools.partial(meta, dtype=I32), meta(T, dtype=I32)
+    rest = {"table_draft": (ids(8), tree, tree, ids(8, T)), "table_learn": (ids(8 * T), ids(8 * T, 10))}[name]
+    getattr(draft, name)(ids(128256, 8), *rest)
+
+
 def place(page):
     from ramify.kernels import kv
 
@@ -228,6 +236,8 @@ CASES = {
     "rope_append": Case(lambda: glue("rope_append")),
     **{name: Case(lambda name=name: verify(name), ("LDG.E.128",)) for name in ("row_stats", "topk_logits", "topk_logits 32")},
     "verify_greedy": Case(lambda: verify("verify_greedy")),
+    **{name: Case(lambda name=name: table(name)) for name in ("table_draft", "table_learn")},
+    "table_draft T256": Case(lambda: table("table_draft", 256)),
     "kv_commit": Case(lambda: place(0)),
     "kv_commit paged": Case(lambda: place(64)),
     **{name: Case(lambda name=name: sample(name), ("LDG.E.128",)) for name in ("decide_rows", "draw_rows", "judge", "residual_sample")},

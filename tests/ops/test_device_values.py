@@ -7,7 +7,7 @@ CUDA kernels make of the same numbers is in tests/gates/test_cuda_emulated.py.
 import pytest
 import torch
 
-from ramify import backends
+from ramify import backends, reference
 from ramify.testing.tensors import attention_case, poisoned, running, sample_case
 
 I32, F32, NAN, INF = torch.int32, torch.float32, float("nan"), float("inf")
@@ -192,6 +192,35 @@ def test_residuals_of_no_weight(place, V):
     for p in (0.0, NAN, -INF):
         args = torch.full((2, V), p), torch.rand(2, V), torch.full((2,), 0.5, dtype=torch.float64)
         assert launch(place, "residual_sample", (poisoned((2,), I32),), *args)[0].tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize("bad", [-9, 3, 7, 8, 255, 256, MOST, -MOST - 1])
+def test_rows_that_no_tree_has(place, bad):
+    """A parent that is the row itself, a later one, none of the tree; a rank outside the table. Such a row holds no token."""
+    table, roots = torch.arange(27, dtype=I32).view(9, 3) % 9, ints(2, 8)
+    for at in (0, 3):
+        for spoil in ("parents", "ranks"):
+            tree = {"parents": ints(-1, 0, 0, 1, 2, 3, 3), "ranks": ints(-1, 0, 1, 2, 0, 1, 2)}
+            tree[spoil][at] = bad
+            got = launch(place, "table_draft", (poisoned((2, 7), I32),), table, roots, *tree.values())[0]
+            assert torch.equal(got, reference.table_draft(table, roots, *tree.values())) and (at == 0) == (got[0, at] >= 0).item()
+
+
+def test_ids_that_no_vocabulary_has(place):
+    """As a root, in the table and to learn: neither the table nor what stands around it is read or written there."""
+    from ramify.ops import _triton
+
+    inner, whole = within(torch.arange(27, dtype=I32).view(9, 3) % 9, -5)
+    inner[3:] = ints(9, -MOST - 1, MOST)
+    roots, parents = torch.tensor([2, 9, -1, WRAP + 2, 2 - WRAP, MOST]), ints(-1, 0, 1, 1)
+    for ids in (roots, roots.int()):
+        got = launch(place, "table_draft", (poisoned((6, 4), I32),), inner, ids, parents, ints(0, 1, 0, 2))[0]
+        assert torch.equal(got, reference.table_draft(inner, ids, parents, ints(0, 1, 0, 2))) and got[0].tolist() == [2, 7, -1, -1]
+    there, tokens = whole.to(place.device), ints(9, -1, MOST, 8, -MOST - 1).to(place.device)
+    with running("triton"):
+        _triton.table_learn(there[2:-2, 2:-2], tokens, torch.full((5, 4), 1 << 20, dtype=I32, device=place.device))
+    inner[8] = 1 << 20
+    assert torch.equal(there.cpu(), whole)
 
 
 def placed(place, paged, path, count, length, table=None, rows=5):

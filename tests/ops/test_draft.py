@@ -81,7 +81,7 @@ def test_draft(backend, level, T, W, kind, V):
     g, whole = torch.Generator().manual_seed(T + V), kind == "chain"  # one that is known to its end
     parents, ranks = template_of(T) if kind == "template" else tree_of(T, W, kind, T, 0.0 if whole else 0.1)
     table = table_of(V, W, T) if whole else padded(wrong_ids(table_of(V, W, T, 0.05), V, g, 0.02))
-    for B in (1, 2, 5):
+    for B in (1,) if whole else (1, 2, 5):
         roots = wrong_ids(torch.randint(0, V, (B,), generator=g), V, g, 0.0 if B == 1 else 0.2)
         out = padded(poisoned((B, T), I32))
         with running(backend, level):
@@ -89,7 +89,7 @@ def test_draft(backend, level, T, W, kind, V):
             again = ops.table_draft(table, roots.int(), parents, ranks)
         want = reference.table_draft(table, roots, parents, ranks)
         assert torch.equal(out, want) and torch.equal(again, want) and again.dtype == I32
-        assert (out._base[B:] == -7).all() and (out._base[:, T:] == -7).all() and (B > 1 or not whole or out.min() >= 0)
+        assert (out._base[B:] == -7).all() and (out._base[:, T:] == -7).all() and (not whole or out.min() >= 0)
 
 
 @pytest.mark.parametrize(("backend", "level"), runs("table_draft"))
@@ -103,7 +103,7 @@ def test_roots_beyond_32_bits_are_no_token(backend, level):
 
 @pytest.mark.parametrize(("backend", "level"), runs("table_learn"))
 @pytest.mark.parametrize("V", [1, 5, 1000])
-@pytest.mark.parametrize(("M", "W", "more"), [(1, 1, 0), (2, 3, 0), (7, 8, 2), (81, 8, 0), (1300, 3, 5)])
+@pytest.mark.parametrize(("M", "W", "more"), [(1, 1, 0), (2, 3, 0), (7, 8, 2), (81, 8, 0), (300, 3, 5)])
 def test_learn(backend, level, M, W, more, V):
     """The last row of a token stays, ids of no vocabulary teach nothing, and nothing beside the table's rows is written."""
     g = torch.Generator().manual_seed(M + V)

@@ -11,7 +11,15 @@ from ramify import backends, ops
 from ramify.testing.tensors import running
 
 BF16, M = torch.bfloat16, 7
-WHOLE = {"tree_attention", "kv_append", "kv_commit", "verify_greedy", "verify_sample"}  # a row more is another tree; or nothing is summed
+WHOLE = {
+    "tree_attention",
+    "kv_append",
+    "kv_commit",
+    "verify_greedy",
+    "verify_sample",
+    "table_draft",
+    "table_learn",
+}  # a row more is another tree; or nothing is summed
 
 
 def ops_of(*names):
