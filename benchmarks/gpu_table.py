@@ -103,10 +103,11 @@ def _model(found: dict[str, Any]) -> list[str]:
         figures = (f"{graph['median']:.0f}", spread, f"{calls['median']:.0f}", gain if row["captured"] else "no graph")
         steps.append((str(row["rows"]), *figures, how))
     lines += table(("zoo model, rows", "us", "p10-p90", "call by call", "graph gains", ""), steps, left=0)
-    made = [
-        (row["method"], str(row["tokens"]), f"{row['tokens_per_step']:.2f}", f"{row['tokens_per_second']:.0f}") for row in found["generate"]
-    ]
-    return lines + table(("generate", "tokens", "a step", "a second"), made, left=1)
+    made = []
+    for row in found["generate"]:
+        by, speed = "device" if row["turns"] else "host", f"{row['tokens_per_second']:.0f}"
+        made.append((row["method"], by, str(row["tokens"]), f"{row['tokens_per_step']:.2f}", speed))
+    return lines + table(("generate", "steps by", "tokens", "a step", "a second"), made)
 
 
 def _first(row: dict[str, Any]) -> str:

@@ -227,7 +227,8 @@ def test_a_rehearsal_of_the_whole_day(tmp_path, capsys):
     stepped = doc["model"]
     assert stepped["tests"]["passed"] == 1 and [row["rows"] for row in stepped["steps"]] == [1, 2] and stepped["identical"] == 1
     assert all(row["graph_us"]["median"] > 0 and not row["captured"] for row in stepped["steps"])
-    assert [row["method"] for row in stepped["generate"]] == ["plain", "token_recycling"] and "zoo model, rows" in gpu_table.text(doc)
+    ways = [("plain", True), ("plain", False), ("token_recycling", True), ("token_recycling", False)]
+    assert [(row["method"], row["turns"]) for row in stepped["generate"]] == ways and "zoo model, rows" in gpu_table.text(doc)
     assert all(len(row["tried"]) == 4 and row["best"] for row in doc["tune"])
     text = (tmp_path / "gpu_day-rehearsal.txt").read_text()
     assert "NO NUMBER HERE MEANS ANYTHING" in text and "verdict: " in text and text in capsys.readouterr().out
