@@ -228,10 +228,11 @@ def test_bound_calls(backend):
         draft.run()
         learn.run()
         assert torch.equal(out, want) and torch.equal(table, taught)
-    spoilt = parents.clone(), ranks.clone()
-    spoilt[0][[0, 4, 5, 6]] = torch.tensor([3, 5, -9, 1 << 30], dtype=I32)
-    spoilt[1][[7, 8]] = torch.tensor([WIDTH, -1], dtype=I32)
-    parents[4:7] = parents[7:9] = -1
+    table.copy_(table_of(50, WIDTH, 3))
+    (wrong, outside), first = (parents.clone(), ranks.clone()), (parents == 0).nonzero().flatten()
+    wrong[first[:5]] = torch.tensor([first[0], first[1] + 1, -9, 81, 1 << 30], dtype=I32)
+    outside[first[5:]] = torch.tensor([WIDTH, -1, 1 << 30], dtype=I32)
+    wrong[0], outside[0], parents[first] = 3, -9, -1
     with backends.backend(backend):
-        _bound.table_draft(table, roots, *spoilt, out).run()
-    assert torch.equal(out, reference.table_draft(table, roots, parents, ranks)) and (out[:, 4:9] == -1).all()
+        _bound.table_draft(table, roots, wrong, outside, out).run()
+    assert torch.equal(out, reference.table_draft(table, roots, parents, ranks)) and (out[:, 0] >= 0).all() and (out[:, 1:] == -1).all()
