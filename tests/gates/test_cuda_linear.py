@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from ramify import backends, native_cuda, ops
 from ramify.ops import _cuda_linear
+from ramify.quant import Format, QuantizedWeight
 from ramify.quant.formats import ALL
 from ramify.testing.linear import assert_linear, every_code, linear_inputs, low_bit_weight
 from ramify.testing.tensors import padded, poisoned
@@ -312,6 +313,18 @@ def test_row_is_its_own_where_shares_cross_panels(place, watched, monkeypatch, n
         whole = ops.linear(x, weight, bias, residual=residual, **how)
         for M in (1, 2, 9, 33):
             assert torch.equal(ops.linear(x[-M:], weight, bias, residual=residual[-M:], **how), whole[-M:]), f"{M} rows"
+
+
+@pytest.mark.parametrize("variant", ["few rows", "many rows"])
+def test_parts_are_added_in_the_order_of_the_inputs(place, watched, monkeypatch, variant, request):
+    """2^40 - 2^40 + 1 is 1 in f32 in no other order, whichever block comes last; every window is a part."""
+    if variant == "many rows":
+        request.getfixturevalue("many_rows")
+    monkeypatch.setattr(_cuda_linear, "BLOCKS", 20)
+    weight = QuantizedWeight(Format.parse("int8"), torch.ones(400, 2560, dtype=torch.int8), torch.ones(400, 1))
+    x = torch.zeros(3, 2560, dtype=BF16)
+    x[:, 511], x[:, 2000], x[:, 2559] = 2.0**40, -(2.0**40), 1
+    assert (run(place, x, weight) == 1).all()
 
 
 def shared_by(panels, pieces, count):
