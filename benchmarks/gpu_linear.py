@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.registry import Case, Provider
 from ramify import ops
-from ramify.ops import _cuda
+from ramify.ops import _cuda_linear
 from ramify.quant import Format, QuantizedWeight
 
 ROWS = (1, 4, 8, 16, 32, 64)
@@ -60,11 +60,11 @@ def tinygemm(x: Tensor, weight: QuantizedWeight) -> tuple[Any, ...]:
 
 @contextmanager
 def _variant(name: str) -> Any:
-    before, _cuda.LINEAR_VARIANT = _cuda.LINEAR_VARIANT, name
+    before, _cuda_linear.VARIANT = _cuda_linear.VARIANT, name
     try:
         yield
     finally:
-        _cuda.LINEAR_VARIANT = before
+        _cuda_linear.VARIANT = before
 
 
 def _forced(name: str) -> Callable[..., Tensor]:

@@ -122,7 +122,7 @@ LinearArgs = _struct(
     15,
     "live:p rows:i N:i K:i type:i x:p x_stride:i kind:i weight:p weight_stride:i scale:p scale_type:i scale_stride:i group:i lines:i "
     "zero:p zero_stride:i perm:p bias:p bias_type:i silu:i residual:p residual_type:i residual_stride:i out:p out_stride:i "
-    "slice:i scratch:p tickets:p variant:i",
+    "shares:i scratch:p tickets:p variant:i",
 )
 TableDraftArgs = _struct("TableDraftArgs", 16, "B:i T:i V:i W:i table:p table_stride:i roots:p parents:p ranks:p out:p out_stride:i")
 TableLearnArgs = _struct("TableLearnArgs", 17, "M:i V:i W:i table:p table_stride:i tokens:p likely:p likely_stride:i")

@@ -237,9 +237,9 @@ struct LinearArgs {
   int64_t residual_type, residual_stride;
   void* out;
   int64_t out_stride;
-  int64_t slice;      // inputs that are summed before they join the rest, a multiple of kLinearWindow
-  float* scratch;     // where there are several slices: sums of whole blocks, as Python counts them
-  uint32_t* tickets;  // a panel and 32 rows each, zero before and after
+  int64_t shares;     // of the inputs of all panels, at most: half as many where a block has 2 kLinearPanel outputs
+  float* scratch;     // where there are several shares: sums of panels that end up in more than one, as Python counts them
+  uint32_t* tickets;  // one for every such panel and block of rows, zero before and after
   int64_t variant;
 };
 

@@ -9,7 +9,7 @@
 //          into the codes' order instead (linear_tile.cuh, codes.cuh), so a weight lies in memory once for every backend.
 // Numbers  codes are exact in 16 bits, products exact in f32, scales and zeros multiply f32 sums: no weight is rounded. A NaN code makes
 //          its output NaN.
-// Traffic  N K bits / 8 bytes and the scales, once for 32 rows; x and sums of slices as in linear.cu.
+// Traffic  N K bits / 8 bytes and the scales, once for 32 rows; x and sums of parts as in linear.cu.
 // Registers within 128, two blocks an SM; 74 to 100 KiB of shared memory, three blocks an SM for up to 8 rows on sm_90.
 #include "cuda/entries.h"
 #include "cuda/linear_tile.cuh"

@@ -2,11 +2,13 @@
 //
 // Operands  weights are the 16 rows of m16n8k16 and rows of x its 8 columns: nothing is padded to 16 rows of x, and what a row comes out
 //           as depends on no other. Any group of 32 inputs is two products, and a scale multiplies their f32 sum.
-// Block     128 outputs, up to 32 rows of x, a slice of the inputs. A warp takes 32 outputs and every other piece of 64 bytes of their
-//           weights, which it copies for itself through a ring of 3 or 4 stages: inside a window of 512 inputs there is no barrier.
-//           A window of x, gathered and reordered on the way, its scales and zeros are shared by the block.
+// Block     panels of 128 outputs, one after the other, and up to 32 rows of x. A warp takes 32 outputs and every other piece of 64 bytes
+//           of their weights, which it copies for itself through a ring of 3 or 4 stages: inside a window of 512 inputs there is no
+//           barrier. A window of x, gathered and reordered on the way, its scales and zeros are shared by the block.
 // Zeros     sum((code - zero) x) is sum(code x) - zero sum(x): a fractional zero is not rounded either.
-// Slices    end by N and K alone (Python says where): the same bits for 1 and for 256 rows, in any order of blocks.
+// Shares    a block has an equal share of all panels' windows, which may end one panel and begin the next: all blocks run at a time, and
+//           the ring runs on into the next panel while the sums of the last, which take the place of x, are joined. Shares end by N, K
+//           and a constant alone: the same bits for 1 and for 256 rows, in any order of blocks.
 // Shared    swizzled by 16 bytes: copies, weight loads of 4, 8 or 16 bytes and loads of x all meet 32 different banks.
 #pragma once
 #include "cuda/linear_parts.cuh"
@@ -20,7 +22,7 @@ constexpr int kStageBytes = 32 * kPiece;                                // of a 
 constexpr int kChunks = kLinearWindow / kChunk;                         // of one row of x
 constexpr int kWindowBits = 9;
 static_assert(1 << kWindowBits == kLinearWindow, "its logarithm");
-constexpr int kScalePitch = kLinearPanel + 4, kSumPitch = kLinearPanel + 4;
+constexpr int kScalePitch = kLinearPanel + 4;
 
 template <class W, int kTiles>
 struct Tile {
@@ -30,7 +32,7 @@ struct Tile {
   static constexpr int kWords = W::kBits / 4;                               // of eight codes
   static constexpr int kSteps = kLinearWindow / (kWays * kStep);            // of one warp in a window
   static constexpr int kRing = kStages * kWarps * kStageBytes, kX = kTokens * kLinearWindow * 2;
-  static_assert(kWays * kTokens * kSumPitch * 4 <= kRing + kX, "the sums take the place of the ring and of x");
+  static_assert(kWays * kTokens * kLinearPanel * 4 <= kX, "the sums take the place of x");
   static constexpr int kMostGroups = kLinearWindow / 32;
   static_assert(kRing + kX + kMostGroups * (2 * kScalePitch + kTokens) * 4 + 128 <= 99 * 1024, "what a block of sm_86 and sm_120 may have");
 };
@@ -46,10 +48,9 @@ int shared_bytes(const LinearArgs& a) {
 
 // What a block works on.
 struct Work {
-  int panel, slice, slices, K, first, rows;  // first row of x, how many there are
-  int group;                                 // logarithm of the inputs that share a scale: at most of a window
-  unsigned char* ring;
-  Quad* x;  // [kTokens][kChunks], places of odd rows swapped by fours
+  int panel, K, first, rows;  // first row of x, how many there are
+  int group;                  // logarithm of the inputs that share a scale: at most of a window
+  Quad* x;                    // [kTokens][kChunks], places of odd rows swapped by fours
   float *scale, *zero, *total;
 };
 
@@ -179,13 +180,16 @@ RT_FN void add_stage(const LinearArgs& a, const Work& work, const unsigned char*
   }
 }
 
-// Both ways' sums of the block, one after the other; then the slices'.
+// Where the sum of an output lies: the outputs of row 2t are moved by 8t, so that the lanes of a warp store to 32 different banks.
+RT_FN int sum_place(int token, int output) { return token * kLinearPanel + (output ^ (token & 6) << 2); }
+
+// Both ways' sums of the block, one after the other; then those of the panel's parts.
 template <class W, int kTiles>
-RT_FN void store(const LinearArgs& a, const Work& work, int place, Sums<kTiles>& sums) {
+RT_FN void store(const LinearArgs& a, const Work& work, const Shares& shares, Sums<kTiles>& sums) {
   using S = Tile<W, kTiles>;
-  RT_SHARED(int, last, [1]);
+  RT_SHARED(Part, part, [1]);
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
-  float* const all = reinterpret_cast<float*>(work.ring);
+  float* const all = reinterpret_cast<float*>(work.x);
 #pragma unroll
   for (int i = 0; i < 2; ++i)
 #pragma unroll
@@ -196,72 +200,78 @@ RT_FN void store(const LinearArgs& a, const Work& work, int place, Sums<kTiles>&
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int token = 8 * n + 2 * t + e, output = warp % kStripes * 32 + 16 * i + 8 * half + g;
-          all[(warp / kStripes * S::kTokens + token) * kSumPitch + output] = nan ? not_a_number() : sums.y[i][n][2 * half + e];
+          all[sum_place(warp / kStripes * S::kTokens + token, output)] = nan ? not_a_number() : sums.y[i][n][2 * half + e];
         }
     }
+  if (threadIdx.x == 0) {  // alone, or every thread would keep what this takes in registers
+    part[0] = part_of(shares, work.panel);
+    part[0].output = work.panel * kLinearPanel, part[0].row = work.first, part[0].rows = work.rows;
+  }
   __syncthreads();
-  const Part part = {work.panel * kLinearPanel, place, work.slice, work.slices, work.first, work.rows, last};
   const auto sum = [&](int token, int output) {
-    float y = all[token * kSumPitch + output];
+    float4 y = *reinterpret_cast<const float4*>(all + sum_place(token, output));
 #pragma unroll
-    for (int way = 1; way < kWays; ++way) y += all[(way * S::kTokens + token) * kSumPitch + output];
+    for (int way = 1; way < kWays; ++way) y = plus(y, *reinterpret_cast<const float4*>(all + sum_place(way * S::kTokens + token, output)));
     return y;
   };
-  join<W, S::kTokens, kLinearPanel, kLinearThreads>(a, part, sum, [] { __syncthreads(); });
+  join<W, S::kTokens, kLinearPanel, kLinearThreads>(a, part[0], sum, [] { __syncthreads(); });
 }
 
-// Rows of x from `row` on; blocks of the same weights are neighbours, so that the L2 cache serves all but the first of them.
+// Rows of x from `row` on. Blocks of the same weights are neighbours, so that the L2 cache serves all but the first of them.
 template <class W, int kTiles>
-__global__ void __launch_bounds__(kLinearThreads, kTiles == 1 ? 3 : 2) linear_kernel(const LinearArgs a, int row, int blocks) {
+__global__ void __launch_bounds__(kLinearThreads, kTiles == 1 ? 3 : 2) linear_kernel(const LinearArgs a, const Shares shares, int row) {
   using S = Tile<W, kTiles>;
   RT_DYN(unsigned char, space);
-  const int block = int(blockIdx.x) % blocks, place = int(blockIdx.x) / blocks, slice = int(a.slice);
+  const int share = int(blockIdx.y), windows = int(shares.pieces);
   Work work;
-  work.K = int(a.K), work.slices = (work.K + slice - 1) / slice, work.slice = place % work.slices, work.panel = place / work.slices;
-  work.first = row + block * S::kTokens;
+  work.K = int(a.K);
+  work.first = row + int(blockIdx.x) * S::kTokens;
   work.rows = min(S::kTokens, int(live_rows(a.live, a.rows)) - work.first);
   if (work.rows <= 0) return;
-  work.ring = space;
   work.x = reinterpret_cast<Quad*>(space + S::kRing);
   work.scale = reinterpret_cast<float*>(space + S::kRing + S::kX);
   work.group = a.group ? __ffs(int(a.group)) - 1 : kWindowBits;
   const int groups = kLinearWindow >> work.group;
   work.zero = work.scale + groups * kScalePitch, work.total = work.zero + groups * kScalePitch;
 
-  const int warp = threadIdx.x / 32, way = warp / kStripes, begin = work.slice * slice, end = min(begin + slice, work.K);
-  const Source source = source_of<W>(a, work.panel * kLinearPanel + warp % kStripes * 32);
+  const int warp = threadIdx.x / 32, way = warp / kStripes, begin = shares.begin(share);
+  int left = shares.begin(share + 1) - begin, k = begin % windows * kLinearWindow;  // windows, from input k of the panel on
+  work.panel = begin / windows;
   unsigned char* const ring = space + warp * kStageBytes;
-  const int steps = (end + S::kStep - 1) / S::kStep;
-  int ahead = begin / S::kStep + way;  // the next step to fetch
+  int ahead = k / S::kStep + way, outputs = work.panel * kLinearPanel + warp % kStripes * 32;  // the next to fetch
   const auto fetch_next = [&](int slot) {
-    if (ahead < steps) fetch<4>(source, ahead, ring + slot * kWarps * kStageBytes);
+    fetch<W>(a, outputs, ahead, ring + slot * kWarps * kStageBytes);
     ahead += kWays;
-    rt::cp_commit();
+    if (ahead >= windows * (kWays * S::kSteps)) ahead = way, outputs += kLinearPanel;
   };
-  for (int slot = 0; slot < S::kStages; ++slot) fetch_next(slot);
-  Sums<kTiles> sums;
-  clear<kTiles>(sums.y);
-  sums.nan[0][0] = sums.nan[0][1] = sums.nan[1][0] = sums.nan[1][1] = 0;
-  int slot = 0;
-  for (int k = begin; k < end; k += kLinearWindow) {
-    __syncthreads();  // all are done with the window before
-    stage_inputs<W, kTiles>(a, work, k);
-    if constexpr (W::kGroups) stage_scales<W>(a, work, k);
-    __syncthreads();
-#pragma unroll 1
-    for (int j = 0; j < S::kSteps; ++j) {
-      const int step = kWays * j + way;
-      rt::cp_wait<S::kStages - 1>();
-      __syncwarp();
-      if (k + step * S::kStep < end) add_stage<W, kTiles>(a, work, ring + slot * kWarps * kStageBytes, step * S::kStep / kChunk, sums);
-      __syncwarp();
-      fetch_next(slot);
-      slot = slot + 1 == S::kStages ? 0 : slot + 1;
-    }
+  for (int slot = 0; slot < S::kStages; ++slot) {
+    if (slot < left * S::kSteps) fetch_next(slot);
+    rt::cp_commit();
   }
-  rt::cp_wait<0>();
-  __syncthreads();
-  store<W, kTiles>(a, work, work.panel * blocks + block, sums);
+  Sums<kTiles> sums;
+  for (int slot = 0; left > 0; k = 0, ++work.panel) {
+    clear<kTiles>(sums.y);
+    sums.nan[0][0] = sums.nan[0][1] = sums.nan[1][0] = sums.nan[1][1] = 0;
+    for (; left > 0 && k < work.K; --left, k += kLinearWindow) {
+      __syncthreads();  // all are done with the window or the sums before
+      stage_inputs<W, kTiles>(a, work, k);
+      if constexpr (W::kGroups) stage_scales<W>(a, work, k);
+      __syncthreads();
+#pragma unroll 1
+      for (int j = 0; j < S::kSteps; ++j) {
+        const int step = kWays * j + way;
+        rt::cp_wait<S::kStages - 1>();
+        __syncwarp();
+        if (k + step * S::kStep < work.K) add_stage<W, kTiles>(a, work, ring + slot * kWarps * kStageBytes, step * S::kStep / kChunk, sums);
+        __syncwarp();
+        if (j + S::kStages < left * S::kSteps) fetch_next(slot);
+        rt::cp_commit();
+        slot = slot + 1 == S::kStages ? 0 : slot + 1;
+      }
+    }
+    __syncthreads();
+    store<W, kTiles>(a, work, shares, sums);
+  }
 }
 
 template <class W, int kTiles>
@@ -269,11 +279,11 @@ int start_tiles(const LinearArgs& a, cudaStream_t stream) {
   auto* const kernel = linear_kernel<W, kTiles>;
   const int bytes = shared_bytes<W, kTiles>(a);
   if (const int error = rt::allow_shared(kernel, bytes)) return error;
-  const int64_t panels = (a.N + kLinearPanel - 1) / kLinearPanel, slices = (a.K + a.slice - 1) / a.slice;
+  const Shares shares = shares_of(a, kLinearPanel, kLinearWindow, a.shares);
   for (int64_t row = 0; row < a.rows; row += kLinearRows) {
     const int64_t rows = a.rows - row < kLinearRows ? a.rows - row : kLinearRows;
-    const int blocks = int((rows + 8 * kTiles - 1) / (8 * kTiles));
-    RT_LAUNCH(kernel, dim3(unsigned(panels * slices * blocks)), dim3(kLinearThreads), bytes, stream, a, int(row), blocks);
+    const dim3 grid(unsigned((rows + 8 * kTiles - 1) / (8 * kTiles)), shares.count);
+    RT_LAUNCH(kernel, grid, dim3(kLinearThreads), bytes, stream, a, shares, int(row));
     if (const int error = cudaGetLastError()) return error;
   }
   return cudaSuccess;

@@ -4,10 +4,12 @@
 // What     as linear_low_bit.cu: every format, in its canonical form.
 // Operands weights, decoded in registers, are the 64 rows of wgmma m64n64k16; 64 rows of x are its columns, in shared memory. A weight is
 //          decoded once for 64 rows, and a scale multiplies the f32 sum of its inputs: no weight is rounded.
-// Block    256 outputs and a slice of the inputs. Two warpgroups take 128 outputs each, as two products of 64, so that one is decoded while
-//          the other is multiplied; a warp copies the weights of its 32 through a ring of four stages of its own (cp.async: a canonical
-//          row gives 64 bytes at a time, too little for a bulk copy). A third one brings tiles of 64 inputs of x into the codes' order,
-//          swizzled, through a ring of eight.
+// Block    panels of 256 outputs, one after the other. Two warpgroups take 128 outputs each, as two products of 64, so that one is decoded
+//          while the other is multiplied; a warp copies the weights of its 32 through a ring of four stages of its own (cp.async: a
+//          canonical row gives 64 bytes at a time, too little for a bulk copy). A third one brings tiles of 64 inputs of x into the codes'
+//          order, swizzled, through a ring of eight.
+// Shares   as in linear_tile.cuh, in pieces of 128 inputs, for half as many blocks: one an SM. Between two panels of a block both rings run
+//          empty, for the sums take their place.
 // Barriers full[slot] counts the producers' threads, each after a proxy fence behind its stores; empty[slot] one lane of every consumer
 //          warp, once its products are over: after the first half of the next tile.
 // Bits     a row's are its own among any number of rows that this kernel takes; linear_low_bit.cu, which fewer rows go to, adds the same
@@ -22,16 +24,16 @@
 namespace ramify::gpu {
 namespace {
 
-constexpr int kWide = 256, kTokens = 64, kTile = 64;  // outputs and rows of a block, inputs of a tile of x
+constexpr int kWide = 256, kTokens = 64;      // outputs and rows of a block
+constexpr int kTile = 64, kPair = 2 * kTile;  // inputs of a tile of x, and of a round
 constexpr int kConsumers = 256, kProducers = 128, kSlots = 8, kStages = 4;
 constexpr int kTileBytes = kTokens * 128, kWarpStage = 32 * kPiece, kStage = kConsumers / 32 * kWarpStage;
 constexpr int kPitch = kWide + 4, kTotals = kSlots * 2 * kTokens;
 constexpr int kBytes = 1024 + kSlots * kTileBytes + kStages * kStage + kTotals * 4;
-constexpr int kProcessors = 132;  // of the chips that this is for; a constant, so that all split alike
 static_assert(kTokens * kPitch * 4 <= kSlots * kTileBytes + kStages * kStage, "the sums take the place of both rings");
 
 struct Work {
-  int panel, place, slice, slices, first, rows, begin, end;  // as in Part; inputs of the slice, in whole pairs of tiles
+  int panel, first, rows, begin, end;  // first output; first row of x and their number; inputs of the part, in whole pairs of tiles
   unsigned char *tiles, *ring;
   float* total;  // [kSlots][2][kTokens]: sums of x over the group that ends with a half of the tile
   rt::Mbarrier *full, *empty;
@@ -61,11 +63,10 @@ RT_FN void load_half(const LinearArgs& a, const Work& work, int token, int k, bo
 
 // Tiles of x, a thread half a row, the next one on its way. What lane t of four multiplies lies at columns 2t and 2t + 8 of a product's 16.
 template <class W, int kGroup>
-RT_FN void produce(const LinearArgs& a, const Work& work) {
+RT_FN void produce(const LinearArgs& a, const Work& work, Turn& turn) {
   using T = typename W::Type;
   const int thread = threadIdx.x - kConsumers, token = thread / 2, half = thread % 2;
   const bool words = !a.perm && wide(static_cast<const uint16_t*>(a.x), a.x_stride);
-  Turn turn;
   Quad x[4], ahead[4];
   float before = 0;  // of the group, in the tile before
   load_half<W>(a, work, token, work.begin + 32 * half, words, x);
@@ -144,18 +145,17 @@ RT_FN void operands(const unsigned char* stage, int turn, uint32_t minus, uint32
 
 // One of the two warpgroups that multiply. Its warps have 32 outputs each, of which product i takes 16i to 16i + 15. Where groups begin
 // and end is known to the compiler, or it would wait for each product before it lets the next operand be decoded.
-template <class W, int kGroup>
-RT_FN void consume(const LinearArgs& a, const Work& work, int* last) {
+template <class W, int kGroup, class Finish>
+RT_FN void consume(const LinearArgs& a, const Work& work, Turn& turn, Finish finish_panel) {
   using T = typename W::Type;
   using N = Numbers<T>;
   constexpr int kStep = kPiece * 8 / W::kBits, kOften = kStep / kTile;  // tiles of a stage
-  constexpr int kPair = 2 * kTile, kBegin = kGroup ? kGroup : kPair;    // inputs of a round
+  constexpr int kBegin = kGroup ? kGroup : kPair;                       // inputs that share a scale, of a round
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, output = work.panel + 32 * warp + lane / 4;
-  const Source source = source_of<W>(a, work.panel + 32 * warp);
   unsigned char* const ring = work.ring + warp * kWarpStage;
   int ahead = work.begin / kStep;
   const auto fetch_next = [&](int stage) {
-    if (ahead * kStep < work.end) fetch<4>(source, ahead, ring + stage * kStage);
+    if (ahead * kStep < work.end) fetch<W>(a, work.panel + 32 * warp, ahead, ring + stage * kStage);
     ++ahead;
     rt::cp_commit();
   };
@@ -171,7 +171,6 @@ RT_FN void consume(const LinearArgs& a, const Work& work, int* last) {
     if constexpr (kGroup > 0) now[i] = scales_at<kGroup>(a, output + 16 * i, work.begin);
   }
   rt::wgmma_fence(part[0], part[1]);
-  Turn turn;
   int stage = 0, done = -1;  // the slot of the tile before
   for (int k = work.begin; k < work.end; k += kPair) {
 #pragma unroll
@@ -216,6 +215,7 @@ RT_FN void consume(const LinearArgs& a, const Work& work, int* last) {
     }
   }
   rt::wgmma_wait<0>(part[0], part[1]);
+  if (lane == 0) rt::mbar_arrive(&work.empty[done]);
   rt::cp_wait<0>();
   rt::bar_sync(1, kConsumers);  // all are done with the rings
   float* const sums = reinterpret_cast<float*>(work.tiles);
@@ -235,28 +235,23 @@ RT_FN void consume(const LinearArgs& a, const Work& work, int* last) {
     }
   }
   rt::bar_sync(1, kConsumers);
-  const Part all = {work.panel, work.place, work.slice, work.slices, work.first, work.rows, last};
-  join<W, kTokens, kWide, kConsumers>(
-      a, all, [&](int token, int n) { return sums[token * kPitch + n]; }, [] { rt::bar_sync(1, kConsumers); });
+  finish_panel([&](int token, int n) { return *reinterpret_cast<const float4*>(sums + token * kPitch + n); });
 }
 
 #endif
 
-// Rows of x from `row` on, `slice` inputs.
+// Rows of x from `row` on. Blocks of the same weights are neighbours.
 template <class W, int kGroup>
-__global__ void __launch_bounds__(kConsumers + kProducers, 1) wgmma_kernel(const LinearArgs a, int row, int blocks, int slice) {
+__global__ void __launch_bounds__(kConsumers + kProducers, 1) wgmma_kernel(const LinearArgs a, const Shares shares, int row) {
 #if RT_HOPPER
   RT_DYN(unsigned char, space);
   RT_SHARED(rt::Mbarrier, full, [kSlots]);
   RT_SHARED(rt::Mbarrier, empty, [kSlots]);
-  RT_SHARED(int, last, [1]);
-  const int block = int(blockIdx.x) % blocks, place = int(blockIdx.x) / blocks;
+  RT_SHARED(Part, part, [1]);
+  const int share = int(blockIdx.y), pieces = int(shares.pieces);
   Work work;
-  work.slices = (int(a.K) + slice - 1) / slice, work.slice = place % work.slices;
-  work.panel = place / work.slices * kWide, work.place = place / work.slices * blocks + block;
-  work.first = row + block * kTokens, work.rows = min(kTokens, int(live_rows(a.live, a.rows)) - work.first);
+  work.first = row + int(blockIdx.x) * kTokens, work.rows = min(kTokens, int(live_rows(a.live, a.rows)) - work.first);
   if (work.rows <= 0) return;
-  work.begin = work.slice * slice, work.end = min(work.begin + slice, (int(a.K) + 2 * kTile - 1) / (2 * kTile) * (2 * kTile));
   work.tiles = rt::tile_memory(space), work.ring = work.tiles + kSlots * kTileBytes;
   work.total = reinterpret_cast<float*>(work.ring + kStages * kStage);
   work.full = full, work.empty = empty;
@@ -265,12 +260,31 @@ __global__ void __launch_bounds__(kConsumers + kProducers, 1) wgmma_kernel(const
     rt::fence_async();
   }
   __syncthreads();
+  const int end = shares.begin(share + 1);
+  // what(panel) for each panel of the share. All threads meet between two of them, for the sums of one lie where tiles of the next will.
+  const auto each_panel = [&](auto what) {
+    for (int piece = shares.begin(share); piece < end;) {
+      const int panel = piece / pieces, from = panel * pieces, stop = min(from + pieces, end);
+      work.panel = panel * kWide, work.begin = (piece - from) * kPair, work.end = (stop - from) * kPair;
+      what(panel);
+      piece = stop;
+      if (piece < end) rt::bar_sync(2, kConsumers + kProducers);
+    }
+  };
+  Turn turn;
   if (threadIdx.x < kConsumers) {
     rt::registers_up<216>();
-    consume<W, kGroup>(a, work, last);
+    each_panel([&](int panel) {
+      if (threadIdx.x == 0) {
+        part[0] = part_of(shares, panel);
+        part[0].output = work.panel, part[0].row = work.first, part[0].rows = work.rows;
+      }
+      consume<W, kGroup>(a, work, turn,
+                         [&](auto sum) { join<W, kTokens, kWide, kConsumers>(a, part[0], sum, [] { rt::bar_sync(1, kConsumers); }); });
+    });
   } else {
     rt::registers_down<72>();
-    produce<W, kGroup>(a, work);
+    each_panel([&](int) { produce<W, kGroup>(a, work, turn); });
   }
 #endif
 }
@@ -279,15 +293,11 @@ template <class W, int kGroup = 0>
 int start(const LinearArgs& a, cudaStream_t stream) {
   auto* const kernel = wgmma_kernel<W, kGroup>;
   if (const int error = rt::allow_shared(kernel, kBytes)) return error;
-  const int windows = int((a.K + kLinearWindow - 1) / kLinearWindow), panels = int((a.N + kWide - 1) / kWide);
-  const int given = int((a.K + a.slice - 1) / a.slice);  // the scratch holds so many
-  const int most = kProcessors / panels < given ? kProcessors / panels : given, slices = most > 1 ? most : 1;
-  const int slice = (windows + slices - 1) / slices * kLinearWindow;
+  const Shares shares = shares_of(a, kWide, kPair, a.shares / 2);
   for (int64_t row = 0; row < a.rows; row += kLinearRows) {
     const int64_t rows = a.rows - row < kLinearRows ? a.rows - row : kLinearRows;
-    const int blocks = int((rows + kTokens - 1) / kTokens);
-    const unsigned grid = unsigned(panels) * unsigned((a.K + slice - 1) / slice) * unsigned(blocks);
-    RT_LAUNCH(kernel, dim3(grid), dim3(kConsumers + kProducers), kBytes, stream, a, int(row), blocks, slice);
+    const dim3 grid(unsigned((rows + kTokens - 1) / kTokens), shares.count);
+    RT_LAUNCH(kernel, grid, dim3(kConsumers + kProducers), kBytes, stream, a, shares, int(row));
     if (const int error = cudaGetLastError()) return error;
   }
   return cudaSuccess;

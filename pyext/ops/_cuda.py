@@ -8,12 +8,10 @@ import ctypes
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ramify import native_cuda as n
 from ramify.backends import invariant
 from ramify.ops._memory import crosses, ids32
-from ramify.quant.formats import BLOCK, Format
 
 Outputs = tuple[Tensor, ...]
 
@@ -23,10 +21,6 @@ AUTOMATIC, MMA, COLUMNS, ROWS, INVARIANT = range(5)
 VARIANT = AUTOMATIC  # tests and benchmarks pick an attention kernel with it
 ROW_BLOCK = 64  # kRowBlock
 SAMPLE_TILE = 2048  # kSampleTile
-PANEL, WINDOW, LINEAR_ROWS = 128, 512, 256  # kLinearPanel, kLinearWindow, kLinearRows
-LINEAR_VARIANT = "by rows"  # "few rows": one kernel for any number of them, so that a row's bits are its own
-LINEAR_BLOCKS, MOST_SLICES = 512, 16
-"""Blocks of a linear layer that fill a large chip, and the most slices of its inputs: constants, so that every chip splits alike."""
 
 
 def rms_norm(outs: Outputs, x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> None:
@@ -75,70 +69,6 @@ def embed(outs: Outputs, ids: Tensor, table: Tensor) -> None:
     args.table_type, args.table_stride, args.out_stride = n.TYPES[table.dtype], table.stride(0), result.stride(0)
     _run(args, ids=wanted, table=table, out=result)
     _store(result, outs[0])
-
-
-def linear(outs: Outputs, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> None:
-    """activation(x W^T + bias) + residual over a dense weight of x's dtype, as it lies: torch's own, which is cuBLAS, but where a row's
-    bits have to be its own, or a variant is asked for.
-    """
-    if x.is_cuda and not invariant() and LINEAR_VARIANT == "by rows":
-        y = functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-        y = functional.silu(y) if activation == "silu" else y
-        outs[0].copy_(y if residual is None else y + residual)
-        return
-    args = n.LinearArgs(N=weight.shape[0], kind=n.WEIGHTS["dense"], weight=weight.data_ptr(), lines=1)
-    args.weight_stride = weight.stride(0) * weight.itemsize
-    _run_linear(outs[0], args, x, bias, activation, residual, weight)
-
-
-def linear_low_bit(
-    outs: Outputs, x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, perm: Tensor | None, panels: Tensor | None, form: str,
-    bias: Tensor | None, activation: str | None, residual: Tensor | None, activations: str,
-) -> None:  # fmt: skip
-    """activation(x W^T + bias) + residual over a low-bit weight in its canonical form; x is not rounded."""
-    f = Format.parse(form)
-    args = n.LinearArgs(N=codes.shape[0], kind=n.WEIGHTS[f.kind], weight=codes.data_ptr(), weight_stride=codes.stride(0), group=f.group)
-    args.scale, args.scale_type, args.scale_stride = scale.data_ptr(), n.TYPES[scale.dtype], scale.stride(0)
-    args.lines = BLOCK if f.kind == "fp8" and f.group else 1
-    if zero is not None:
-        args.zero, args.zero_stride = zero.data_ptr(), zero.stride(0)
-    if perm is not None:
-        perm = perm.contiguous()
-        args.perm = perm.data_ptr()
-    _run_linear(outs[0], args, x, bias, activation, residual, codes, scale, zero, perm)
-
-
-def slice_of(N: int, K: int) -> int:
-    """Inputs of a linear layer that are summed before they join the rest: by its shape alone, never by how many rows there are."""
-    windows, panels = -(-K // WINDOW), -(-N // PANEL)
-    slices = max(1, min(-(-LINEAR_BLOCKS // panels), MOST_SLICES, K // WINDOW))
-    return -(-windows // slices) * WINDOW
-
-
-def _run_linear(
-    out: Tensor, args: ctypes.Structure, x: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None,
-    *weight: Tensor | None,
-) -> None:  # fmt: skip
-    """Launch a linear layer; `weight`: what the pointers of args name already."""
-    rows, result = _rows(x), _target(out)
-    (M, args.K), N = rows.shape, args.N
-    args.rows, args.type, args.x, args.x_stride = M, n.TYPES[x.dtype], rows.data_ptr(), rows.stride(0)
-    if bias is not None:
-        bias = (bias if bias.dtype in _HELD else bias.float()).contiguous()
-        args.bias, args.bias_type = bias.data_ptr(), n.TYPES[bias.dtype]
-    if residual is not None:
-        residual = _rows(residual if residual.dtype in _HELD else residual.float())
-        args.residual, args.residual_type, args.residual_stride = residual.data_ptr(), n.TYPES[residual.dtype], residual.stride(0)
-    args.silu, args.out, args.out_stride = activation == "silu", result.data_ptr(), result.stride(0)
-    args.slice = slice_of(N, args.K)
-    args.variant = n.VARIANTS["few rows" if invariant() else LINEAR_VARIANT]
-    slices, panels, scratch, tickets = -(-args.K // args.slice), -(-N // PANEL), None, None
-    if slices > 1:  # in blocks of up to 256 outputs and 64 rows
-        scratch = torch.empty(slices * -(-N // 256) * 256 * min(-(-M // 64) * 64, LINEAR_ROWS), dtype=torch.float32, device=x.device)
-        tickets = n.tickets(x.device, panels * (LINEAR_ROWS // 32))
-        args.scratch, args.tickets = scratch.data_ptr(), tickets.data_ptr()
-    n.run(args, rows, result, bias, residual, *weight, scratch, tickets)
-    _store(result, out)
 
 
 def rope_append(
@@ -372,9 +302,6 @@ def _run(args: ctypes.Structure, **named: Tensor | None) -> None:
 
 def _path_of(outs: Outputs) -> dict[str, Tensor]:
     return {"path": _target(outs[0]), "count": _vector(outs[1]), "bonus": _vector(outs[2])}
-
-
-_HELD = (torch.float32, torch.bfloat16, torch.float16)  # what a kernel reads of any tensor beside x
 
 
 def _rows(x: Tensor) -> Tensor:

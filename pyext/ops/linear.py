@@ -8,7 +8,7 @@ from torch import Tensor
 from ramify import backends, reference
 from ramify.checks import one_of, show, whole
 from ramify.memory import on_huge_pages
-from ramify.ops import _cuda, _native
+from ramify.ops import _cuda_linear, _native
 from ramify.ops._checks import FLOATS, Results, Shapes, tensor
 from ramify.ops._library import Op
 from ramify.quant.formats import Format
@@ -202,7 +202,7 @@ _linear = Op(
     sizes=lambda x, weight, *_: {"dtype": x.dtype, "weight": weight.dtype},
     reference=_reference,
     cpu=_native.linear,
-    cuda=_cuda.linear,
+    cuda=_cuda_linear.linear,
 )
 
 _packed = Op(
@@ -226,6 +226,6 @@ _low_bit = Op(
         x, QuantizedWeight(Format.parse(form), codes, scale, zero, perm), bias, activation, residual, activations=how
     ),
     cpu=_native.linear_low_bit,
-    cuda=_cuda.linear_low_bit,
+    cuda=_cuda_linear.linear_low_bit,
     triton="linear_low_bit",
 )

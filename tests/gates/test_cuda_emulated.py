@@ -10,7 +10,7 @@ import torch
 
 import ramify
 from ramify import native_cuda, ops, reference
-from ramify.ops import _cuda
+from ramify.ops import _cuda, _cuda_linear
 from ramify.testing.linear import low_bit_weight
 from ramify.testing.tensors import TREES, attention_case, intervals, padded, poisoned, random_tree, sample_case
 
@@ -377,10 +377,13 @@ def calls():
     ops.interval_attention(q, k, v, start, end)
     ops.interval_attention(padded(q), padded(k), padded(v), start, end)
     ops.linear(rand(2, 1030, dtype=BF16), rand(5, 1030, dtype=BF16), torch.ones(5), activation="silu", residual=rand(2, 5))
-    for name, rows in (("int4-g32-zp", 9), ("int8", 2), ("fp8-b128", 17)):
-        weight = low_bit_weight(name, 130, 160, perm=name == "int8")
-        ops.linear(rand(rows, 160, dtype=BF16), weight, activations="exact")
-    before, _cuda.LINEAR_VARIANT = _cuda.LINEAR_VARIANT, "many rows"
-    for name, K in (("int4-g32-zp", 1056), ("fp8", 70)):
-        ops.linear(rand(3, K, dtype=BF16), low_bit_weight(name, 40, K), activations="exact")
-    _cuda.LINEAR_VARIANT = before
+    before = _cuda_linear.VARIANT, _cuda_linear.BLOCKS
+    for variant, cases in (
+        ("by rows", (("int4-g32-zp", 9, 260, 544, 4), ("int8", 2, 260, 544, 4), ("fp8-b128", 17, 130, 160, 2))),
+        ("many rows", (("int4-g32-zp", 3, 300, 544, 6), ("fp8", 3, 40, 70, 2))),
+    ):
+        for name, rows, N, K, blocks in cases:  # the last: shares that end one panel and begin the next
+            _cuda_linear.VARIANT, _cuda_linear.BLOCKS = variant, blocks
+            weight = low_bit_weight(name, N, K, perm=name == "int8")
+            ops.linear(rand(rows, K, dtype=BF16), weight, activations="exact")
+    _cuda_linear.VARIANT, _cuda_linear.BLOCKS = before

@@ -1,4 +1,6 @@
-"""CUDA linear layers against the reference: every format and dense, ragged shapes, epilogues, orders, slices; and row invariance."""
+"""CUDA linear layers against the reference: every format and dense, ragged shapes, epilogues, orders, shares; and row invariance."""
+
+import itertools
 
 import pytest
 import torch
@@ -6,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ramify import backends, native_cuda, ops
-from ramify.ops import _cuda
+from ramify.ops import _cuda_linear
+from ramify.quant import Format, QuantizedWeight
 from ramify.quant.formats import ALL
 from ramify.testing.linear import assert_linear, every_code, linear_inputs, low_bit_weight
 from ramify.testing.tensors import padded, poisoned
@@ -22,7 +25,7 @@ def many_rows(place, monkeypatch):
     """Low-bit layers go to the wgmma kernel, however few their rows are."""
     if place.library is None and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("wgmma needs sm_90a")
-    monkeypatch.setattr(_cuda, "LINEAR_VARIANT", "many rows")
+    monkeypatch.setattr(_cuda_linear, "VARIANT", "many rows")
 
 
 def weight_of(name, N, K, dtype=BF16, scale_dtype=F16, perm=False, seed=0):
@@ -53,7 +56,7 @@ def check(place, M, N, K, name, dtype, scale_dtype=F16, epilogue=0, perm=False, 
 
 
 # M, N, K, dtype of x, dtype of scales, epilogue (0 none, 1 bias, 2 all), act-order. Codes lie at odd addresses but in the first row; three
-# of the six have several slices, and so many rows that their blocks take 8, 16 or 32, or that there are two launches
+# of the six have several shares, and so many rows that their blocks take 8, 16 or 32, or that there are two launches
 CASES = [
     (1, 65, 200, BF16, F16, 0, False),
     (2, 1, 1, F16, F32, 1, False),
@@ -70,7 +73,7 @@ def test_against_reference(place, name):
         check(place, M, N, K, name, dtype, scale_dtype, epilogue, perm, seed)
 
 
-# as above; 256 outputs and 64 rows are a block, 128 inputs a round, and the number of slices is another
+# as above; 256 outputs and 64 rows are a block, 128 inputs a round, and the number of shares is another
 MANY_CASES = [
     (1, 65, 200, BF16, F16, 0, False),
     (70, 257, 1184, BF16, F16, 2, True),
@@ -96,7 +99,7 @@ def test_many_rows_in_any_shape(place, many_rows, M, N, K, name, data):
 @FORMATS
 def test_copies_land_when_they_like(place, name):
     """Rows at whole addresses, so that every byte comes through the ring; the last piece of a row is cut."""
-    check(place, 5, 129, 1104, name, BF16, epilogue=1, copies=True)
+    check(place, 5, 129, 1104, name, BF16, epilogue=1, seed=int(name == "dense"), copies=True)
 
 
 @LOW_BIT
@@ -113,7 +116,7 @@ def test_any_shape(place, M, N, K, name, data):
 
 @FORMATS
 def test_row_is_its_own(place, name):
-    """Row r of an M-row call has the bits of the call on row r alone, for every M up to what two blocks take, over two slices of inputs."""
+    """Row r of an M-row call has the bits of the call on row r alone, for every M up to what two blocks take, over three parts."""
     dtype = F16 if name.endswith("-zp") else BF16
     weight = weight_of(name, 20, 1152, dtype)
     x, bias, residual = linear_inputs(40, *weight.shape, dtype)
@@ -195,7 +198,9 @@ def test_an_order_that_names_no_input_gives_nan(place):
     perm[[3, 60]] = torch.tensor([64, -1], dtype=torch.int32)
     x, out = torch.ones(2, 64, dtype=BF16, device=place.device), torch.zeros(2, 4, dtype=BF16, device=place.device)
     with place.running():
-        _cuda.linear_low_bit((out,), x, weight.codes, weight.scale, None, perm.to(place.device), None, "int8", None, None, None, "exact")
+        _cuda_linear.linear_low_bit(
+            (out,), x, weight.codes, weight.scale, None, perm.to(place.device), None, "int8", None, None, None, "exact"
+        )
     assert out.isnan().all()
 
 
@@ -203,15 +208,15 @@ def test_live_rows(place):
     """Rows from the count on, which lies on the device, stay as they were, and the tickets are left at zero."""
     weight, live = torch.randn(3, 1024).to(BF16).to(place.device), torch.tensor([35], dtype=torch.int32, device=place.device)
     x, out = torch.randn(70, 1024).to(BF16).to(place.device), torch.full((70, 3), 7.0, dtype=BF16, device=place.device)
-    scratch, tickets = torch.empty(96 * 128 * 2, device=place.device), torch.zeros(8, dtype=torch.int32, device=place.device)
+    scratch, tickets = torch.empty(96 * 128 * 2, device=place.device), torch.zeros(3, dtype=torch.int32, device=place.device)
     args = native_cuda.LinearArgs(live=live.data_ptr(), rows=70, N=3, K=1024, type=1, x=x.data_ptr(), x_stride=1024, kind=0, lines=1)
     args.weight, args.weight_stride, args.out, args.out_stride = weight.data_ptr(), 2048, out.data_ptr(), 3
-    args.slice, args.scratch, args.tickets = 512, scratch.data_ptr(), tickets.data_ptr()
+    args.shares, args.scratch, args.tickets = 2, scratch.data_ptr(), tickets.data_ptr()
     with place.running():
         native_cuda.run(args, live, x, weight, out, scratch, tickets)
     assert_linear(out[:35].cpu(), x[:35].cpu(), weight.cpu())
     assert (out[35:] == 7).all() and (tickets == 0).all()
-    args.slice = 500
+    args.shares = 0
     with place.running(), pytest.raises(native_cuda.CudaError, match="LinearArgs"):
         native_cuda.run(args, live, x, weight, out, scratch, tickets)
 
@@ -220,23 +225,157 @@ def test_live_rows_among_many(place, many_rows):
     """The same in the kernel for many rows; a block without a live row ends at once."""
     weight, live = low_bit_weight("int8", 3, 1024).to(place.device), torch.tensor([35], dtype=torch.int32, device=place.device)
     x, out = torch.randn(70, 1024).to(BF16).to(place.device), torch.full((70, 3), 7.0, dtype=BF16, device=place.device)
-    scratch, tickets = torch.empty(128 * 256 * 2, device=place.device), torch.zeros(8, dtype=torch.int32, device=place.device)
+    scratch, tickets = torch.empty(128 * 256 * 2, device=place.device), torch.zeros(2, dtype=torch.int32, device=place.device)
     args = native_cuda.LinearArgs(live=live.data_ptr(), rows=70, N=3, K=1024, type=1, x=x.data_ptr(), x_stride=1024, kind=2, lines=1)
     args.weight, args.weight_stride, args.out, args.out_stride = weight.codes.data_ptr(), 1024, out.data_ptr(), 3
     args.scale, args.scale_type, args.scale_stride, args.variant = weight.scale.data_ptr(), native_cuda.F16, 1, 2
-    args.slice, args.scratch, args.tickets = 512, scratch.data_ptr(), tickets.data_ptr()
+    args.shares, args.scratch, args.tickets = 4, scratch.data_ptr(), tickets.data_ptr()
     with place.running():
         native_cuda.run(args, live, x, weight.codes, weight.scale, out, scratch, tickets)
     assert_linear(out[:35].cpu(), x[:35].cpu(), weight.to("cpu"))
     assert (out[35:] == 7).all() and (tickets == 0).all()
 
 
-def test_slices_are_of_the_weight_alone():
-    for N, K in ((1, 1), (128, 511), (4096, 4096), (4096, 14336), (14336, 4096), (128256, 4096), (100, 100000)):
-        size = _cuda.slice_of(N, K)
-        slices = -(-K // size)
-        assert size % _cuda.WINDOW == 0 and slices <= _cuda.MOST_SLICES and (slices == 1 or K >= _cuda.WINDOW * slices)
-    assert [_cuda.slice_of(*shape) for shape in ((4096, 4096), (14336, 4096), (4096, 14336), (128256, 4096))] == [512, 1024, 1024, 4096]
+@pytest.fixture
+def watched(monkeypatch):
+    """Every layer is launched twice, into an output and scratch of NaN: the same bits, and tickets at zero behind each."""
+    launch = native_cuda.run
+
+    def twice(args, *tensors):
+        out, scratch, tickets, seen = tensors[1], *tensors[-2:], []
+        for _ in range(2):
+            for t in (out, scratch):
+                if t is not None:
+                    t.fill_(torch.nan)
+            launch(args, *tensors)
+            seen.append(out.clone())
+            assert tickets is None or not tickets.any()
+        assert torch.equal(*(t.nan_to_num() for t in seen))
+
+    monkeypatch.setattr(native_cuda, "run", twice)
+
+
+# blocks, M, N, K, epilogue: shares of less than a panel, of several, and of parts of two and three; panels that one, two and all shares
+# meet in; shares as many as windows, and no more than one; 1, 2, 3 and 5 panels, 1 to 9 windows, ragged or not
+SHARED = [
+    (1, 2, 257, 600, 1),
+    (2, 1, 300, 1500, 2),
+    (3, 5, 129, 4600, 0),
+    (2, 8, 640, 512, 0),
+    (4, 9, 520, 1024, 2),
+    (7, 17, 384, 1100, 1),
+    (3, 33, 200, 2049, 2),
+    (50, 2, 128, 3584, 0),
+    (5, 1, 513, 100, 1),
+]
+# of the kernel for many rows: half as many blocks of twice as many outputs
+SHARED_BY_MANY = [
+    (5, 33, 300, 1500, 2),
+    (4, 70, 600, 512, 1),
+    (10, 2, 257, 1100, 0),
+    (50, 9, 256, 1280, 1),
+]
+
+
+@FORMATS
+def test_shares_that_cross_panels(place, watched, monkeypatch, name):
+    for seed, (blocks, M, N, K, epilogue) in enumerate(SHARED):
+        monkeypatch.setattr(_cuda_linear, "BLOCKS", blocks)
+        dtype = F16 if (seed + len(name)) % 2 else BF16
+        check(place, M, N, K, name, dtype, epilogue=epilogue, seed=seed)
+
+
+@FORMATS
+def test_copies_run_on_into_the_next_panel(place, watched, monkeypatch, name):
+    """Rows at whole addresses, so that the ring holds copies of the next panel while the sums of the last are joined."""
+    for M, blocks in ((5, 2), (20, 5)):
+        monkeypatch.setattr(_cuda_linear, "BLOCKS", blocks)
+        check(place, M, 400, 1104, name, BF16, epilogue=2, seed=int(name == "dense"), copies=True)
+
+
+@LOW_BIT
+def test_shares_of_many_rows_that_cross_panels(place, many_rows, watched, monkeypatch, name):
+    for seed, (blocks, M, N, K, epilogue) in enumerate(SHARED_BY_MANY):
+        monkeypatch.setattr(_cuda_linear, "BLOCKS", blocks)
+        dtype = F16 if (seed + len(name)) % 2 else BF16
+        check(place, M, N, K, name, dtype, epilogue=epilogue, seed=seed)
+
+
+@pytest.mark.parametrize("name", ["dense", "int4-g32-zp"])
+def test_row_is_its_own_where_shares_cross_panels(place, watched, monkeypatch, name):
+    """Alone, in two launches of 256 rows and whatever its block takes: where shares end says the weight's shape."""
+    monkeypatch.setattr(_cuda_linear, "BLOCKS", 4)
+    weight = weight_of(name, 270, 1060)
+    x, bias, residual = (t.to(place.device) for t in linear_inputs(261, *weight.shape, BF16))
+    weight, how = weight.to(place.device), {} if name == "dense" else {"activations": "exact"}
+    monkeypatch.setattr(_cuda_linear, "VARIANT", "few rows")
+    with place.running():
+        whole = ops.linear(x, weight, bias, residual=residual, **how)
+        for M in (1, 2, 9, 33):
+            assert torch.equal(ops.linear(x[-M:], weight, bias, residual=residual[-M:], **how), whole[-M:]), f"{M} rows"
+
+
+@pytest.mark.parametrize("variant", ["few rows", "many rows"])
+def test_parts_are_added_in_the_order_of_the_inputs(place, watched, monkeypatch, variant, request):
+    """2^40 - 2^40 + 1 is 1 in f32 in no other order, whichever block comes last; every window is a part."""
+    if variant == "many rows":
+        request.getfixturevalue("many_rows")
+    monkeypatch.setattr(_cuda_linear, "BLOCKS", 20)
+    weight = QuantizedWeight(Format.parse("int8"), torch.ones(400, 2560, dtype=torch.int8), torch.ones(400, 1))
+    x = torch.zeros(3, 2560, dtype=BF16)
+    x[:, 511], x[:, 2000], x[:, 2559] = 2.0**40, -(2.0**40), 1
+    assert (run(place, x, weight) == 1).all()
+
+
+def shared_by(panels, pieces, count):
+    """Shares of the list of all panels' pieces, and for each panel the shares that it is in: as Shares of linear_parts.cuh."""
+    total = panels * pieces
+    begins = [share * total // count for share in range(count + 1)]
+    owners = [[((piece + 1) * count - 1) // total for piece in range(panel * pieces, (panel + 1) * pieces)] for panel in range(panels)]
+    return begins, owners
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 5, 7, 16, 264])
+def test_every_part_has_a_place_of_its_own(blocks, monkeypatch):
+    """Shares are equal but for a piece and none is empty; no two panels share a ticket or a slot; and the scratch has room for all."""
+    monkeypatch.setattr(_cuda_linear, "BLOCKS", blocks)
+    for N, K in itertools.product((1, 129, 300, 640, 1400, 40000), (1, 512, 700, 1536, 4608)):
+        few, many = (_cuda_linear.scratch_of(M, N, K, "by rows") for M in (1, 64))
+        windows = -(-K // 512)
+        kernels = (1, few, 8, 512, blocks), (1, many, 64, 512, blocks), (2, many, 64, 128, blocks // 2)
+        for wide, (floats, tickets), rows, each, most in kernels:
+            panels, pieces = -(-N // (128 * wide)), -(-K // each)
+            count = max(1, min(most, panels * windows))
+            begins, owners = shared_by(panels, pieces, count)
+            sizes = [b - a for a, b in itertools.pairwise(begins)]
+            assert min(sizes) >= 1 and max(sizes) - min(sizes) <= 1 and begins[-1] == panels * pieces
+            assert [share for panel in owners for share in panel] == [s for s, size in enumerate(sizes) for _ in range(size)]
+            cut = [(panel, own[0], own[-1]) for panel, own in enumerate(owners) if own[0] != own[-1]]
+            names = [min(panel, first) for panel, first, _ in cut]
+            slots = [first + name + i for name, (_, first, last) in zip(names, cut) for i in range(last - first + 1)]
+            assert len({*names}) == len(names) and len({*slots}) == len(slots)
+            assert max(names, default=-1) < tickets and (max(slots, default=-1) + 1) * 128 * wide * rows <= floats
+
+
+def test_a_share_is_a_window_or_more():
+    """What a weight's shape alone decides: shares, windows of the smallest and the largest, slots of the scratch for 1 row."""
+    seen = {}
+    for N, K in ((1, 1), (128, 4096), (4096, 4096), (14336, 4096), (4096, 14336), (6144, 4096), (28672, 4096), (128256, 4096)):
+        panels, windows = -(-N // 128), -(-K // 512)
+        count = min(_cuda_linear.BLOCKS, panels * windows)
+        begins, _ = shared_by(panels, windows, count)
+        sizes = [b - a for a, b in itertools.pairwise(begins)]
+        seen[N, K] = (count, min(sizes), max(sizes), _cuda_linear.scratch_of(1, N, K, "by rows")[0] // (128 * 8))
+    assert seen == {
+        (1, 1): (1, 1, 1, 0),
+        (128, 4096): (8, 1, 1, 8),
+        (4096, 4096): (256, 1, 1, 287),
+        (14336, 4096): (264, 3, 4, 375),
+        (4096, 14336): (264, 3, 4, 295),
+        (6144, 4096): (264, 1, 2, 311),
+        (28672, 4096): (264, 6, 7, 487),
+        (128256, 4096): (264, 30, 31, 526),
+    }
 
 
 def test_what_is_not_taken_is_refused_by_name(place):
