@@ -2,8 +2,9 @@
 
 The loss of the zoo's target model on its held-out modules, in nats a token above that of its own weights, computed in float32: for every
 format and quantizer of `ramify convert` with inputs as they are, and for some of them with inputs rounded to int8, one scale a token
-("int8") or one a group of inputs ("int8-group"). The default quantizer, its act-order and the default of `ramify.load(activations=)`
-follow from these figures. Every row sees the same texts, so the standard error is that of the differences, text by text.
+("int8") or one a group of inputs ("int8-group"), or to bf16. The default quantizer, its act-order and the default of
+`ramify.load(activations=)` follow from these figures. Every row sees the same texts, so the standard error is that of the differences,
+text by text.
 """
 
 import math
@@ -45,7 +46,7 @@ def ways(quick: bool) -> list[Way]:
     found += [Way(format) for format in BYTES]
     found += [Way("int4-g64", "gptq", head=head) for head in ("int8", "int4-g64")]
     for weights, method in (("int8", "rtn"), ("int4-g64", "gptq"), ("int4-g32", "gptq"), ("int4-g128", "gptq")):
-        found += [Way(weights, method, rounded) for rounded in ("int8", "int8-group")]
+        found += [Way(weights, method, rounded) for rounded in ("int8", "int8-group", "bf16")]
     return found
 
 
