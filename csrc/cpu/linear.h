@@ -18,7 +18,10 @@ namespace ramify::RAMIFY_ISA {
 namespace {
 
 constexpr int kPanelVecs = kPanel / L;
-constexpr int kAhead = 4096;  // bytes: how far before its use a panel is asked for, where a tile reads one at a time
+constexpr int kAhead = 4096;  // bytes: how far before its use a panel is asked for
+
+// The same where a tile reads several panels of `size` bytes side by side: what follows the end of one lies behind the others.
+inline int64_t ahead_of(int64_t at, int64_t size, int64_t panels) { return at + kAhead < size ? kAhead : kAhead + (panels - 1) * size; }
 
 inline int64_t lines(int64_t bytes) { return pad_to(bytes, 64); }
 
@@ -100,6 +103,10 @@ RAMIFY_INLINE void tile(const LinearArgs& a, const Part& part, int64_t column, c
     }
 }
 
+// Columns are dealt out by panels, or in the blocks of which each has its statistics.
+inline int64_t dealt(const LinearArgs& a) { return a.argmax ? kStatsBlock : kPanel; }
+inline Range share_of(const LinearArgs& a, const Team& team) { return share(team, pad_to(a.N, dealt(a)) / dealt(a)); }
+
 // Rows that every thread packs for itself. A meeting costs more, and so do cores that write the interleaved rows of one line in turns.
 // What is repeated, norm and rounding of 8 K values, is small beside a thread's 8 K N / threads products, on dozens of cores too.
 constexpr int64_t kOwnRows = 8;
@@ -141,13 +148,9 @@ void run_layer(const LinearArgs& a, Team& team) {
     if (M > kOwnRows) wait(team);
   }
 
-  const int64_t width = pad_to(a.N, kPanel);
-  if (!a.argmax) {
-    const Range mine = share(team, width / kPanel);
-    return Layer::block(a, packed, M, mine.begin * kPanel, mine.end * kPanel, work);
-  }
-  const int64_t blocks = pad_to(a.N, kStatsBlock) / kStatsBlock;
-  const Range mine = share(team, blocks);
+  const Range mine = share_of(a, team);
+  if (!a.argmax) return Layer::block(a, packed, M, mine.begin * kPanel, mine.end * kPanel, work);
+  const int64_t width = pad_to(a.N, kPanel), blocks = pad_to(a.N, kStatsBlock) / kStatsBlock;
   for (int64_t b = mine.begin; b < mine.end; ++b) {
     const int64_t begin = b * kStatsBlock, end = begin + kStatsBlock < width ? begin + kStatsBlock : width;
     Layer::block(a, packed, M, begin, end, work);

@@ -84,18 +84,19 @@ int32_t round_codes(const float* x, int64_t n, float scale, int8_t* codes) {
 struct Bytes {
   const uint8_t* base;
   int64_t panel;  // bytes from one panel of 16 features to the next
+  int64_t ahead;  // how far before its use a line is asked for
   RAMIFY_INLINE const uint8_t* at(int v, int64_t line) const {
     return base + v * L / kLowBitPanel * panel + v * L % kLowBitPanel * 4 + line * 4 * kLowBitPanel;
   }
   RAMIFY_INLINE Ints operator()(int v, int64_t s, int i, int rows) const {
-    if (rows > 4 && v * L % kLowBitPanel == 0) __builtin_prefetch(at(v, s + i) + kAhead);
+    if (rows > 4 && v * L % kLowBitPanel == 0) __builtin_prefetch(at(v, s + i) + ahead);
     return load_ints(at(v, s + i));
   }
 };
 struct Nibbles : Bytes {
   RAMIFY_INLINE Ints operator()(int v, int64_t s, int i, int) const {
     const Ints word = load_ints(at(v, s / 2 + i / 2));
-    if (i % 2 == 0 && v * L % kLowBitPanel == 0) __builtin_prefetch(at(v, s / 2 + i / 2) + kAhead);
+    if (i % 2 == 0 && v * L % kLowBitPanel == 0) __builtin_prefetch(at(v, s / 2 + i / 2) + ahead);
     return (i & 1 ? shift_right(word, 4) : word) & 0x0f0f0f0f;
   }
 };
@@ -114,6 +115,7 @@ RAMIFY_INLINE void add_groups(const LinearArgs& a, const LowBitLayout& w, const 
   for (; g < stop; ++g, codes.base += w.step, scales += next, offset += M, word += whole * M) {
     const int64_t inputs = g < last ? whole : w.inputs(g);
     if (g == last) word = x.at(w, g, first);
+    codes.ahead = ahead_of(g * w.step, w.panel, kWide / kLowBitPanel);
     Ints sum[kDotVecs][T];  // in registers: every loop over them is unrolled, or a store costs two cycles a vector
 #pragma GCC unroll 12
     for (int t = 0; t < T; ++t) {
@@ -209,7 +211,7 @@ struct Rounded {
         const int64_t bottom = top + at_once < M ? top + at_once : M;
         for (int64_t g = 0; g < w.groups; g += together) {
           const int64_t stop = g + together < w.groups ? g + together : w.groups;
-          const Bytes codes{panel + g * w.step, w.panel};
+          const Bytes codes{panel + g * w.step, w.panel, 0};
           for (int64_t first = top; first < bottom; first += x.tile) {
             if (w.small)
               add<true>(a, w, x, panel, Nibbles{codes}, g, stop, first, sums);
@@ -248,9 +250,20 @@ int64_t low_bit_scratch(const void* p, int threads) {
   return with_layer(a, [&]<class Layer>() { return layer_scratch<Layer>(a, threads); });
 }
 
+// The beginnings of the panels that a thread will read first.
+void low_bit_ask(const void* p, Team& team) {
+  const LinearArgs& a = *static_cast<const LinearArgs*>(p);
+  const LowBitLayout w = layout_of(a);
+  const Range mine = share_of(a, team);
+  if (mine.begin == mine.end) return;
+  const uint8_t* const first = static_cast<const uint8_t*>(a.weight) + mine.begin * dealt(a) / kLowBitPanel * w.panel;
+  for (int64_t at = 0; at < w.panel && at < kAhead; at += 64)
+    for (int64_t n = 0; n < kWide / kLowBitPanel; ++n) __builtin_prefetch(first + n * w.panel + at);
+}
+
 }  // namespace
 
 extern const KernelRow low_bit_kernels[];
-const KernelRow low_bit_kernels[] = {{kLinearLowBit, low_bit, low_bit_scratch}, {-1, nullptr, nullptr}};
+const KernelRow low_bit_kernels[] = {{kLinearLowBit, low_bit, low_bit_scratch, low_bit_ask}, {-1, nullptr, nullptr}};
 
 }  // namespace ramify::RAMIFY_ISA

@@ -185,11 +185,12 @@ struct Halves {
       Vec acc[T][N];
       for (int t = 0; t < T; ++t)
         for (int n = 0; n < N; ++n) acc[t][n] = Vec::set(0.f);
+      const int64_t ahead = ahead_of(g * w.step, w.panel, N);
       for (int64_t at = 0; at < w.group * kLowBitPanel / 2; at += 64) {
         __m512i word[N];
         for (int n = 0; n < N; ++n) {
           word[n] = _mm512_loadu_si512(codes + n * w.panel + at);
-          __builtin_prefetch(codes + n * w.panel + at + kAhead);
+          __builtin_prefetch(codes + n * w.panel + at + ahead);
         }
 #pragma GCC unroll 4
         for (int s = 0; s < 4; ++s, x += T) {

@@ -17,6 +17,8 @@ int64_t replay(const Entry* entries, int64_t count, int threads) {
     Team team{omp_get_thread_num(), omp_get_num_threads(), &state};
     for (int64_t i = 0; i < count; ++i) {
       kernel(entries[i].kernel)->run(entries[i].args, team);
+      const KernelFn ask = i + 1 < count ? kernel(entries[i + 1].kernel)->ask : nullptr;
+      if (ask) ask(entries[i + 1].args, team);  // while others still work
       wait(team);
     }
   }

@@ -24,7 +24,8 @@ using ScratchFn = int64_t (*)(const void* args, int threads);
 struct KernelRow {  // one entry of a source file's table; an id of -1 ends the table
   int64_t id;
   KernelFn run;
-  ScratchFn scratch;  // null: needs none
+  ScratchFn scratch;       // null: needs none
+  KernelFn ask = nullptr;  // asks memory for what the kernel reads first and no kernel writes
 };
 
 namespace {
