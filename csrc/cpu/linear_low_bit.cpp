@@ -83,20 +83,23 @@ int32_t round_codes(const float* x, int64_t n, float scale, int8_t* codes) {
 // Where weight vector v of step s + i lies; s is even, i known when compiled. Bytes are asked for where a tile has rows enough to wait.
 struct Bytes {
   const uint8_t* base;
-  int64_t panel;  // bytes from one panel of 16 features to the next
-  int64_t ahead;  // how far before its use a line is asked for
+  int64_t panel;        // bytes from one panel of 16 features to the next
+  const uint8_t* turn;  // the last kAhead bytes of the first panel
   RAMIFY_INLINE const uint8_t* at(int v, int64_t line) const {
     return base + v * L / kLowBitPanel * panel + v * L % kLowBitPanel * 4 + line * 4 * kLowBitPanel;
   }
+  RAMIFY_INLINE void ask(int v, int64_t line) const {
+    if (v * L % kLowBitPanel == 0) __builtin_prefetch(at(v, line) + ahead_of(at(0, line), turn, panel, kWide / kLowBitPanel));
+  }
   RAMIFY_INLINE Ints operator()(int v, int64_t s, int i, int rows) const {
-    if (rows > 4 && v * L % kLowBitPanel == 0) __builtin_prefetch(at(v, s + i) + ahead);
+    if (rows > 4) ask(v, s + i);
     return load_ints(at(v, s + i));
   }
 };
 struct Nibbles : Bytes {
   RAMIFY_INLINE Ints operator()(int v, int64_t s, int i, int) const {
     const Ints word = load_ints(at(v, s / 2 + i / 2));
-    if (i % 2 == 0 && v * L % kLowBitPanel == 0) __builtin_prefetch(at(v, s / 2 + i / 2) + ahead);
+    if (i % 2 == 0) ask(v, s / 2 + i / 2);
     return (i & 1 ? shift_right(word, 4) : word) & 0x0f0f0f0f;
   }
 };
@@ -115,7 +118,6 @@ RAMIFY_INLINE void add_groups(const LinearArgs& a, const LowBitLayout& w, const 
   for (; g < stop; ++g, codes.base += w.step, scales += next, offset += M, word += whole * M) {
     const int64_t inputs = g < last ? whole : w.inputs(g);
     if (g == last) word = x.at(w, g, first);
-    codes.ahead = ahead_of(g * w.step, w.panel, kWide / kLowBitPanel);
     Ints sum[kDotVecs][T];  // in registers: every loop over them is unrolled, or a store costs two cycles a vector
 #pragma GCC unroll 12
     for (int t = 0; t < T; ++t) {
@@ -211,7 +213,7 @@ struct Rounded {
         const int64_t bottom = top + at_once < M ? top + at_once : M;
         for (int64_t g = 0; g < w.groups; g += together) {
           const int64_t stop = g + together < w.groups ? g + together : w.groups;
-          const Bytes codes{panel + g * w.step, w.panel, 0};
+          const Bytes codes{panel + g * w.step, w.panel, panel + w.panel - kAhead};
           for (int64_t first = top; first < bottom; first += x.tile) {
             if (w.small)
               add<true>(a, w, x, panel, Nibbles{codes}, g, stop, first, sums);
