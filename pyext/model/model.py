@@ -166,8 +166,10 @@ class Model:
         """Steps that draft from tree.table, decide and commit where the model is, `left` tokens of each sequence of `view` in all.
 
         roots: the last token of each text, as in a tree. draws: as in `forward`; None takes the likeliest tokens. Of a model whose
-        `takes_turns` is True. Raises ValueError for a root outside the vocabulary and for more tokens than a slot holds.
+        `takes_turns` is True. Raises ValueError for another, for a root outside the vocabulary and for more tokens than a slot holds.
         """
+        if not self.takes_turns:
+            raise ValueError(f"turns: model is on {self.device}; takes one on a GPU, which drafts by itself. Use forward.")
         self._check_view(view, len(roots))
         self._check_tokens(np.asarray(roots, np.int32))
         return DeviceTurns(self._steps, view, tree, roots, left, draws)

@@ -323,4 +323,7 @@ def test_bad_requests(engine, folders):
     cache.free([0])
     with pytest.raises(ValueError, match="cache was freed"):
         model.turns(view, tree, [1], [3], None)
-    assert not ramify.load(folders["llama"], dtype="fp32").takes_turns or backends.missing("cpu")
+    if not backends.missing("cpu"):
+        here = ramify.load(folders["llama"], dtype="fp32")
+        with pytest.raises(ValueError, match="turns: model is on cpu; takes one on a GPU"):
+            here.turns(here.new_cache([20]).of([0]), tree, [1], [3], None)
