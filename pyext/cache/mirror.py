@@ -48,6 +48,15 @@ class Mirror:
         self._hosts[host].copy_(self.buffer, non_blocking=True)
 
 
+def mark(device: torch.device) -> torch.cuda.Event | None:
+    """A place in what is queued on the device's current stream, for `wait`; None where nothing is ever queued."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))  # without it, on the stream of torch's current device, which may be another
+    return event
+
+
 def wait(device: torch.device, event: torch.cuda.Event | None = None) -> None:
     """Until everything that is queued on the device's current stream is done, or only what was before the event."""
     if event is not None:

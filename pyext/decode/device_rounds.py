@@ -1,7 +1,7 @@
 """Rounds of a device that drafts, decides and commits by itself: the host keeps turns queued ahead and reads what they emitted.
 
 They serve drafters whose trees are filled from a table, and texts whose next token is the likeliest one or a plain draw; all else takes
-Rounds. A text that ends is known a turn late: what the device made of it in the meantime is dropped.
+Rounds. A text that ends is known a turn late: what the device emitted in the meantime is dropped, what its table learned stays.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from ramify.decode.output import Output
 from ramify.decode.rounds import Parts, Rounds
 from ramify.model.device_turns import AHEAD
-from ramify.tree import StaticTree
+from ramify.tree import MAX_ROWS, StaticTree
 from ramify.verify.base import Verdict
 
 
@@ -36,8 +36,7 @@ class DeviceRounds(Rounds):
         if any(o.finish_reason for o in self.outs):
             return
         if not self._wanted:
-            asked = max(self.parts.size.rows(self.live, self.view.lengths))
-            self._wanted = max(1, min(asked, self._positions - self._longest))
+            self._wanted = min(MAX_ROWS, max(self.parts.size.rows(self.live, self.view.lengths)))
         most = max(o.left for o in self.outs)
         while self.ahead < min(AHEAD, most):  # a turn emits a token or more
             self._turns.queue(self._wanted, self.parts.model.eager)

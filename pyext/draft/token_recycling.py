@@ -66,6 +66,7 @@ class TokenRecycling(Drafter):
         flag("keep", self.keep, "token_recycling")
         if self.table is not None and not isinstance(self.table, np.ndarray):
             raise TypeError(f"token_recycling: table is {show(self.table)}; takes an int32 array [V, {WIDTH}] or None.")
+        self.prompt = "none" if self.prompt is None else self.prompt  # as a command line reads it
         one_of("prompt", self.prompt, ("none", "pairs", "rows"), "token_recycling")
         self.wants = Wants(topk=WIDTH, prompt=self.prompt == "rows")
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ramify import backends
 from ramify.cache.cache import CacheView
 from ramify.cache.device_arena import DeviceArena
-from ramify.cache.mirror import Mirror, wait
+from ramify.cache.mirror import Mirror, mark, wait
 from ramify.model.describe import Plan, describe
 from ramify.model.device_graph import Recording
 from ramify.model.device_record import DeviceRecorder
@@ -28,7 +28,7 @@ from ramify.model.step_out import check_finite
 from ramify.ops import _bound as bound
 from ramify.sampling.pipeline import Draws
 from ramify.tree import MAX_ROWS, StaticTree, TokenTree
-from ramify.tree.static_tree import Links
+from ramify.tree.static_tree import Links, deepest
 
 if TYPE_CHECKING:
     from ramify.model.device_steps import DeviceSteps
@@ -61,7 +61,7 @@ class DeviceTurn(Recording):
         self._of: object = None  # the DeviceTurns whose temperatures and seeds its rows have
         B, T, device = plan.sequences, plan.rows, steps.device
         tree = TokenTree.filled(np.zeros((B, T), np.int32), links[0])
-        self.deepest = int(tree.depth.max())
+        self.deepest = deepest(links[0])
         self.results = Mirror(
             device,
             {"tokens": ((B, T), I32), "path": ((B, T), I32), "count": ((B,), I32), "bonus": ((B,), I32), "lse": ((B * T,), F32)},
@@ -162,7 +162,7 @@ class DeviceTurns:
         lengths = view.lengths
         for slot, length, more in zip(view.slots, lengths.tolist(), left, strict=True):
             cache.reserve(slot, length + more)
-        self._last = int((lengths + np.array(left)).max()) - 1  # where the last root of all may stand
+        self._lengths, self._last = lengths, lengths + np.array(left, np.int32) - 1  # of each, where its root stands, and the last one may
         arena.flush()
         pages, table = cache.page_table.shape[1], (0, 0) if tree.table is None else tree.table.shape
         key = len(view.slots), pages, table
@@ -183,25 +183,27 @@ class DeviceTurns:
         return len(self._flight)
 
     def queue(self, rows: int, eager: bool = False) -> int:
-        """Start one more turn over the tree of at most `rows` rows; returns how many it has. Raises ValueError beyond the positions."""
-        turn = self._turn(self._tree.links(rows))
-        if self._last + turn.deepest >= self._steps.config.max_positions:
-            most = self._steps.config.max_positions
-            raise ValueError(f"turns: position {self._last + turn.deepest}; takes 0 to {most - 1}. Shorten the text or the tree.")
-        host, event = turn.queue(self, eager), None
-        if self._steps.device.type == "cuda":
-            event = torch.cuda.Event()
-            event.record()
-        self._flight.append((turn, host, event))
+        """Start one more turn over the tree of at most `rows` rows, 1 to MAX_ROWS, fewer where the positions of the model end; returns
+        how many it has.
+        """
+        if not 1 <= rows <= MAX_ROWS:
+            raise ValueError(f"turns: rows is {rows}; takes 1 to {MAX_ROWS}.")
+        ahead = sum(turn.deepest + 1 for turn, _, _ in self._flight)  # tokens that turns in flight may emit
+        root = int(np.minimum(self._lengths + ahead, self._last).max())
+        turn = self._turn(self._tree.fitted(rows, self._steps.config.max_positions - 1 - root))
+        self._flight.append((turn, turn.queue(self, eager), mark(self._steps.device)))
         return turn.plan.rows
 
     def take(self) -> Taken:
-        """Wait for the oldest turn. Raises ValueError where its logits are not finite; it is taken then too."""
+        """Wait for the oldest turn. Raises ValueError where its logits are not finite, and taken it is then too; or when none is queued."""
+        if not self._flight:
+            raise ValueError("turns: nothing is in flight; takes a turn that was queued. Call queue first.")
         turn, host, event = self._flight.popleft()
         wait(self._steps.device, event)
         got = turn.results.hosts[host]
-        check_finite(got["lse"])
         tokens, path, emitted = got["tokens"].copy(), [], []
+        check_finite(np.where(tokens.ravel() >= 0, got["lse"], 0))  # rows of no token are computed, and nobody looks at them
+        self._lengths = self._lengths + got["count"]
         for b, (count, bonus) in enumerate(zip(got["count"].tolist(), got["bonus"].tolist(), strict=True)):
             rows = got["path"][b]
             path.append(rows[:count].copy())

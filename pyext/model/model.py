@@ -171,7 +171,12 @@ class Model:
         if not self.takes_turns:
             raise ValueError(f"turns: model is on {self.device}; takes one on a GPU, which drafts by itself. Use forward.")
         self._check_view(view, len(roots))
-        self._check_tokens(np.asarray(roots, np.int32))
+        self._check_tokens(np.array([whole("root", root, caller="turns") for root in roots], np.int64).astype(np.int32))
+        if len(left) != len(roots):
+            raise ValueError(f"turns: left has {len(left)} numbers; takes {len(roots)}, one for each root.")
+        for count in left:
+            whole("left", count, 1, "turns")
+        tree.check(self.config.vocab_size)
         return DeviceTurns(self._steps, view, tree, roots, left, draws)
 
     def _check_request(self, span, taps, topk, hidden) -> tuple[int, ...]:

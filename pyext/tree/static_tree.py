@@ -2,8 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+
+from ramify.tree.token_tree import MAX_ROWS
 
 Links = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -20,7 +23,39 @@ class StaticTree:
     links: Callable[[int], Links]
     table: np.ndarray | None = None
 
+    def fitted(self, rows: int, depth: int) -> Links:
+        """The tree of at most `rows` rows, none deeper than `depth`: whole, or of 2^n or 3 2^n rows, so that few shapes are in use."""
+        shape = self.links(rows)
+        if len(shape[0]) == len(self.links(MAX_ROWS)[0]) and deepest(shape[0]) <= depth:
+            return shape
+        for n in range(len(shape[0]), 0, -1):
+            if n & (n - 1) == 0 or (n % 3 == 0 and (n // 3) & (n // 3 - 1) == 0):
+                shape = self.links(n)
+                if deepest(shape[0]) <= depth:
+                    return shape
+        raise ValueError(f"StaticTree: rows is {rows} and depth {depth}; takes 1 and 0 or more, for the roots.")
+
+    def check(self, vocab: int) -> None:
+        """Raises TypeError or ValueError for a table that is none of this vocabulary, and for ranks that it has not."""
+        table, (parents, ranks) = self.table, self.links(MAX_ROWS)
+        if table is not None and not (isinstance(table, np.ndarray) and table.dtype == np.int32 and table.flags.writeable):
+            came = f"{getattr(table, 'dtype', type(table).__name__)}"
+            raise TypeError(f"StaticTree: table is {came}; takes an int32 array that may be written to, or None.")
+        if table is not None and (table.ndim != 2 or len(table) != vocab or not table.flags.c_contiguous):
+            raise ValueError(f"StaticTree: table is {list(table.shape)}; takes [{vocab}, W], dense, a row for each token.")
+        if len(parents) > 1 and not 0 <= min(ranks) <= max(ranks) < self.width:
+            raise ValueError(f"StaticTree: ranks reach {max(ranks)}; takes 0 to {self.width - 1}, as the table is wide.")
+
     @property
     def width(self) -> int:
         """Successors that the table keeps of each token."""
         return 0 if self.table is None else self.table.shape[1]
+
+
+@lru_cache(maxsize=1024)
+def deepest(parents: tuple[int, ...]) -> int:
+    """Steps from the root to the row that is furthest from it."""
+    depth: list[int] = []
+    for parent in parents:
+        depth.append(depth[parent] + 1 if parent >= 0 else 0)
+    return max(depth)
