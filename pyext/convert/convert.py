@@ -80,7 +80,7 @@ def convert(
     refuse(out, force)
     with _own_name(), torch.no_grad():
         checkpoint = Checkpoint(folder, finite=True, name=str(source) if is_zoo else None)
-        before = _head_before(checkpoint)
+        before = _head_of(checkpoint)
         repacked = bool(checkpoint.low_bit_names)
         if repacked:
             refuse_rounding(checkpoint, wanted, {"method": method, "calibration": calibration}, head)
@@ -119,7 +119,8 @@ def convert(
             for file in sorted({file for pattern in KEPT_FILES for file in folder.glob(pattern) if file.is_file()}):
                 new.copy(file)
             if isinstance(judge, Judged):
-                made.after = judge.measure(Checkpoint(new.path), held, progress, "perplexity after")
+                written = Checkpoint(new.path)
+                made.after = judge.measure(written, _head_of(written), progress, "perplexity after")
             made.seconds = time.perf_counter() - start
             new.text("README.md", card(made, values, checkpoint.config.name))
     return made
@@ -136,8 +137,8 @@ def _method(method: str | None, format: Format, is_zoo: bool, calibration: str |
     return method
 
 
-def _head_before(checkpoint: Checkpoint) -> Format | None:
-    """In which format `load` holds the head of the checkpoint that is read."""
+def _head_of(checkpoint: Checkpoint) -> Format | None:
+    """In which format `load` holds the head of this checkpoint."""
     name = (checkpoint.config.quantization or {}).get("head")
     return None if name is None else Format.parse(name, "convert: head of IN")
 

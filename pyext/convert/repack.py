@@ -33,6 +33,8 @@ def refuse_rounding(checkpoint: Checkpoint, to: Format | None, rounding: Mapping
 def write_repacked(checkpoint: Checkpoint, new: NewFolder, made: Conversion, to: Format | None, progress: Progress) -> dict[str, Any]:
     """Every tensor into the new folder, in order of use; sizes into `made`. Returns the quantization_config.
 
+    made.head: in which format a head that is dense in the file is held after loading; becomes that of a low-bit one.
+
     to: the format that every quantised layer must have, if one was asked for; ValueError names the first that has another.
     """
     formats: dict[str, Format] = {}
@@ -68,6 +70,8 @@ def write_repacked(checkpoint: Checkpoint, new: NewFolder, made: Conversion, to:
         made.formats["dense"] = left
     if head is not None:
         made.head = head.name
+    elif made.head is not None:  # dense in the file, and rounded when it is loaded
+        head = Format.parse(made.head)
     made.layer_bytes = (layer_bytes[0], layer_bytes[1])
     made.total_bytes = (total_bytes[0], total_bytes[1])
     quantization = checkpoint.config.quantization or {}

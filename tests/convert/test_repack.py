@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -18,6 +19,7 @@ from ramify.model.load import folder_of
 from ramify.quant import Format, QuantizedWeight, quantize
 from ramify.quant.sources.ramify import config_of, stored
 from ramify.quant.weight import pack_nibbles
+from ramify.tree import TokenTree
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "quant"
 FILES = sorted(path.stem for path in FIXTURES.glob("*.safetensors"))
@@ -251,9 +253,15 @@ def test_own_files_again(tmp_path):
     assert (made.head, made.before) == ("int8", made.after) and made.source_method == "ramify_w8"
     files = [load_file(tmp_path / each / SINGLE) for each in "ab"]
     assert files[0].keys() == files[1].keys() and all(same_bits(files[0][name], files[1][name]) for name in files[0])
-    assert [json.loads((tmp_path / each / "config.json").read_text()) for each in "ab"][0]["quantization_config"]["method"] == "rtn"
     assert convert(tmp_path / "a", tmp_path / "c", head="dense", evaluate=False).head is None
-    assert json.loads((tmp_path / "c" / "config.json").read_text())["quantization_config"]["head"] is None
+    assert convert(tmp_path / "a", tmp_path / "d", head="int4-g32", evaluate=False).head == "int4-g32"
+    said = [json.loads((tmp_path / each / "config.json").read_text())["quantization_config"] for each in "abcd"]
+    assert [each["head"] for each in said] == ["int8", "int8", None, "int4-g32"] and {each["method"] for each in said} == {"rtn"}
+    tree, rows = TokenTree.roots([5]), []
+    for each in "abcd":
+        model = ramify.load(tmp_path / each)
+        rows.append(model.forward(tree, model.new_cache([8]).of([0]), logits=True).logits[0].copy())
+    assert np.array_equal(rows[0], rows[1]) and all(not np.array_equal(rows[0], row) for row in rows[2:])
 
 
 def test_the_card_says_where_the_codes_are_from(tmp_path):
