@@ -20,11 +20,12 @@ namespace {
 constexpr int kPanelVecs = kPanel / L;
 constexpr int kAhead = 4096;  // bytes: how far before its use a panel is asked for
 
-// The same where a tile reads `panels` of `size` bytes side by side: what follows the end of one lies behind the others. at, turn: a
-// place in the first of them, and its last kAhead bytes.
+// The same where a tile reads `panels` of `size` bytes side by side: what follows the end of one lies behind the others. at: a place in the
+// first of them; turn: where its last kAhead bytes begin.
 inline int64_t ahead_of(const uint8_t* at, const uint8_t* turn, int64_t size, int64_t panels) {
   return at < turn ? kAhead : kAhead + (panels - 1) * size;
 }
+inline const uint8_t* turn_of(const uint8_t* panel, int64_t size) { return panel + (size > kAhead ? size - kAhead : 0); }
 
 inline int64_t lines(int64_t bytes) { return pad_to(bytes, 64); }
 

@@ -84,7 +84,7 @@ int32_t round_codes(const float* x, int64_t n, float scale, int8_t* codes) {
 struct Bytes {
   const uint8_t* base;
   int64_t panel;        // bytes from one panel of 16 features to the next
-  const uint8_t* turn;  // the last kAhead bytes of the first panel
+  const uint8_t* turn;  // of the first panel
   RAMIFY_INLINE const uint8_t* at(int v, int64_t line) const {
     return base + v * L / kLowBitPanel * panel + v * L % kLowBitPanel * 4 + line * 4 * kLowBitPanel;
   }
@@ -213,7 +213,7 @@ struct Rounded {
         const int64_t bottom = top + at_once < M ? top + at_once : M;
         for (int64_t g = 0; g < w.groups; g += together) {
           const int64_t stop = g + together < w.groups ? g + together : w.groups;
-          const Bytes codes{panel + g * w.step, w.panel, panel + w.panel - kAhead};
+          const Bytes codes{panel + g * w.step, w.panel, turn_of(panel, w.panel)};
           for (int64_t first = top; first < bottom; first += x.tile) {
             if (w.small)
               add<true>(a, w, x, panel, Nibbles{codes}, g, stop, first, sums);
@@ -252,7 +252,7 @@ int64_t low_bit_scratch(const void* p, int threads) {
   return with_layer(a, [&]<class Layer>() { return layer_scratch<Layer>(a, threads); });
 }
 
-// The beginnings of the panels that a thread will read first.
+// The beginnings of a thread's first panels.
 void low_bit_ask(const void* p, Team& team) {
   const LinearArgs& a = *static_cast<const LinearArgs*>(p);
   const LowBitLayout w = layout_of(a);

@@ -175,7 +175,7 @@ struct Halves {
   // T rows from `first` on x N panels from `column` on.
   template <int T, int N>
   RAMIFY_INLINE static void tile(const LinearArgs& a, const LowBitLayout& w, void* packed, int64_t M, int64_t first, int64_t column) {
-    const uint8_t *const panel = static_cast<const uint8_t*>(a.weight) + column / L * w.panel, *const turn = panel + w.panel - kAhead;
+    const uint8_t *const panel = static_cast<const uint8_t*>(a.weight) + column / L * w.panel, *const turn = turn_of(panel, w.panel);
     const uint32_t* x = pairs_of(a, packed, first);
     const float* const sums = sums_of(a, packed, M) + first * w.groups;
     const __m512i values = _mm512_load_si512(a.zeros ? kPlainValues.of : kSignedValues.of);
