@@ -85,12 +85,12 @@ class DeviceTurn(Recording):
         decided |= {"topk_ids": rows(I32, plan.topk), "topk_values": rows(F32, plan.topk)} if plan.topk else {}
         self.inputs = inputs
         record = DeviceRecorder(steps.config, steps.weights, arena, plan, inputs, decided | {"lse": self.results.device["lse"]})
-        record.calls += self._draft()
+        record.calls += self._draft(len(arena.cos) - 1)
         describe(record)
         record.calls += self._decide(arena, decided)
         super().__init__(steps, record.calls)
 
-    def _draft(self) -> list[bound.Bound]:
+    def _draft(self, last: int) -> list[bound.Bound]:
         """The tree's tokens, and where their rows stand. A row without a token is computed as if it held token 0."""
         state, inputs, tokens = self.state, self.inputs, self.results.device["tokens"]
         calls = [_torch("copy", tokens[:, 0].copy_, state.root)]
@@ -99,6 +99,7 @@ class DeviceTurn(Recording):
         position = inputs["position"].view(tokens.shape)
         calls.append(_torch("clamp", torch.clamp, tokens.view(-1), min=0, out=inputs["tokens"]))
         calls.append(_torch("add", torch.add, state.length[:, None], self._depth, out=position))
+        calls.append(_torch("clamp", position.clamp_, max=last))  # a text that has ended may stand behind the last position
         if self.plan.draws:
             calls.append(_torch("add", torch.add, inputs["position"], 1, out=inputs["index"]))
         return calls
