@@ -6,6 +6,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "common/args_draft.h"
+
 namespace ramify {
 
 // kInt8 to kFp8 are weights only (layouts.h), kF16 scales and zeros only, kF64 probabilities only.
@@ -250,26 +252,6 @@ struct DrawArgs {
   uint64_t seed, index;
   int32_t* token;  // -1 where the weights have no finite sum
   void* scratch;
-};
-
-// Trees filled from a table of likely successors: row t of a sequence follows the token of row parents[t], as rank ranks[t] of its
-// successors.
-struct TableDraftArgs {
-  int64_t B, T, V, W;
-  const int32_t* table;  // [V, W]
-  int64_t table_stride;
-  const int32_t *roots, *parents, *ranks;  // [B], [T], [T]
-  int32_t* out;                            // [B, T]; -1: not known
-  int64_t out_stride;
-};
-
-// Row tokens[m] of the table becomes the first W of row m, in the order of the rows.
-struct TableLearnArgs {
-  int64_t M, V, W;
-  int32_t* table;
-  int64_t table_stride;
-  const int32_t *tokens, *likely;  // [M], [M, W or more]
-  int64_t likely_stride;
 };
 
 // Weight [N, K] row-major -> panels. Zero-pads the last panel and an odd K.

@@ -5,6 +5,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "common/args_draft.h"
+
 namespace ramify::gpu {
 
 enum Type : int64_t { kF32 = 0, kBf16 = 1, kF16 = 2, kF64 = 3 };
@@ -241,26 +243,6 @@ struct LinearArgs {
   float* scratch;     // where there are several shares: sums of panels that end up in more than one, as Python counts them
   uint32_t* tickets;  // one for every such panel and block of rows, zero before and after
   int64_t variant;
-};
-
-// Trees filled from a table of likely successors: row t of a sequence follows the token of row parents[t], as rank ranks[t] of its
-// successors.
-struct TableDraftArgs {
-  int64_t B, T, V, W;    // T: kMaxRows at most
-  const int32_t* table;  // [V, W]
-  int64_t table_stride;
-  const int32_t *roots, *parents, *ranks;  // [B], [T], [T]
-  int32_t* out;                            // [B, T]; -1: not known
-  int64_t out_stride;
-};
-
-// Row tokens[m] of the table becomes the first W of row m; of rows with one token the last counts.
-struct TableLearnArgs {
-  int64_t M, V, W;
-  int32_t* table;
-  int64_t table_stride;
-  const int32_t *tokens, *likely;  // [M], [M, W or more]
-  int64_t likely_stride;
 };
 
 struct FillArgs {  // out[i] = value + i, to show that a launch works

@@ -108,10 +108,9 @@ class CacheView:
             cache.arena.note(path + self.draft_page[b] * PAGE, target)
             cache.lengths[slot] = begin + count
 
-    def moved(self, counts: Sequence[int]) -> None:
-        """Count what a device has committed by itself, counts[b] tokens in sequence b, into pages that it was given before."""
-        for slot, count in zip(self.slots, counts, strict=True):
-            self.cache.lengths[slot] += count
+    def moved(self, counts: np.ndarray) -> None:
+        """Count what a device has committed by itself, counts int32 [B], into pages that it was given before."""
+        self.cache.lengths[self.slots] += counts
 
     def crop(self, lengths: Sequence[int]) -> None:
         """Forget committed tokens at the end: sequence b keeps its first lengths[b]. Raises ValueError for more than it has."""

@@ -152,7 +152,7 @@ class Taken(NamedTuple):
 class DeviceTurns:
     """The turns of a view's sequences, from their roots to the last of the tokens `left` to each. Its pages are taken before the first.
 
-    Lengths of the view do not move; whoever takes a turn moves them. `close` before anything else is done with the view.
+    The view's lengths move as turns are taken. `close` before anything else is done with the view.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class DeviceTurns:
         lengths = view.lengths
         for slot, length, more in zip(view.slots, lengths.tolist(), left, strict=True):
             cache.reserve(slot, length + more)
-        self._lengths, self._last = lengths, lengths + np.array(left, np.int32) - 1  # of each, where its root stands, and the last one may
+        self._last = lengths + np.array(left, np.int32) - 1  # of each, where its last root may stand
         arena.flush()
         pages, table = cache.page_table.shape[1], (0, 0) if tree.table is None else tree.table.shape
         key = len(view.slots), pages, table
@@ -190,7 +190,7 @@ class DeviceTurns:
         if not 1 <= rows <= MAX_ROWS:
             raise ValueError(f"turns: rows is {rows}; takes 1 to {MAX_ROWS}.")
         ahead = sum(turn.deepest + 1 for turn, _, _ in self._flight)  # tokens that turns in flight may emit
-        root = int(np.minimum(self._lengths + ahead, self._last).max())
+        root = int(np.minimum(self._view.lengths + ahead, self._last).max())
         turn = self._turn(self._tree.fitted(rows, self._steps.config.max_positions - 1 - root))
         self._flight.append((turn, turn.queue(self, eager), mark(self._steps.device)))
         return turn.plan.rows
@@ -204,7 +204,7 @@ class DeviceTurns:
         got = turn.results.hosts[host]
         tokens, path, emitted = got["tokens"].copy(), [], []
         check_finite(np.where(tokens.ravel() >= 0, got["lse"], 0))  # rows of no token are computed, and nobody looks at them
-        self._lengths = self._lengths + got["count"]
+        self._view.moved(got["count"])
         for b, (count, bonus) in enumerate(zip(got["count"].tolist(), got["bonus"].tolist(), strict=True)):
             rows = got["path"][b]
             path.append(rows[:count].copy())

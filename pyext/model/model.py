@@ -9,7 +9,7 @@ import torch
 from ramify.backends import MAX_TOPK
 from ramify.cache.arena import PAGE, PREFILL_ROWS
 from ramify.cache.cache import Cache, CacheView
-from ramify.checks import show, whole
+from ramify.checks import INT32_MAX, show, whole
 from ramify.model.config import ModelConfig
 from ramify.model.device_steps import DeviceSteps
 from ramify.model.device_turns import DeviceTurns
@@ -171,7 +171,7 @@ class Model:
         if not self.takes_turns:
             raise ValueError(f"turns: model is on {self.device}; takes one on a GPU, which drafts by itself. Use forward.")
         self._check_view(view, len(roots))
-        self._check_tokens(np.array([whole("root", root, caller="turns") for root in roots], np.int64).astype(np.int32))
+        self._check_tokens(np.array([whole("root", root, 0, "turns", INT32_MAX) for root in roots], np.int32))
         if len(left) != len(roots):
             raise ValueError(f"turns: left has {len(left)} numbers; takes {len(roots)}, one for each root.")
         for count in left:

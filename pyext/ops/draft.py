@@ -1,7 +1,5 @@
 """table_draft and table_learn: a step's guesses from a table of likely successors, and what the step teaches that table."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -72,17 +70,13 @@ def _check_draft_values(table: Tensor, roots: Tensor, parents: Tensor, ranks: Te
         raise ValueError(f"table_draft: ranks[{t}] is {ranks[t]}; takes 0 to {W - 1}, the columns of table.")
 
 
-def _draft(*inputs: Any) -> tuple[Tensor]:
-    return (reference.table_draft(*inputs),)
-
-
 _table_draft = Op(
     "table_draft",
     "Tensor table, Tensor roots, Tensor parents, Tensor ranks",
     ["tokens"],
     check=_check_draft,
     sizes=lambda table, *_: {"dtype": table.dtype},
-    reference=_draft,
+    reference=lambda *inputs: (reference.table_draft(*inputs),),
     cpu=_native_draft.table_draft,
     cuda=_cuda_draft.table_draft,
     triton="table_draft",

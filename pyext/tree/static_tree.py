@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from ramify.tree.token_tree import MAX_ROWS
+from ramify.tree.token_tree import MAX_ROWS, TokenTree
 
 Links = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -55,7 +55,4 @@ class StaticTree:
 @lru_cache(maxsize=1024)
 def deepest(parents: tuple[int, ...]) -> int:
     """Steps from the root to the row that is furthest from it."""
-    depth: list[int] = []
-    for parent in parents:
-        depth.append(depth[parent] + 1 if parent >= 0 else 0)
-    return max(depth)
+    return int(TokenTree.filled(np.zeros((1, len(parents)), np.int32), parents).depth.max())
