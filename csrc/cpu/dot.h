@@ -69,16 +69,16 @@ static_assert(kDotVecs * L % kLowBitPanel == 0 && kPanel % (kDotVecs * L) == 0, 
 
 constexpr int kSignedOffset = 128;
 
-template <bool kSmall, int T, class W>
-RAMIFY_INLINE void dot(Ints (&sum)[kDotVecs][T], const W& w, const int8_t* x, int64_t steps) {
+template <bool kSmall, int T, int N, class W>
+RAMIFY_INLINE void dot(Ints (&sum)[N][T], const W& w, const int8_t* x, int64_t steps) {
   for (int64_t s = 0; s < steps; s += 2)
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
-      Ints code[kDotVecs];
-      for (int v = 0; v < kDotVecs; ++v) code[v] = kSmall ? w(v, s, i, T) : w(v, s, i, T) ^ ints(int32_t(0x80808080));
+      Ints code[N];
+      for (int v = 0; v < N; ++v) code[v] = kSmall ? w(v, s, i, T) : w(v, s, i, T) ^ ints(int32_t(0x80808080));
       for (int t = 0; t < T; ++t) {
         const Ints word = ints(word_at(x + ((s + i) * T + t) * 4));
-        for (int v = 0; v < kDotVecs; ++v) sum[v][t] = dot_bytes(sum[v][t], code[v], word);
+        for (int v = 0; v < N; ++v) sum[v][t] = dot_bytes(sum[v][t], code[v], word);
       }
     }
 }
@@ -91,19 +91,19 @@ constexpr int kSignedOffset = 0;
 RAMIFY_INLINE void add_words(__m256i& sum, __m256i x) { asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(x)); }
 RAMIFY_INLINE void add_ints(Ints& sum, __m256i x) { asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(x)); }
 
-template <bool kSmall, int T, class W>
-RAMIFY_INLINE void dot(Ints (&sum)[kDotVecs][T], const W& w, const int8_t* x, int64_t steps) {
+template <bool kSmall, int T, int N, class W>
+RAMIFY_INLINE void dot(Ints (&sum)[N][T], const W& w, const int8_t* x, int64_t steps) {
   const __m256i ones = _mm256_set1_epi16(1);
   if constexpr (kSmall) {
     for (int64_t s = 0; s < steps; s += 8) {
-      __m256i part[kDotVecs][T];
+      __m256i part[N][T];
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) {
-        Ints code[kDotVecs];
-        for (int v = 0; v < kDotVecs; ++v) code[v] = w(v, s, i, T);
+        Ints code[N];
+        for (int v = 0; v < N; ++v) code[v] = w(v, s, i, T);
         for (int t = 0; t < T; ++t) {
           const __m256i word = _mm256_set1_epi32(word_at(x + ((s + i) * T + t) * 4));
-          for (int v = 0; v < kDotVecs; ++v) {
+          for (int v = 0; v < N; ++v) {
             const __m256i pairs = _mm256_maddubs_epi16((__m256i)code[v], word);
             if (i == 0)
               part[v][t] = pairs;
@@ -112,18 +112,18 @@ RAMIFY_INLINE void dot(Ints (&sum)[kDotVecs][T], const W& w, const int8_t* x, in
           }
         }
       }
-      for (int v = 0; v < kDotVecs; ++v)
+      for (int v = 0; v < N; ++v)
         for (int t = 0; t < T; ++t) add_ints(sum[v][t], _mm256_madd_epi16(part[v][t], ones));
     }
   } else {
     for (int64_t s = 0; s < steps; s += 2)
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {
-        Ints code[kDotVecs];
-        for (int v = 0; v < kDotVecs; ++v) code[v] = w(v, s, i, T);
+        Ints code[N];
+        for (int v = 0; v < N; ++v) code[v] = w(v, s, i, T);
         for (int t = 0; t < T; ++t) {
           const __m256i word = _mm256_set1_epi32(word_at(x + ((s + i) * T + t) * 4));
-          for (int v = 0; v < kDotVecs; ++v) {
+          for (int v = 0; v < N; ++v) {
             const __m256i c = (__m256i)code[v];
             const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(c), _mm256_sign_epi8(word, c));
             add_ints(sum[v][t], _mm256_madd_epi16(pairs, ones));
@@ -137,11 +137,11 @@ RAMIFY_INLINE void dot(Ints (&sum)[kDotVecs][T], const W& w, const int8_t* x, in
 
 constexpr int kSignedOffset = 0;
 
-template <bool kSmall, int T, class W>
-RAMIFY_INLINE void dot(Ints (&sum)[kDotVecs][T], const W& w, const int8_t* x, int64_t steps) {
+template <bool kSmall, int T, int N, class W>
+RAMIFY_INLINE void dot(Ints (&sum)[N][T], const W& w, const int8_t* x, int64_t steps) {
   for (int64_t s = 0; s < steps; s += 2)
     for (int i = 0; i < 2; ++i)
-      for (int v = 0; v < kDotVecs; ++v) {
+      for (int v = 0; v < N; ++v) {
         const Ints code = w(v, s, i, T);
         for (int b = 0; b < 4; ++b) {
           const Ints c = kSmall ? (code >> 8 * b) & 15 : code << (24 - 8 * b) >> 24;

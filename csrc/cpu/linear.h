@@ -20,12 +20,17 @@ namespace {
 constexpr int kPanelVecs = kPanel / L;
 constexpr int kAhead = 4096;  // bytes: how far before its use a panel is asked for
 
-// The same where a tile reads `panels` of `size` bytes side by side: what follows the end of one lies behind the others. at: a place in the
-// first of them; turn: where its last kAhead bytes begin.
-inline int64_t ahead_of(const uint8_t* at, const uint8_t* turn, int64_t size, int64_t panels) {
-  return at < turn ? kAhead : kAhead + (panels - 1) * size;
-}
-inline const uint8_t* turn_of(const uint8_t* panel, int64_t size) { return panel + (size > kAhead ? size - kAhead : 0); }
+// The same where a tile reads N panels of `size` bytes side by side: what follows the end of one lies behind the others. Four are asked
+// for nearer, or they would push each other out of L1; eight are streams that a core finds by itself.
+template <int N>
+struct Ahead {
+  static constexpr bool kAsks = N < 8;
+  static constexpr int64_t kNear = N < 4 ? kAhead : kAhead / 4;
+  const uint8_t* turn;  // where the first panel's last kNear bytes begin
+  int64_t past;
+  Ahead(const uint8_t* first, int64_t size) : turn(first + (size > kNear ? size - kNear : 0)), past(kNear + (N - 1) * size) {}
+  RAMIFY_INLINE int64_t operator()(const uint8_t* at) const { return at < turn ? kNear : past; }  // at: a place in the first panel
+};
 
 inline int64_t lines(int64_t bytes) { return pad_to(bytes, 64); }
 

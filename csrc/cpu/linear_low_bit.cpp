@@ -14,9 +14,13 @@
 namespace ramify::RAMIFY_ISA {
 namespace {
 
-constexpr int kWide = kDotVecs * L;  // features of a tile of Rounded
 constexpr int64_t kTogether = 512;   // inputs of a panel that stay in L1 while every tile passes
 constexpr int64_t kRowsAtOnce = 96;  // rows whose sums and inputs stay in L1 while a panel passes
+
+// Vectors of features beside each other in a tile of few rows, so that more panels come from memory side by side, and the most rows of a
+// tile with N of them. Panels of bytes may lie a power of two apart: eight would meet in one set of L1. AVX2 has no registers to spare.
+constexpr int most_vecs(bool small) { return L < kLowBitPanel ? kDotVecs : small ? 8 : 4; }
+constexpr int rows_of(int N, bool small) { return kDotVecs * most_tokens(small) / N - (small && N > kDotVecs); }
 
 // ---- Rounded: integer dots
 
@@ -80,56 +84,55 @@ int32_t round_codes(const float* x, int64_t n, float scale, int8_t* codes) {
   return sum;
 }
 
-// Where weight vector v of step s + i lies; s is even, i known when compiled. Bytes are asked for where a tile has rows enough to wait.
-struct Bytes {
+// Where weight vector v of N lies at step s + i; s is even, i known when compiled. Bytes are asked for if a tile has rows enough to wait.
+template <bool kSmall, int N>
+struct Words {
   const uint8_t* base;
-  int64_t panel;        // bytes from one panel of 16 features to the next
-  const uint8_t* turn;  // of the first panel
+  int64_t panel;  // bytes from one panel of 16 features to the next
+  Ahead<N * L / kLowBitPanel> ahead;
   RAMIFY_INLINE const uint8_t* at(int v, int64_t line) const {
     return base + v * L / kLowBitPanel * panel + v * L % kLowBitPanel * 4 + line * 4 * kLowBitPanel;
   }
   RAMIFY_INLINE void ask(int v, int64_t line) const {
-    if (v * L % kLowBitPanel == 0) __builtin_prefetch(at(v, line) + ahead_of(at(0, line), turn, panel, kWide / kLowBitPanel));
+    if (ahead.kAsks && v * L % kLowBitPanel == 0) __builtin_prefetch(at(v, line) + ahead(at(0, line)));
   }
   RAMIFY_INLINE Ints operator()(int v, int64_t s, int i, int rows) const {
-    if (rows > 4) ask(v, s + i);
-    return load_ints(at(v, s + i));
-  }
-};
-struct Nibbles : Bytes {
-  RAMIFY_INLINE Ints operator()(int v, int64_t s, int i, int) const {
+    if constexpr (!kSmall) {
+      if (rows > 4) ask(v, s + i);
+      return load_ints(at(v, s + i));
+    }
     const Ints word = load_ints(at(v, s / 2 + i / 2));
     if (i % 2 == 0) ask(v, s / 2 + i / 2);
     return (i & 1 ? shift_right(word, 4) : word) & 0x0f0f0f0f;
   }
 };
 
-// Groups [g, stop) of T rows from `first` on: integer sums, scaled, onto `sums` [row][kWide]. `codes` is at group g.
-template <bool kSmall, int T, class W>
-RAMIFY_INLINE void add_groups(const LinearArgs& a, const LowBitLayout& w, const Codes& x, const uint8_t* panel, W codes, int64_t g,
-                              int64_t stop, int64_t first, float* sums) {
+// Groups [g, stop) of T rows from `first` on: integer sums, scaled, onto `sums` [row][N * L]. `codes` is at group g.
+template <bool kSmall, int T, int N>
+RAMIFY_INLINE void add_groups(const LinearArgs& a, const LowBitLayout& w, const Codes& x, const uint8_t* panel, Words<kSmall, N> codes,
+                              int64_t g, int64_t stop, int64_t first, float* sums) {
   const bool zeros = kSmall && a.zeros, constant = kSmall ? !zeros : kSignedOffset != 0, grouped = a.activations == kInt8Group;
   const int64_t M = x.M, scale_dtype = a.scale_dtype, next = w.row_scale ? 0 : w.step, whole = w.group, last = w.groups - 1;
   const uint8_t* scales = panel + w.scales(g);
   const Codes::Offset* offset = x.offsets + g * M + first;
   const float* scale_of = grouped ? x.scales + g * M + first : nullptr;
   const int8_t* word = x.at(w, g, first);
-  sums += first * kWide;
+  sums += first * N * L;
   for (; g < stop; ++g, codes.base += w.step, scales += next, offset += M, word += whole * M) {
     const int64_t inputs = g < last ? whole : w.inputs(g);
     if (g == last) word = x.at(w, g, first);
-    Ints sum[kDotVecs][T];  // in registers: every loop over them is unrolled, or a store costs two cycles a vector
+    Ints sum[N][T];  // in registers: every loop over them is unrolled, or a store costs two cycles a vector
 #pragma GCC unroll 12
     for (int t = 0; t < T; ++t) {
       const Ints start = ints(constant ? offset[t].whole : 0);
-#pragma GCC unroll 4
-      for (int v = 0; v < kDotVecs; ++v) sum[v][t] = start;
+#pragma GCC unroll 8
+      for (int v = 0; v < N; ++v) sum[v][t] = start;
     }
     dot<kSmall>(sum, codes, word, inputs / 4);
-#pragma GCC unroll 4
-    for (int v = 0; v < kDotVecs; ++v) {
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) {
       const auto add = [&](int t, Vec y, Vec scale) {
-        float* const to = sums + t * kWide + v * L;
+        float* const to = sums + t * N * L + v * L;
         fma(y, scale, Vec::load(to)).store(to);
       };
       const uint8_t* const here = scales + v * L / kLowBitPanel * w.panel;
@@ -156,7 +159,10 @@ RAMIFY_INLINE void add_groups(const LinearArgs& a, const LowBitLayout& w, const 
 
 struct Rounded {
   static int64_t packed_bytes(const LinearArgs& a, int64_t M) { return Codes::bytes(layout_of(a), M); }
-  static int64_t work_bytes(const LinearArgs&, int64_t M) { return M * kWide * 4; }
+  static int64_t work_bytes(const LinearArgs&, int64_t M) {  // the sums of a tile of few rows too: a captured step may have fewer
+    const int64_t few = most_tokens(true);
+    return (M > few ? M : few) * kDotVecs * L * 4;
+  }
   static int64_t group(const LinearArgs& a, int64_t M) { return Codes::tile_of(layout_of(a), M); }
 
   static void pack(const LinearArgs& a, const float* x, int64_t M, int64_t m, void* packed) {
@@ -194,41 +200,43 @@ struct Rounded {
     return packed;
   }
 
-  template <bool kSmall, class W>
-  static void add(const LinearArgs& a, const LowBitLayout& w, const Codes& x, const uint8_t* panel, const W& codes, int64_t g, int64_t stop,
-                  int64_t first, float* sums) {
-    const int rows = int(x.M - first < x.tile ? x.M - first : x.tile);
-    with_rows<most_tokens(kSmall)>(rows, [&]<int T>() { add_groups<kSmall, T>(a, w, x, panel, codes, g, stop, first, sums); });
+  // All rows of N vectors of features from `column` on. Inlined, the epilogue's constants would take registers that sums need.
+  template <bool kSmall, int N>
+  __attribute__((noinline)) static void columns(const LinearArgs& a, const LowBitLayout& w, const Codes& x, int64_t column, float* sums) {
+    const uint8_t* const panel = static_cast<const uint8_t*>(a.weight) + column / kLowBitPanel * w.panel;
+    const int64_t M = x.M, at_once = kRowsAtOnce / x.tile * x.tile, together = M <= x.tile ? w.groups : kTogether / w.group;
+    __builtin_memset(sums, 0, M * N * L * 4);
+    for (int64_t top = 0; top < M; top += at_once) {
+      const int64_t bottom = top + at_once < M ? top + at_once : M;
+      for (int64_t g = 0; g < w.groups; g += together) {
+        const int64_t stop = g + together < w.groups ? g + together : w.groups;
+        const Words<kSmall, N> codes{panel + g * w.step, w.panel, {panel, w.panel}};
+        for (int64_t first = top; first < bottom; first += x.tile) {
+          const int rows = int(M - first < x.tile ? M - first : x.tile);
+          with_rows<rows_of(N, kSmall)>(rows, [&]<int T>() { add_groups<kSmall, T, N>(a, w, x, panel, codes, g, stop, first, sums); });
+        }
+      }
+    }
+    for (int64_t m = 0; m < M; ++m)
+      for (int v = 0; v < N; ++v) {
+        Vec y = Vec::load(sums + (m * N + v) * L);
+        if (a.activations == kInt8Row) y = y * Vec::set(x.scales[m]);
+        finish(a, y, m, column + v * L);
+      }
+  }
+
+  template <bool kSmall, int N = most_vecs(kSmall)>
+  static void columns_from(const LinearArgs& a, const LowBitLayout& w, const Codes& x, int64_t column, int64_t end, float* sums) {
+    if (x.tile <= rows_of(N, kSmall))
+      for (; column + N * L <= end; column += N * L) columns<kSmall, N>(a, w, x, column, sums);
+    if constexpr (N > kDotVecs) columns_from<kSmall, N / 2>(a, w, x, column, end, sums);
   }
 
   static void block(const LinearArgs& a, const void* packed, int64_t M, int64_t begin, int64_t end, void* work) {
     const LowBitLayout w = layout_of(a);
     const Codes x(w, M, const_cast<void*>(packed));
     float* const sums = static_cast<float*>(work);
-    const int64_t at_once = kRowsAtOnce / x.tile * x.tile, together = M <= x.tile ? w.groups : kTogether / w.group;
-    for (int64_t column = begin; column < end; column += kWide) {
-      const uint8_t* const panel = static_cast<const uint8_t*>(a.weight) + column / kLowBitPanel * w.panel;
-      __builtin_memset(sums, 0, M * kWide * 4);
-      for (int64_t top = 0; top < M; top += at_once) {
-        const int64_t bottom = top + at_once < M ? top + at_once : M;
-        for (int64_t g = 0; g < w.groups; g += together) {
-          const int64_t stop = g + together < w.groups ? g + together : w.groups;
-          const Bytes codes{panel + g * w.step, w.panel, turn_of(panel, w.panel)};
-          for (int64_t first = top; first < bottom; first += x.tile) {
-            if (w.small)
-              add<true>(a, w, x, panel, Nibbles{codes}, g, stop, first, sums);
-            else
-              add<false>(a, w, x, panel, codes, g, stop, first, sums);
-          }
-        }
-      }
-      for (int64_t m = 0; m < M; ++m)
-        for (int v = 0; v < kDotVecs; ++v) {
-          Vec y = Vec::load(sums + m * kWide + v * L);
-          if (a.activations == kInt8Row) y = y * Vec::set(x.scales[m]);
-          finish(a, y, m, column + v * L);
-        }
-    }
+    w.small ? columns_from<true>(a, w, x, begin, end, sums) : columns_from<false>(a, w, x, begin, end, sums);
   }
 };
 
@@ -260,7 +268,7 @@ void low_bit_ask(const void* p, Team& team) {
   if (mine.begin == mine.end) return;
   const uint8_t* const first = static_cast<const uint8_t*>(a.weight) + mine.begin * dealt(a) / kLowBitPanel * w.panel;
   for (int64_t at = 0; at < w.panel && at < kAhead; at += 64)
-    for (int64_t n = 0; n < kWide / kLowBitPanel; ++n) __builtin_prefetch(first + n * w.panel + at);
+    for (int64_t n = 0; n < kDotVecs * L / kLowBitPanel; ++n) __builtin_prefetch(first + n * w.panel + at);
 }
 
 }  // namespace

@@ -175,7 +175,8 @@ struct Halves {
   // T rows from `first` on x N panels from `column` on.
   template <int T, int N>
   RAMIFY_INLINE static void tile(const LinearArgs& a, const LowBitLayout& w, void* packed, int64_t M, int64_t first, int64_t column) {
-    const uint8_t *const panel = static_cast<const uint8_t*>(a.weight) + column / L * w.panel, *const turn = turn_of(panel, w.panel);
+    const uint8_t* const panel = static_cast<const uint8_t*>(a.weight) + column / L * w.panel;
+    const Ahead<N> ahead(panel, w.panel);
     const uint32_t* x = pairs_of(a, packed, first);
     const float* const sums = sums_of(a, packed, M) + first * w.groups;
     const __m512i values = _mm512_load_si512(a.zeros ? kPlainValues.of : kSignedValues.of);
@@ -189,7 +190,7 @@ struct Halves {
         __m512i word[N];
         for (int n = 0; n < N; ++n) {
           word[n] = _mm512_loadu_si512(codes + n * w.panel + at);
-          __builtin_prefetch(codes + n * w.panel + at + ahead_of(codes + at, turn, w.panel, N));
+          if (ahead.kAsks) __builtin_prefetch(codes + n * w.panel + at + ahead(codes + at));
         }
 #pragma GCC unroll 4
         for (int s = 0; s < 4; ++s, x += T) {
