@@ -9,6 +9,8 @@
 
 namespace ramify::gpu {
 
+using ramify::TableDraftArgs, ramify::TableLearnArgs;
+
 enum Type : int64_t { kF32 = 0, kBf16 = 1, kF16 = 2, kF64 = 3 };
 
 // out = rms_norm(x, or x + residual, which is stored in `sum`) * weight
