@@ -37,14 +37,11 @@ class Cache:
 
     def reserve(self, slot: int, length: int) -> None:
         """Give a slot the pages of `length` tokens. Raises ValueError beyond its capacity."""
-        pages = self._pages[slot]
-        need = -(-length // PAGE)
-        if need <= len(pages):
-            return
         if length > self.capacities[slot]:
             raise ValueError(
                 f"Cache: {length} tokens in slot {slot}; takes at most {self.capacities[slot]}. Ask new_cache for a larger capacity."
             )
+        pages, need = self._pages[slot], -(-length // PAGE)
         while len(pages) < need:
             page = self.arena.free_pages.pop()
             self.page_table[slot, len(pages)] = page

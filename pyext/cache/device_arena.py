@@ -6,7 +6,7 @@ anybody owns stands at the end of the pages and of the draft region: rows that f
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,8 +29,8 @@ MOST_MOVES = 1 << 15
 class DeviceArena:
     """k, v [L, pages + 1, 64, Hkv, D] and draft_k, draft_v [L, 64 draft_pages + 1, Hkv, D] on `device`.
 
-    programs: the steps recorded over it; states: what its turns hand on. cos, sin f32 [positions, D / 2]: rotary tables as long as any
-    position that fits.
+    programs: the steps recorded over it; states: what its turns hand on; turns: those that are open, or were. cos, sin f32
+    [positions, D / 2]: rotary tables as long as any position that fits.
     """
 
     def __init__(
@@ -46,10 +46,17 @@ class DeviceArena:
         self.free_pages = list(range(pages - 1, -1, -1))
         self.programs: dict = {}
         self.states: dict = {}
+        self.turns: Any = None  # a weak reference: turns that everybody has forgotten are over
         self.pending = 0
         self._source, self._target = (np.zeros(min(draft_pages * PAGE, MOST_MOVES), np.int32) for _ in range(2))
         self._flush: tuple[Mirror, bound.Bound] | None = None
         self._workspace: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def idle(self, caller: str) -> None:
+        """Raises ValueError while turns are open: they own the state that is here, and what they committed is not yet known."""
+        turns = self.turns and self.turns()
+        if turns is not None and turns.open:
+            raise ValueError(f"{caller}: turns of this cache are open; takes one at rest. Close them first.")
 
     @property
     def nbytes(self) -> int:

@@ -36,7 +36,7 @@ class DeviceRounds(Rounds):
         if any(o.finish_reason for o in self.outs):
             return
         if not self._wanted:
-            self._wanted = min(MAX_ROWS, max(self.parts.size.rows(self.live, self.view.lengths)))
+            self._wanted = min(MAX_ROWS, max(1, *self.parts.size.rows(self.live, self.view.lengths)))
         most = max(o.left for o in self.outs)
         while self.ahead < min(AHEAD, most):  # a turn emits a token or more
             self._turns.queue(self._wanted, self.parts.model.eager)

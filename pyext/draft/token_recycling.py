@@ -80,6 +80,13 @@ class TokenRecycling(Drafter):
         if self.table.shape != (vocab, WIDTH) or self.table.dtype != np.int32:
             came = f"{self.table.dtype} {list(self.table.shape)}"
             raise ValueError(f"token_recycling: table is {came}; takes int32 [{vocab}, {WIDTH}]. It belongs to another vocabulary.")
+        if not (self.table.flags.c_contiguous and self.table.flags.writeable):
+            raise ValueError(
+                "token_recycling: table is read-only or strided; takes a dense one that may be written to, such as table.copy()."
+            )
+        if not -1 <= self.table.min() <= self.table.max() < vocab:
+            came = f"{self.table.min()} to {self.table.max()}"
+            raise ValueError(f"token_recycling: table holds {came}; takes ids of 0 to {vocab - 1}, and -1 where nothing was seen.")
         if self.keep:
             _tables[model] = self.table
 

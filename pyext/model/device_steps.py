@@ -68,6 +68,7 @@ class DeviceSteps:
         if self.device.type == "cuda":
             backends.check_model_backend(str(self.device))
         arena, pages, B = view.cache.arena, view.cache.page_table.shape[1], len(view.slots)
+        arena.idle("forward")
         bucket = 1 << (int(shape.rows.max()) - 1).bit_length()
         key = (bucket, B, span, head, topk, taps, draws, pages, backends.forced(), backends.invariant())
         step = arena.programs.get(key)

@@ -2,11 +2,12 @@
 
 What a turn needs of the one before (roots, lengths, the table) never leaves the device, so the next is queued before anybody has read
 what this one emitted: the host reads a turn late, and the device does not wait for it.
-Status: run on tensors of the CPU, under the emulator and in Triton's interpreter, not yet on hardware.
+Status: run on tensors of the CPU and under the emulator, its ops in Triton's interpreter; not yet on hardware.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from ramify import backends
 from ramify.cache.cache import CacheView
 from ramify.cache.device_arena import DeviceArena
 from ramify.cache.mirror import Mirror, mark, wait
+from ramify.checks import whole
 from ramify.model.describe import Plan, describe
 from ramify.model.device_graph import Recording
 from ramify.model.device_record import DeviceRecorder
@@ -152,14 +154,17 @@ class Taken(NamedTuple):
 class DeviceTurns:
     """The turns of a view's sequences, from their roots to the last of the tokens `left` to each. Its pages are taken before the first.
 
-    The view's lengths move as turns are taken. `close` before anything else is done with the view.
+    The view's lengths move as turns are taken. One of a cache at a time: `close` before anything else is done with it. open: until then.
     """
+
+    open = False
 
     def __init__(
         self, steps: DeviceSteps, view: CacheView, tree: StaticTree, roots: Sequence[int], left: Sequence[int], draws: Draws | None
     ):
         self._steps, self._view, self._tree, self._draws = steps, view, tree, draws is not None
         cache, arena = view.cache, view.cache.arena
+        arena.idle("turns")
         lengths = view.lengths
         for slot, length, more in zip(view.slots, lengths.tolist(), left, strict=True):
             cache.reserve(slot, length + more)
@@ -178,6 +183,8 @@ class DeviceTurns:
         if tree.table is not None:
             state.table.copy_(torch.from_numpy(tree.table), non_blocking=True)
         self._state, self._flight = state, deque[tuple[DeviceTurn, int, Any]]()
+        view.draft_page = view.draft_rows = None  # turns write there
+        self.open, arena.turns = True, weakref.ref(self)
 
     def __len__(self) -> int:
         """Turns in flight."""
@@ -185,10 +192,14 @@ class DeviceTurns:
 
     def queue(self, rows: int, eager: bool = False) -> int:
         """Start one more turn over the tree of at most `rows` rows, 1 to MAX_ROWS, fewer where the positions of the model end; returns
-        how many it has.
+        how many it has. Raises ValueError for other rows, with AHEAD turns in flight, and when they are closed or a slot was freed.
         """
-        if not 1 <= rows <= MAX_ROWS:
+        if not 1 <= whole("rows", rows, caller="turns") <= MAX_ROWS:
             raise ValueError(f"turns: rows is {rows}; takes 1 to {MAX_ROWS}.")
+        if not self.open or (self._view.cache.capacities[self._view.slots] < 0).any():
+            raise ValueError("turns: they are closed or a slot was freed; takes no more. Ask model.turns for others.")
+        if len(self._flight) == AHEAD:
+            raise ValueError(f"turns: {AHEAD} are in flight; takes no more before one was taken. Call take.")
         ahead = sum(turn.deepest + 1 for turn, _, _ in self._flight)  # tokens that turns in flight may emit
         root = int(np.minimum(self._view.lengths + ahead, self._last).max())
         turn = self._turn(self._tree.fitted(rows, self._steps.config.max_positions - 1 - root))
@@ -196,14 +207,20 @@ class DeviceTurns:
         return turn.plan.rows
 
     def take(self) -> Taken:
-        """Wait for the oldest turn. Raises ValueError where its logits are not finite, and taken it is then too; or when none is queued."""
+        """Wait for the oldest turn. Raises ValueError when none is queued, and where its logits are not finite: all are closed then, and
+        the view keeps what was taken before.
+        """
         if not self._flight:
             raise ValueError("turns: nothing is in flight; takes a turn that was queued. Call queue first.")
         turn, host, event = self._flight.popleft()
         wait(self._steps.device, event)
         got = turn.results.hosts[host]
         tokens, path, emitted = got["tokens"].copy(), [], []
-        check_finite(np.where(tokens.ravel() >= 0, got["lse"], 0))  # rows of no token are computed, and nobody looks at them
+        try:
+            check_finite(np.where(tokens.ravel() >= 0, got["lse"], 0))  # rows of no token are computed, and nobody looks at them
+        except ValueError:
+            self.close()
+            raise
         self._view.moved(got["count"])
         for b, (count, bonus) in enumerate(zip(got["count"].tolist(), got["bonus"].tolist(), strict=True)):
             rows = got["path"][b]
@@ -213,7 +230,10 @@ class DeviceTurns:
         return Taken(TokenTree.filled(tokens, turn.links[0]), path, emitted)
 
     def close(self) -> None:
-        """Wait for what is in flight, unread, and write what was learned into the drafter's table."""
+        """Wait for what is in flight, unread, and write what was learned into the drafter's table. Once is enough."""
+        if not self.open:
+            return
+        self.open = False
         self._flight.clear()
         if self._tree.table is not None:
             torch.from_numpy(self._tree.table).copy_(self._state.table, non_blocking=True)

@@ -165,18 +165,30 @@ class Model:
     ) -> DeviceTurns:
         """Steps that draft from tree.table, decide and commit where the model is, `left` tokens of each sequence of `view` in all.
 
-        roots: the last token of each text, as in a tree. draws: as in `forward`; None takes the likeliest tokens. Of a model whose
-        `takes_turns` is True. Raises ValueError for another, for a root outside the vocabulary and for more tokens than a slot holds.
+        roots: the last token of each text, as in a tree. draws: temperatures and seeds as in `forward`, positions are those of the text;
+        None takes the likeliest tokens. Of a model whose `takes_turns` is True. Raises ValueError for another, for a root outside the
+        vocabulary, for more tokens than a slot holds and while other turns of the cache are open; TypeError for what is no such argument.
         """
         if not self.takes_turns:
             raise ValueError(f"turns: model is on {self.device}; takes one on a GPU, which drafts by itself. Use forward.")
-        self._check_view(view, len(roots))
-        self._check_tokens(np.array([whole("root", root, 0, "turns", INT32_MAX) for root in roots], np.int32))
+        for name, given in (("roots", roots), ("left", left)):
+            if isinstance(given, str) or not hasattr(given, "__len__"):
+                raise TypeError(f"turns: {name} is {show(given)}; takes a whole number for each sequence, in a list.")
+        self._check_view(view, len(roots), "turns")
+        self._check_tokens(np.array([whole("root", root, 0, "turns", INT32_MAX) for root in roots], np.int32), "turns")
         if len(left) != len(roots):
             raise ValueError(f"turns: left has {len(left)} numbers; takes {len(roots)}, one for each root.")
         for count in left:
-            whole("left", count, 1, "turns")
+            whole("left", count, 1, "turns", INT32_MAX)
+        if not isinstance(tree, StaticTree):
+            raise TypeError(f"turns: tree is {show(tree)}; takes a StaticTree, as a drafter's static() returns.")
         tree.check(self.config.vocab_size)
+        if tree.width > MAX_TOPK:
+            raise ValueError(f"turns: table is {tree.width} ids wide; takes at most {MAX_TOPK}.")
+        if draws is not None:
+            if not isinstance(draws, Draws):
+                raise TypeError(f"turns: draws is {show(draws)}; takes Draws or None, for the likeliest tokens.")
+            draws.check(len(roots), "turns")
         return DeviceTurns(self._steps, view, tree, roots, left, draws)
 
     def _check_request(self, span, taps, topk, hidden) -> tuple[int, ...]:
@@ -214,20 +226,26 @@ class Model:
             check_finite(out.lse)
         return out
 
-    def _check_view(self, view: CacheView, B: int) -> None:
+    def _check_view(self, view: CacheView, B: int, caller: str = "forward") -> None:
         if not isinstance(view, CacheView):
-            raise TypeError(f"forward: view is {show(view)}; takes slots of a cache: cache.of([0]).")
-        if view.cache.model is not self:
-            raise ValueError("forward: cache is another model's; takes one that this model's new_cache made.")
-        if not view.cache.live:  # its memory may be another cache's by now
-            raise ValueError("forward: cache was freed; takes one that was not. Make another with new_cache.")
+            raise TypeError(f"{caller}: view is {show(view)}; takes slots of a cache: cache.of([0]).")
+        cache = view.cache
+        if cache.model is not self:
+            raise ValueError(f"{caller}: cache is another model's; takes one that this model's new_cache made.")
+        if not cache.live:  # its memory may be another cache's by now
+            raise ValueError(f"{caller}: cache was freed; takes one that was not. Make another with new_cache.")
+        if cache.live < len(cache.capacities) and (cache.capacities[view.slots] < 0).any():
+            raise ValueError(
+                f"{caller}: a slot of {show(view.slots)} was freed; takes slots that were not. Ask the cache for another view."
+            )
         if len(view.slots) != B:
-            raise ValueError(f"forward: tree has {B} sequences; takes {len(view.slots)}, as the view has.")
+            came = f"tree has {B} sequences" if caller == "forward" else f"roots has {B} tokens"
+            raise ValueError(f"{caller}: {came}; takes {len(view.slots)}, as the view has.")
 
-    def _check_tokens(self, tokens: np.ndarray) -> None:
+    def _check_tokens(self, tokens: np.ndarray, caller: str = "forward") -> None:
         if int(tokens.view(np.uint32).max()) >= self.config.vocab_size:  # a negative id is a large unsigned one
             bad = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)][0]
-            raise ValueError(f"forward: token {bad}; takes 0 to {self.config.vocab_size - 1}. Is it another model's vocabulary?")
+            raise ValueError(f"{caller}: token {bad}; takes 0 to {self.config.vocab_size - 1}. Is it another model's vocabulary?")
 
     def _fill(self, step: Any, shape: Shape, tree: TokenTree, view: CacheView) -> None:
         """Write a step's inputs; checks what a wrong address could come from."""

@@ -78,6 +78,15 @@ class Draws(NamedTuple):
     seed: np.ndarray
     position: np.ndarray
 
+    def check(self, B: int, caller: str) -> None:
+        """Raises TypeError or ValueError for what is not B temperatures of 0 or more, with seeds and positions."""
+        for name, array in self._asdict().items():
+            if not isinstance(array, np.ndarray) or array.shape != (B,) or array.dtype.kind != ("f" if name == "temperature" else "i"):
+                came = show(array) if not isinstance(array, np.ndarray) else f"{array.dtype} {list(array.shape)}"
+                raise TypeError(f"{caller}: {name} of draws is {came}; takes an array of {B}, as Draws says.")
+        if not (np.isfinite(self.temperature) & (self.temperature >= 0)).all():
+            raise ValueError(f"{caller}: temperature of draws is {self.temperature.tolist()}; takes finite numbers, 0 or more.")
+
 
 def penalize(logits: np.ndarray, penalty: float, seen: np.ndarray) -> np.ndarray:
     """Return logits with those of the ids in `seen` (each once or often) divided by the penalty if positive, else multiplied."""

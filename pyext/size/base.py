@@ -25,7 +25,9 @@ class SizePolicy:
         raise NotImplementedError
 
     def trim(self, tree: TokenTree) -> TokenTree:
-        """Leave out drafted rows that are not worth verifying; of each sequence the first rows stay, its root among them."""
+        """Leave out drafted rows that are not worth verifying; of each sequence the first rows stay, its root among them. Not asked where
+        a device drafts by itself: its trees have a shape before they have tokens.
+        """
         return tree
 
     def observe(self, tree: TokenTree, verdict: "Verdict", clock: "Clock") -> None:

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import ramify
-from ramify import backends
 from ramify.decode.loop import decode
 from ramify.decode.output import Request
 from ramify.decode.rounds import Rounds
@@ -330,47 +329,3 @@ def test_what_goes_wrong_leaves_nothing_behind(engine, folders, monkeypatch):
         patch.setattr(device_turns, "check_finite", lambda lse: check_finite(np.full_like(lse, np.nan)))
         ramify.generate(model, given, "plain", max_new_tokens=count)
     assert texts(model, given, "token_recycling", max_new_tokens=count, size="fixed:rows_each=5") == want
-
-
-def test_bad_requests(engine, folders):
-    if engine.name != "table":
-        pytest.skip("nothing of it is the kernels'")
-    model = engine.load(folders["llama"])
-    cache = model.new_cache([20])
-    view, tree = cache.of([0]), drafters.build("plain").static()
-    for root, says in (
-        (VOCABULARY, f"token {VOCABULARY}; takes 0 to"),
-        (2**32 + 1, "root is 4294967297; takes at most"),
-        (-1, "root is -1"),
-    ):
-        with pytest.raises(ValueError, match=says):
-            model.turns(view, tree, [root], [3], None)
-    with pytest.raises(ValueError, match="21 tokens in slot 0; takes at most 20"):
-        model.turns(view, tree, [1], [21], None)
-    with pytest.raises(ValueError, match="tree has 2 sequences; takes 1"):
-        model.turns(view, tree, [1, 2], [3, 3], None)
-    table, links = np.zeros((VOCABULARY, 8), np.int32), TokenRecycling().static
-    for wrong, error, says in (
-        (table[:-1], ValueError, rf"table is \[{VOCABULARY - 1}, 8\]; takes \[{VOCABULARY}, W\]"),
-        (table.astype(np.int64), TypeError, "table is int64; takes an int32 array"),
-        (table[:, :4].copy(), ValueError, "ranks reach 7; takes 0 to 3"),
-    ):
-        with pytest.raises(error, match=says):
-            model.turns(view, replace(links(), table=wrong), [1], [3], None)
-    for left, says in (([0], "left is 0; takes 1 or more"), ([3, 3], "left has 2 numbers; takes 1")):
-        with pytest.raises(ValueError, match=says):
-            model.turns(view, tree, [1], left, None)
-    turns = model.turns(view, tree, [1], [3], None)
-    for rows in (0, -1, 257):
-        with pytest.raises(ValueError, match=f"rows is {rows}; takes 1 to 256"):
-            turns.queue(rows)
-    with pytest.raises(ValueError, match="nothing is in flight"):
-        turns.take()
-    turns.close()
-    cache.free([0])
-    with pytest.raises(ValueError, match="cache was freed"):
-        model.turns(view, tree, [1], [3], None)
-    if not backends.missing("cpu"):
-        here = ramify.load(folders["llama"], dtype="fp32")
-        with pytest.raises(ValueError, match="turns: model is on cpu; takes one on a GPU"):
-            here.turns(here.new_cache([20]).of([0]), tree, [1], [3], None)
