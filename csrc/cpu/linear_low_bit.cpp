@@ -262,18 +262,16 @@ int64_t low_bit_scratch(const void* p, int threads) {
   return with_layer(a, [&]<class Layer>() { return layer_scratch<Layer>(a, threads); });
 }
 
-// The beginnings of a thread's first panels, as many as its tiles read side by side.
+// The beginnings of a thread's first panels, as many as a tile of many rows reads side by side: to ask for those of wider tiles as well
+// gained nothing.
 void low_bit_ask(const void* p, Team& team) {
   const LinearArgs& a = *static_cast<const LinearArgs*>(p);
   const LowBitLayout w = layout_of(a);
   const Range mine = share_of(a, team);
   if (mine.begin == mine.end) return;
-  int vecs = most_vecs(w.small);
-  while (vecs > kDotVecs && *a.rows > rows_of(vecs, w.small)) vecs /= 2;
   const uint8_t* const first = static_cast<const uint8_t*>(a.weight) + mine.begin * dealt(a) / kLowBitPanel * w.panel;
-  const int64_t panels = vecs * L / kLowBitPanel, left = pad_to(a.N, kLowBitPanel) / kLowBitPanel - mine.begin * dealt(a) / kLowBitPanel;
-  for (int64_t at = 0; at < w.panel && at < kAhead * kDotVecs / vecs; at += 64)
-    for (int64_t n = 0; n < panels && n < left; ++n) __builtin_prefetch(first + n * w.panel + at);
+  for (int64_t at = 0; at < w.panel && at < kAhead; at += 64)
+    for (int64_t n = 0; n < kDotVecs * L / kLowBitPanel; ++n) __builtin_prefetch(first + n * w.panel + at);
 }
 
 }  // namespace
