@@ -61,7 +61,7 @@ constexpr int kDotVecs = 4;
 constexpr int most_tokens(bool) { return 4; }
 #endif
 // Vectors and rows of a tile.
-static_assert(kDotVecs * L % kLowBitPanel == 0 && kPanel % (kDotVecs * L) == 0, "a tile is one or two whole panels");
+static_assert(kDotVecs * L % kLowBitPanel == 0 && kPanel % (kDotVecs * L) == 0, "a tile of many rows is one or two whole panels");
 
 // sum[v][t] += the products of `steps` words, eight at a time; w(v, s, i, T) is weight vector v of step s + i, x[(s * T + t) * 4] the
 // activations.

@@ -4,8 +4,8 @@
 //          scale a row or one a group (Rounded), or stays a float (low_bit_floats.h).
 // Rounded  y = x_scale * sum over groups of w_scale * (codes . x_codes - zero * sum(x_codes)): integer dots inside a group (dot.h),
 //          then one f32 multiply-add a group, groups in ascending order. A constant zero is taken off by the dot's first value.
-// Tiling   16 features (32 with AVX-512) x most_tokens rows, nibbles unpacked in registers. Several tiles share 512 inputs of the
-//          panel in L1. A panel is read from memory once.
+// Tiling   16 features (32 with AVX-512, where few rows take 64 or 128) x most_tokens rows, nibbles unpacked in registers. Several tiles
+//          share 512 inputs of the panel in L1. A panel is read from memory once.
 // Traffic  the packed bytes, once for all rows.
 // Bits     an integer sum is exact, and the f32 sum of a (row, feature) is one chain over groups whatever the tile (row_invariance).
 #include "cpu/dot.h"
@@ -18,9 +18,11 @@ constexpr int64_t kTogether = 512;   // inputs of a panel that stay in L1 while 
 constexpr int64_t kRowsAtOnce = 96;  // rows whose sums and inputs stay in L1 while a panel passes
 
 // Vectors of features beside each other in a tile of few rows, so that more panels come from memory side by side, and the most rows of a
-// tile with N of them. Panels of bytes may lie a power of two apart: eight would meet in one set of L1. AVX2 has no registers to spare.
+// tile with N of them: as many as it has accumulators for, less a row where nibbles and their words take the registers of one. Panels of
+// bytes may lie a power of two apart: eight would meet in one set of L1. AVX2 has no registers to spare.
 constexpr int most_vecs(bool small) { return L < kLowBitPanel ? kDotVecs : small ? 8 : 4; }
 constexpr int rows_of(int N, bool small) { return kDotVecs * most_tokens(small) / N - (small && N > kDotVecs); }
+static_assert(kDotVecs * most_tokens(true) >= kDotVecs * most_tokens(false), "work_bytes has room for the sums of every tile of few rows");
 
 // ---- Rounded: integer dots
 
@@ -260,7 +262,8 @@ int64_t low_bit_scratch(const void* p, int threads) {
   return with_layer(a, [&]<class Layer>() { return layer_scratch<Layer>(a, threads); });
 }
 
-// The beginnings of a thread's first panels.
+// The beginnings of a thread's first panels, as many as a tile of many rows reads side by side: to ask for those of wider tiles as well
+// gained nothing.
 void low_bit_ask(const void* p, Team& team) {
   const LinearArgs& a = *static_cast<const LinearArgs*>(p);
   const LowBitLayout w = layout_of(a);

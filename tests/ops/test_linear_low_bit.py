@@ -90,7 +90,7 @@ def test_any_shape(backend, level, name, lead, N, K, scales, perm, dtype, seed):
 @pytest.mark.parametrize("name", NAMES)
 def test_row_is_its_own(level, name):
     """Row r of an M-row call has the bits of the call on row r alone, on one thread and on two."""
-    for N, K in ((33, 140), (95, 520)):
+    for N, K in ((33, 140), (95, 520), (300, 140)):  # the last has tiles of every width on either number of threads
         weight = low_bit_weight(name, N, K, seed=N)
         x, bias, residual = make(max(ROWS), weight, seed=N)
         for how in modes(weight.format):
@@ -205,6 +205,36 @@ def test_as_a_layer_of_a_step(level, how, name, prologue):
         want_values, want_ids = ops.topk_logits(want, topk)
         assert torch.equal(values, want_values) and torch.equal(ids, want_ids)
     del scratch
+
+
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize(
+    ("how", "name"), [("int8", "int4-g64"), ("int8-group", "int4-g32-zp"), ("int8", "int8"), ("exact", "fp8"), ("bf16", "int4-g64")]
+)
+def test_fewer_rows_than_there_is_room_for(level, how, name):
+    """A captured step runs any number of rows in the scratch of its bucket, and writes nowhere else."""
+    native, N, K, spare = backends.native(), 300, 192, 4096
+    weight = low_bit_weight(name, N, K)
+    x, *_ = make(13, weight)
+    x, rows, panels = x.contiguous(), c_int32(0), packed(weight)
+    out = torch.empty(len(x), N)
+    args = native.LinearLowBitArgs(rows=addressof(rows), x=x.data_ptr(), x_stride=K, K=K, N=N, weight=panels.data_ptr())
+    args.dtype, args.group, args.zeros = native.LOW_BIT[weight.format.kind], weight.format.group, weight.zero is not None
+    args.scale_dtype, args.activations, args.prologue = native.DTYPES[weight.scale.dtype], native.ACTIVATIONS[how], native.COPY
+    args.out, args.out_stride = out.data_ptr(), N
+    with running("cpu", level), threads(1):
+        want = ops.linear(x, weight, activations=how)
+        for room in (1, 2, 3, 5, 6, 8, 9, 13):
+            rows.value = room
+            size = native.scratch_bytes(args)
+            buffer = torch.full((size + 64 + spare,), 0x5A, dtype=torch.uint8)
+            args.scratch = (buffer.data_ptr() + 63) // 64 * 64
+            for M in range(1, room + 1):
+                rows.value = M
+                native.run(args)
+                assert torch.equal(out[:M], want[:M]), f"{M} rows in the room of {room}"
+            behind = buffer[args.scratch - buffer.data_ptr() + size :]
+            assert (behind == 0x5A).all(), f"the scratch of {room} rows was left"
 
 
 def test_packs_once():
