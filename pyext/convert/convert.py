@@ -77,6 +77,8 @@ def convert(
     refuse_name(out)
     if out.exists() and folder.resolve().is_relative_to(out.resolve()):
         raise ValueError(f"convert: OUT {out} holds the checkpoint that is read; takes another folder.")
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"convert: OUT {out} lies in the checkpoint that is read; takes another folder.")
     refuse(out, force)
     with _own_name(), torch.no_grad():
         checkpoint = Checkpoint(folder, finite=True, name=str(source) if is_zoo else None)

@@ -58,7 +58,7 @@ def build(
     checkpoint = Checkpoint(folder, name=str(model) if str(model) in ZOO else None)
     stored = checkpoint.config.quantization
     if stored and layers:
-        raise ValueError(f"load: weights is {layers.name} and {folder.name} is quantised already; takes None: it is read as it is stored.")
+        raise ValueError(f"load: weights is {layers.name} and {folder} is quantised already; takes None: it is read as it is stored.")
     if head is None:
         head = stored.get("head") if stored else "int8" if layers else None
     head_format = None if head in (None, "dense") else Format.parse(head, "load: head", ", dense")

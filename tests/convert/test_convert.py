@@ -288,7 +288,9 @@ def test_out_that_exists(source, tmp_path):
         (source.parent / "config.json").write_text("{}")
         with pytest.raises(ValueError, match="holds the checkpoint that is read"):
             convert(source, inside, force=True)
-    assert (source / SINGLE).is_file()
+    with pytest.raises(ValueError, match="lies in the checkpoint that is read"):
+        convert(source, source / "low" / "bit")
+    assert (source / SINGLE).is_file() and not (source / "low").exists()
 
 
 def test_shards(source, tmp_path, monkeypatch):
