@@ -22,7 +22,7 @@ constexpr int64_t kRowsAtOnce = 96;  // rows whose sums and inputs stay in L1 wh
 // bytes may lie a power of two apart: eight would meet in one set of L1. AVX2 has no registers to spare.
 constexpr int most_vecs(bool small) { return L < kLowBitPanel ? kDotVecs : small ? 8 : 4; }
 constexpr int rows_of(int N, bool small) { return kDotVecs * most_tokens(small) / N - (small && N > kDotVecs); }
-static_assert(kDotVecs * most_tokens(true) >= kDotVecs * most_tokens(false), "work_bytes has room for the sums of every tile of few rows");
+static_assert(most_tokens(true) >= most_tokens(false), "work_bytes has room for the sums of every tile of few rows");
 
 // ---- Rounded: integer dots
 

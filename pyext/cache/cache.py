@@ -77,6 +77,12 @@ class CacheView:
         """Committed tokens of each sequence, int32 [B] (a copy)."""
         return self.cache.lengths[self.slots]
 
+    @property
+    def freed(self) -> bool:
+        """Whether a slot of it was freed, so that what it names may be another's."""
+        cache = self.cache
+        return cache.live < len(cache.capacities) and bool((cache.capacities[self.slots] < 0).any())
+
     def commit(self, paths: Sequence[np.ndarray]) -> None:
         """Append draft rows paths[b] (ascending rows of the last forward's tree) to each sequence; the other rows are forgotten.
 

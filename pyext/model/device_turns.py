@@ -157,8 +157,6 @@ class DeviceTurns:
     The view's lengths move as turns are taken. One of a cache at a time: `close` before anything else is done with it. open: until then.
     """
 
-    open = False
-
     def __init__(
         self, steps: DeviceSteps, view: CacheView, tree: StaticTree, roots: Sequence[int], left: Sequence[int], draws: Draws | None
     ):
@@ -196,7 +194,7 @@ class DeviceTurns:
         """
         if not 1 <= whole("rows", rows, caller="turns") <= MAX_ROWS:
             raise ValueError(f"turns: rows is {rows}; takes 1 to {MAX_ROWS}.")
-        if not self.open or (self._view.cache.capacities[self._view.slots] < 0).any():
+        if not self.open or self._view.freed:
             raise ValueError("turns: they are closed or a slot was freed; takes no more. Ask model.turns for others.")
         if len(self._flight) == AHEAD:
             raise ValueError(f"turns: {AHEAD} are in flight; takes no more before one was taken. Call take.")

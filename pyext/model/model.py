@@ -234,7 +234,7 @@ class Model:
             raise ValueError(f"{caller}: cache is another model's; takes one that this model's new_cache made.")
         if not cache.live:  # its memory may be another cache's by now
             raise ValueError(f"{caller}: cache was freed; takes one that was not. Make another with new_cache.")
-        if cache.live < len(cache.capacities) and (cache.capacities[view.slots] < 0).any():
+        if view.freed:
             raise ValueError(
                 f"{caller}: a slot of {show(view.slots)} was freed; takes slots that were not. Ask the cache for another view."
             )
