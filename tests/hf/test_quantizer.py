@@ -157,14 +157,15 @@ def test_refusals(dense):
 @pytest.mark.parametrize(("key", "value"), [("head", "int5"), ("head", ["int8"]), ("format", "int9"), ("version", 7)])
 def test_a_folder_that_says_what_is_not_known(dense, tmp_path, key, value):
     """Each reader is named by its own name."""
-    load(dense["llama"], quantization_config=RamifyConfig("int8")).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+    folder = tmp_path / "folder"
+    load(dense["llama"], quantization_config=RamifyConfig("int8")).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
     config["quantization_config"][key] = value
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config))
     readers = {"RamifyConfig": load, "load": ramify.load, "convert": lambda folder: convert(folder, tmp_path / "out")}
     for name, read in readers.items():
         with pytest.raises(ValueError, match=rf'^{name}: .* for "{key}"'):
-            read(tmp_path)
+            read(folder)
 
 
 LAYER = "model.layers.1.mlp.down_proj"
