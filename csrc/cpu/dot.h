@@ -39,6 +39,21 @@ RAMIFY_INLINE void store_bytes(int8_t* p, Ints x) {
   for (int i = 0; i < L; ++i) p[i] = int8_t(x[i]);
 #endif
 }
+#if defined(__AVX512F__)
+RAMIFY_INLINE int32_t hsum(Ints x) { return _mm512_reduce_add_epi32((__m512i)x); }
+RAMIFY_INLINE int32_t hmax(Ints x) { return _mm512_reduce_max_epi32((__m512i)x); }
+#else
+RAMIFY_INLINE int32_t hsum(Ints x) {
+  int32_t sum = x[0];
+  for (int i = 1; i < L; ++i) sum += x[i];
+  return sum;
+}
+RAMIFY_INLINE int32_t hmax(Ints x) {
+  int32_t most = x[0];
+  for (int i = 1; i < L; ++i) most = x[i] > most ? x[i] : most;
+  return most;
+}
+#endif
 RAMIFY_INLINE int32_t word_at(const int8_t* x) {
   int32_t w;
   __builtin_memcpy(&w, x, 4);

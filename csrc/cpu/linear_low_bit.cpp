@@ -58,32 +58,33 @@ float code_scale(const float* x, int64_t n) {
     const Ints size = as_ints(load_part(x + k, n - k, 0.f)) & 0x7fffffff;
     tops = size > tops ? size : tops;
   }
-  int32_t top = 0;
-  for (int i = 0; i < L; ++i) top = tops[i] > top ? tops[i] : top;
+  const int32_t top = hmax(tops);
   if (top >= 0x7f800000) return __builtin_nanf("");
   float amax;
   __builtin_memcpy(&amax, &top, 4);
   return amax / 127.f;
 }
 
-// Codes of x[0..n), to nearest, ties to even: adding 1.5 * 2^23 leaves the rounded value in the low bits. Returns their sum. Whole
-// vectors are written.
-int32_t round_codes(const float* x, int64_t n, float scale, int8_t* codes) {
-  if (!(scale > 0.f)) {
-    __builtin_memset(codes, 0, n);
-    return 0;
-  }
-  const Vec step = Vec::set(scale), most = Vec::set(127.f), none = Vec::set(0.f);
+// Codes of x[0..real), then zeros up to n, to nearest, ties to even: adding 1.5 * 2^23 leaves the rounded value in the low bits, and a
+// scale is not so far from amax / 127, be it subnormal, that a quotient would not fit. Returns their sum. n is a multiple of 16.
+RAMIFY_INLINE int32_t round_codes(const float* x, int64_t real, int64_t n, float scale, int8_t* codes) {
+  const bool any = scale > 0.f;
+  const Vec step = Vec::set(any ? scale : 1.f);
   Ints sums = ints(0);
   for (int64_t k = 0; k < n; k += L) {
-    const Vec q = load_part(x + k, n - k, 0.f) / step, high = none - max(none - q, none - most), bounded = max(high, none - most);
-    const Ints code = as_ints(bounded + Vec::set(12582912.f)) - 0x4b400000;
+    Ints code = as_ints((any ? load_part(x + k, real - k, 0.f) : Vec::set(0.f)) / step + Vec::set(12582912.f)) - 0x4b400000;
+    code = code > 127 ? ints(127) : code;
+    code = code < -127 ? ints(-127) : code;
     store_bytes(codes + k, code);
     sums += code;
   }
-  int32_t sum = 0;
-  for (int i = 0; i < L; ++i) sum += sums[i];
-  return sum;
+  return hsum(sums);
+}
+
+// Words of four codes, `step` bytes from one to the next.
+RAMIFY_INLINE void spread(const int8_t* codes, int64_t words, int8_t* to, int64_t step) {
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < words; ++i, to += step) __builtin_memcpy(to, codes + 4 * i, 4);
 }
 
 // Where weight vector v of N lies at step s + i; s is even, i known when compiled. Bytes are asked for if a tile has rows enough to wait.
@@ -109,7 +110,10 @@ struct Words {
   }
 };
 
-// Groups [g, stop) of T rows from `first` on: integer sums, scaled, onto `sums` [row][N * L]. `codes` is at group g.
+constexpr float kNoSums[kDotVecs * most_tokens(true) * L] = {};
+
+// Groups [g, stop) of T rows from `first` on: integer sums, scaled, onto `sums` [row][N * L], which group 0 finds empty. `codes` is at
+// group g.
 template <bool kSmall, int T, int N>
 RAMIFY_INLINE void add_groups(const LinearArgs& a, const LowBitLayout& w, const Codes& x, const uint8_t* panel, Words<kSmall, N> codes,
                               int64_t g, int64_t stop, int64_t first, float* sums) {
@@ -131,11 +135,12 @@ RAMIFY_INLINE void add_groups(const LinearArgs& a, const LowBitLayout& w, const 
       for (int v = 0; v < N; ++v) sum[v][t] = start;
     }
     dot<kSmall>(sum, codes, word, inputs / 4);
+    const float* const before = g == 0 ? kNoSums : sums;
 #pragma GCC unroll 8
     for (int v = 0; v < N; ++v) {
       const auto add = [&](int t, Vec y, Vec scale) {
-        float* const to = sums + t * N * L + v * L;
-        fma(y, scale, Vec::load(to)).store(to);
+        const int64_t at = t * N * L + v * L;
+        fma(y, scale, Vec::load(before + at)).store(sums + at);
       };
       const uint8_t* const here = scales + v * L / kLowBitPanel * w.panel;
       const int64_t feature = v * L % kLowBitPanel;
@@ -177,22 +182,20 @@ struct Rounded {
     for (int64_t g = 0; g < w.groups; ++g) {
       const int64_t k = g * w.group, n = w.inputs(g), real = a.K - k < n ? a.K - k : n;
       if (grouped) to.scales[g * M + m] = scale = code_scale(x + k, real);
-      int8_t codes[kLowBitGroup + L] = {};
-      const int32_t sum = round_codes(x + k, real, scale, codes);
+      int8_t codes[kLowBitGroup];
+      const int32_t sum = round_codes(x + k, real, n, scale, codes);
       if (a.zeros)
         to.offsets[g * M + m].sum = float(sum);
       else
         to.offsets[g * M + m].whole = -(w.small ? 8 : kSignedOffset) * sum;
       // Words in the order in which nibbles are unpacked: one of the group's first half, one of its second, and so on.
       int8_t* const out = to.at(w, g, first) + (m - first) * 4;
-      const int64_t words = n / 4, stride = rows * 4;
+      const int64_t step = rows * 4;
       if (w.small) {
-        for (int64_t i = 0; i < words; i += 2) {
-          __builtin_memcpy(out + i * stride, codes + i * 2, 4);
-          __builtin_memcpy(out + (i + 1) * stride, codes + i * 2 + n / 2, 4);
-        }
+        spread(codes, n / 8, out, 2 * step);
+        spread(codes + n / 2, n / 8, out + step, 2 * step);
       } else {
-        for (int64_t i = 0; i < words; ++i) __builtin_memcpy(out + i * stride, codes + i * 4, 4);
+        spread(codes, n / 4, out, step);
       }
     }
   }
@@ -207,7 +210,6 @@ struct Rounded {
   __attribute__((noinline)) static void columns(const LinearArgs& a, const LowBitLayout& w, const Codes& x, int64_t column, float* sums) {
     const uint8_t* const panel = static_cast<const uint8_t*>(a.weight) + column / kLowBitPanel * w.panel;
     const int64_t M = x.M, at_once = kRowsAtOnce / x.tile * x.tile, together = M <= x.tile ? w.groups : kTogether / w.group;
-    __builtin_memset(sums, 0, M * N * L * 4);
     for (int64_t top = 0; top < M; top += at_once) {
       const int64_t bottom = top + at_once < M ? top + at_once : M;
       for (int64_t g = 0; g < w.groups; g += together) {
@@ -219,12 +221,24 @@ struct Rounded {
         }
       }
     }
-    for (int64_t m = 0; m < M; ++m)
-      for (int v = 0; v < N; ++v) {
-        Vec y = Vec::load(sums + (m * N + v) * L);
-        if (a.activations == kInt8Row) y = y * Vec::set(x.scales[m]);
-        finish(a, y, m, column + v * L);
-      }
+    const float* const row_scales = a.activations == kInt8Row ? x.scales : nullptr;
+    const auto each = [&](auto&& put) {
+      for (int64_t m = 0; m < M; ++m)
+        for (int v = 0; v < N; ++v) {
+          const Vec y = Vec::load(sums + (m * N + v) * L);
+          put(row_scales ? y * Vec::set(row_scales[m]) : y, m, v * L);
+        }
+    };
+    // What most layers ask for, a store and perhaps a residual: nothing of `a` is read anew behind every store.
+    float* const out = a.out + column;
+    const int64_t stride = a.out_stride, residual_stride = a.residual_stride;
+    if (column + N * L > a.N || a.bias || a.activation == kSilu) {
+      each([&](Vec y, int64_t m, int64_t n) { finish(a, y, m, column + n); });
+    } else if (const float* const residual = a.residual) {
+      each([&](Vec y, int64_t m, int64_t n) { (y + Vec::load(residual + m * residual_stride + column + n)).store(out + m * stride + n); });
+    } else {
+      each([&](Vec y, int64_t m, int64_t n) { y.store(out + m * stride + n); });
+    }
   }
 
   template <bool kSmall, int N = most_vecs(kSmall)>

@@ -171,6 +171,21 @@ def test_quantize_rows():
 
 
 @pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize("how", ["int8", "int8-group"])
+def test_rows_of_the_smallest_floats(level, how):
+    """A scale of 1.5 of them is one, and by it the largest code would be 190: it ends at 127, as the reference's does."""
+    least, weight = 2.0**-149, low_bit_weight("int4-g64", 48, 192)
+    x = torch.randint(-190, 191, (9, 192), generator=torch.Generator().manual_seed(0)) * least
+    x[:, ::64] = 190 * least
+    codes, scale = reference.quantize_rows(x)
+    assert (scale == least).all() and codes.max() == 127 and codes.min() == -127
+    with running("cpu", level):
+        got = ops.linear(x.float(), weight, activations=how)
+    want = codes.double() @ weight.dequantize().double().T * least
+    assert (got.double() - want).abs().max() <= 8 * least * (1 + want.abs().max() / least * 2**-24), "a chain of four roundings"
+
+
+@pytest.mark.parametrize("level", levels())
 @pytest.mark.parametrize(("how", "name"), [("int8", "int4-g64"), ("int8-group", "int8"), ("exact", "fp8-b128"), ("bf16", "int4-g32-zp")])
 @pytest.mark.parametrize("prologue", ["copy", "rms_norm", "silu_mul"])
 def test_as_a_layer_of_a_step(level, how, name, prologue):
