@@ -135,6 +135,7 @@ RAMIFY_INLINE void add_groups(const LinearArgs& a, const LowBitLayout& w, const 
       for (int v = 0; v < N; ++v) sum[v][t] = start;
     }
     dot<kSmall>(sum, codes, word, inputs / 4);
+    asm volatile("" ::: "memory");  // or the sums are loaded ahead of the dot, right behind the last group's stores, and wait for them
     const float* const before = g == 0 ? kNoSums : sums;
 #pragma GCC unroll 8
     for (int v = 0; v < N; ++v) {
