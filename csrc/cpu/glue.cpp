@@ -78,17 +78,17 @@ void append(const RopeAppendArgs& a, const float* key, const float* value, int64
 }
 
 // All rows of one head, then those of the next: neighbouring rows share cache lines of a page, which one core should write. A KV head
-// follows the query heads that read it, so that threads get as many of either.
+// follows its share of the query heads, so that threads get as many of either.
 void rope_append(const void* p, Team& team) {
   const RopeAppendArgs& a = *static_cast<const RopeAppendArgs*>(p);
-  const int64_t rows = *a.rows, group = a.Hq / a.Hkv + 1;
-  const Range mine = share(team, a.Hkv * group * rows);
+  const int64_t rows = *a.rows, queries = (a.Hq + a.Hkv - 1) / a.Hkv;
+  const Range mine = share(team, a.Hkv * (queries + 1) * rows);
   for (int64_t i = mine.begin; i < mine.end; ++i) {
-    const int64_t m = i % rows, head = i / rows / group, within = i / rows % group, angle = a.position[m] * (a.D / 2);
-    const bool query = within + 1 < group;
-    if (!query && a.draft_slot[m] < 0) continue;
+    const int64_t m = i % rows, head = i / rows / (queries + 1), within = i / rows % (queries + 1), angle = a.position[m] * (a.D / 2);
+    const bool query = within < queries;
+    if (query ? head * queries + within >= a.Hq : a.draft_slot[m] < 0) continue;
     float* row = a.qkv + m * a.stride;
-    float* x = row + (query ? head * (group - 1) + within : a.Hq + head) * a.D;
+    float* x = row + (query ? head * queries + within : a.Hq + head) * a.D;
     const float* norm = query ? a.q_norm : a.k_norm;
     if (norm) rms_norm_row(x, norm, a.eps, x, a.D);
     rope_row(x, a.cos + angle, a.sin + angle, x, a.D);

@@ -41,7 +41,10 @@ def check(tensors, options):
 
 @pytest.mark.parametrize(("backend", "level"), runs("rope_append"))
 @pytest.mark.parametrize(("dtype", "cache"), [(F32, F32), (BF16, BF16), (F32, BF16), (BF16, F32), (F16, F16)], ids=str)
-@pytest.mark.parametrize(("M", "Hq", "Hkv", "D", "half"), [(1, 1, 1, 64, 32), (5, 4, 2, 96, 48), (2, 7, 1, 8, 4), (7, 3, 3, 80, 16)])
+@pytest.mark.parametrize(
+    ("M", "Hq", "Hkv", "D", "half"),
+    [(1, 1, 1, 64, 32), (5, 4, 2, 96, 48), (2, 7, 1, 8, 4), (7, 3, 3, 80, 16), (4, 5, 2, 64, 32), (3, 2, 5, 16, 8)],
+)
 def test_against_reference(backend, level, dtype, cache, M, Hq, Hkv, D, half):
     if backend == "cpu" and (dtype == F16 or 2 * half < D):
         pytest.skip("no CPU kernel")
