@@ -6,6 +6,7 @@ the step's own parallel region; whoever reads pages without running a step calls
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -72,6 +73,12 @@ class Arena:
             begin, end = 0, len(source)
         self._source[begin:end], self._target[begin:end] = source, target
         self._pending[0] = end
+
+    def idle(self, caller: str) -> None:
+        """Nothing goes on over it by itself."""
+
+    def leave(self, slots: Sequence[int]) -> None:
+        """Nothing goes on over the slots by itself."""
 
     def flush(self) -> None:
         """Carry out the noted moves now."""

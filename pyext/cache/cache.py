@@ -15,6 +15,7 @@ class Cache:
     lengths int32 [B]: committed tokens of each slot, both what attention walks and what RoPE counts (nothing is evicted yet).
     A slot's last, partly filled page is its open window; full pages are sealed and never written again, but for a crop.
     page_table int32 [B, P]: page of every 64 slots of a sequence. capacities int64 [B]: tokens that each may hold, -1 once it was freed.
+    drafted: the view whose forward filled the draft region last, until it commits.
     """
 
     def __init__(self, arena: Arena, capacities: Sequence[int], model: Any):
@@ -26,6 +27,7 @@ class Cache:
         self.page_table = np.zeros((len(capacities), width), np.int32)
         self._pages: list[list[int]] = [[] for _ in capacities]
         self.live = len(capacities)
+        self.drafted: CacheView | None = None
 
     def of(self, slots: Sequence[int]) -> "CacheView":
         """The named slots, in this order, as one step sees them. Raises ValueError for slots that are not there, freed, or named twice."""
@@ -48,7 +50,12 @@ class Cache:
             pages.append(page)
 
     def free(self, slots: Sequence[int]) -> None:
-        """Give the slots' pages back. Freeing a slot twice is fine; the last one gives the arena back to its model."""
+        """Give the slots' pages back. Freeing a slot twice is fine; the last one gives the arena back to its model. Turns of a device over
+        one of them end. Raises ValueError for a slot that never was.
+        """
+        if not all(0 <= slot < len(self.capacities) for slot in slots):
+            raise ValueError(f"Cache.free: slots is {show(slots)}; takes some of 0 to {len(self.capacities) - 1}.")
+        self.arena.leave(slots)
         for slot in slots:
             if self.capacities[slot] < 0:
                 continue
@@ -86,18 +93,16 @@ class CacheView:
     def commit(self, paths: Sequence[np.ndarray]) -> None:
         """Append draft rows paths[b] (ascending rows of the last forward's tree) to each sequence; the other rows are forgotten.
 
-        Raises ValueError without a forward before it, for a row that it did not run, or beyond a slot's capacity; nothing is appended then.
+        Raises ValueError unless the last forward of the cache was this view's, for a row that it did not run, or beyond a slot's capacity;
+        TypeError for rows that are no whole numbers. Nothing is appended then.
         """
-        if self.draft_page is None or self.draft_rows is None:
-            raise ValueError("CacheView.commit: no forward has filled the draft region of this view; run model.forward(tree, view) first.")
         cache = self.cache
-        paths = [np.asarray(path, np.int32) for path in paths]
-        for slot, path, rows in zip(self.slots, paths, self.draft_rows, strict=True):
-            if len(path) and int(path.view(np.uint32).max()) >= rows:  # a negative row is a large unsigned one
-                raise ValueError(
-                    f"CacheView.commit: path of slot {slot} is {path.tolist()}; takes rows 0 to {rows - 1} of the last forward's tree."
-                )
+        if cache.drafted is not self or self.draft_page is None or self.draft_rows is None:
+            raise ValueError("CacheView.commit: no forward has filled the draft region of this view; run model.forward(tree, view) first.")
+        paths = [_rows(slot, path, rows) for slot, path, rows in zip(self.slots, paths, self.draft_rows.tolist(), strict=True)]
+        for slot, path in zip(self.slots, paths, strict=True):
             cache.reserve(slot, int(cache.lengths[slot]) + len(path))
+        cache.drafted = None
         for b, (slot, path) in enumerate(zip(self.slots, paths, strict=True)):
             count = len(path)
             if count == 0:
@@ -116,9 +121,24 @@ class CacheView:
         self.cache.lengths[self.slots] += counts
 
     def crop(self, lengths: Sequence[int]) -> None:
-        """Forget committed tokens at the end: sequence b keeps its first lengths[b]. Raises ValueError for more than it has."""
+        """Forget committed tokens at the end: sequence b keeps its first lengths[b]. Raises ValueError for more than it has, and while
+        turns of a device are open.
+        """
+        self.cache.arena.idle("CacheView.crop")
         for slot, length in zip(self.slots, lengths, strict=True):
             have = int(self.cache.lengths[slot])
             if not 0 <= length <= have:
                 raise ValueError(f"CacheView.crop: length is {length} for slot {slot}; takes 0 to {have}. Commit to make it longer.")
             self.cache.lengths[slot] = length
+
+
+def _rows(slot: int, path: Sequence[int], rows: int) -> np.ndarray:
+    """A path as int32 [A]: ascending rows below `rows`."""
+    given = np.asarray(path)
+    if given.ndim != 1 or (len(given) and given.dtype.kind not in "iu"):
+        raise TypeError(f"CacheView.commit: path of slot {slot} is {show(path)}; takes rows as whole numbers.")
+    ascending = given[:-1] < given[1:]
+    if len(given) and not (given[0] >= 0 and given[-1] < rows and ascending.all()):
+        takes = f"rows 0 to {rows - 1} of the last forward's tree, ascending"
+        raise ValueError(f"CacheView.commit: path of slot {slot} is {show(given.tolist())}; takes {takes}.")
+    return given.astype(np.int32, copy=False)

@@ -6,6 +6,7 @@ anybody owns stands at the end of the pages and of the draft region: rows that f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,6 +58,12 @@ class DeviceArena:
         turns = self.turns and self.turns()
         if turns is not None and turns.open:
             raise ValueError(f"{caller}: turns of this cache are open; takes one at rest. Close them first.")
+
+    def leave(self, slots: Sequence[int]) -> None:
+        """End turns over any of these slots: their pages are about to be another's."""
+        turns = self.turns and self.turns()
+        if turns is not None and not turns.slots.isdisjoint(slots):
+            turns.close()
 
     @property
     def nbytes(self) -> int:

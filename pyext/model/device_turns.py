@@ -60,7 +60,7 @@ class DeviceTurn(Recording):
     def __init__(self, steps: DeviceSteps, arena: DeviceArena, plan: Plan, links: Links, state: TurnState):
         self.plan, self.state, self.links = plan, state, links
         self.turn = 0
-        self._of: object = None  # the DeviceTurns whose temperatures and seeds its rows have
+        self._of: Any = None  # a weak reference to the DeviceTurns whose temperatures and seeds its rows have
         B, T, device = plan.sequences, plan.rows, steps.device
         tree = TokenTree.filled(np.zeros((B, T), np.int32), links[0])
         self.deepest = deepest(links[0])
@@ -133,10 +133,10 @@ class DeviceTurn(Recording):
 
     def queue(self, turns: object, eager: bool) -> int:
         """Have the turn run and its results brought to a buffer of the host, whose number this returns. Waits for nothing."""
-        if self.plan.draws and self._of is not turns:
+        if self.plan.draws and (self._of is None or self._of() is not turns):
             for name, each in (("temperature", self.state.temperature), ("seed", self.state.seed)):
                 self.inputs[name].view(self.plan.sequences, -1).copy_(each[:, None])
-            self._of = turns
+            self._of = weakref.ref(turns)
         self.launch(eager)
         self.turn = (self.turn + 1) % AHEAD
         self.results.download(self.turn)
@@ -154,7 +154,8 @@ class Taken(NamedTuple):
 class DeviceTurns:
     """The turns of a view's sequences, from their roots to the last of the tokens `left` to each. Its pages are taken before the first.
 
-    The view's lengths move as turns are taken. One of a cache at a time: `close` before anything else is done with it. open: until then.
+    The view's lengths move as turns are taken. One of a cache at a time: `close` before anything else is done with it, or free one of its
+    slots. open: until then.
     """
 
     def __init__(
@@ -181,7 +182,8 @@ class DeviceTurns:
         if tree.table is not None:
             state.table.copy_(torch.from_numpy(tree.table), non_blocking=True)
         self._state, self._flight = state, deque[tuple[DeviceTurn, int, Any]]()
-        view.draft_page = view.draft_rows = None  # turns write there
+        cache.drafted = None  # turns write there
+        self.slots = frozenset(view.slots)
         self.open, arena.turns = True, weakref.ref(self)
 
     def __len__(self) -> int:
@@ -191,6 +193,7 @@ class DeviceTurns:
     def queue(self, rows: int, eager: bool = False) -> int:
         """Start one more turn over the tree of at most `rows` rows, 1 to MAX_ROWS, fewer where the positions of the model end; returns
         how many it has. Raises ValueError for other rows, with AHEAD turns in flight, and when they are closed or a slot was freed.
+        Whatever goes wrong while a turn starts closes all.
         """
         if not 1 <= whole("rows", rows, caller="turns") <= MAX_ROWS:
             raise ValueError(f"turns: rows is {rows}; takes 1 to {MAX_ROWS}.")
@@ -201,7 +204,11 @@ class DeviceTurns:
         ahead = sum(turn.deepest + 1 for turn, _, _ in self._flight)  # tokens that turns in flight may emit
         root = int(np.minimum(self._view.lengths + ahead, self._last).max())
         turn = self._turn(self._tree.fitted(rows, self._steps.config.max_positions - 1 - root))
-        self._flight.append((turn, turn.queue(self, eager), mark(self._steps.device)))
+        try:
+            self._flight.append((turn, turn.queue(self, eager), mark(self._steps.device)))
+        except BaseException:  # the device may have committed what nobody will ever read
+            self.close()
+            raise
         return turn.plan.rows
 
     def take(self) -> Taken:

@@ -108,16 +108,19 @@ class Model:
         """Feed and commit all given tokens, chunk by chunk, after what the slots hold. On the CPU the chunk size changes no bit.
 
         rows_out(slot, tokens, out) sees each chunk's rows; without it logits are not computed at all.
-        Raises ValueError for an empty prompt, a token outside the vocabulary, or more tokens than the slot or the model takes.
+        Raises ValueError for an empty prompt, a token outside the vocabulary, or more tokens than the slot or the model takes; TypeError
+        for tokens that are no whole numbers. No prompt is fed where one of them is refused for its tokens.
         """
         if not 1 <= chunk <= PREFILL_ROWS:
             raise ValueError(f"prefill: chunk is {chunk}; takes 1 to {PREFILL_ROWS} rows.")
         depth, bits = self._chain
         chunk = min(chunk, self._steps.prefill_rows)
-        for slot, prompt in zip(range(len(prompts)) if slots is None else slots, prompts, strict=True):
-            ids = np.asarray(prompt, np.int32)
-            if len(ids) == 0:
-                raise ValueError(f"prefill: prompt of slot {slot} is empty; takes one token or more.")
+        layers = self.config.num_layers
+        taps = self._check_request((0, layers), taps, topk, None, "prefill") if taps or topk else ()
+        slots = list(range(len(prompts)) if slots is None else slots)
+        if len(slots) != len(prompts):
+            raise ValueError(f"prefill: prompts has {len(prompts)} texts; takes {len(slots)}, one for each of slots.")
+        for slot, ids in zip(slots, [self._prompt(*each) for each in zip(slots, prompts, strict=True)], strict=True):
             view = cache.of([slot])
             cache.reserve(slot, int(cache.lengths[slot]) + len(ids))
             for at in range(0, len(ids), chunk):
@@ -125,8 +128,7 @@ class Model:
                 n = len(part)
                 rows = np.array([0, n], np.int32)
                 tree = TokenTree(part, depth[:n] - 1, depth[:n], rows, bits[:n, : -(-n // 64)], np.zeros(n, np.uint8))
-                layers = self.config.num_layers
-                out = self._forward(tree, view, None, (0, layers), rows_out is not None, topk, tuple(taps), None, self._steps.prefill_rows)
+                out = self._forward(tree, view, None, (0, layers), rows_out is not None, topk, taps, None, self._steps.prefill_rows)
                 if rows_out is not None:
                     rows_out(slot, part.tolist(), out)
                 view.commit([depth[:n]])
@@ -191,18 +193,27 @@ class Model:
             draws.check(len(roots), "turns")
         return DeviceTurns(self._steps, view, tree, roots, left, draws)
 
-    def _check_request(self, span, taps, topk, hidden) -> tuple[int, ...]:
+    def _prompt(self, slot: int, prompt: Sequence[int]) -> np.ndarray:
+        ids = np.asarray(prompt)
+        if ids.shape == (0,):
+            raise ValueError(f"prefill: prompt of slot {slot} is empty; takes one token or more.")
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise TypeError(f"prefill: prompt of slot {slot} is {show(prompt)}; takes token ids, which are whole numbers.")
+        self._check_tokens(np.clip(ids, -1, INT32_MAX).astype(np.int32), "prefill")
+        return ids.astype(np.int32)
+
+    def _check_request(self, span, taps, topk, hidden, caller: str = "forward") -> tuple[int, ...]:
         L = self.config.num_layers
         if not 0 <= span[0] < span[1] <= L:
-            raise ValueError(f"forward: layers is {list(span)}; takes 0 <= start < end <= {L}.")
+            raise ValueError(f"{caller}: layers is {list(span)}; takes 0 <= start < end <= {L}.")
         if (span[0] > 0) != (hidden is not None):
             came = "missing" if hidden is None else "given"
-            raise ValueError(f"forward: hidden is {came} for layers {list(span)}; takes it exactly when the range starts above 0.")
+            raise ValueError(f"{caller}: hidden is {came} for layers {list(span)}; takes it exactly when the range starts above 0.")
         if not 0 <= topk <= MAX_TOPK:
-            raise ValueError(f"forward: topk is {topk}; takes 0 to {MAX_TOPK}.")
+            raise ValueError(f"{caller}: topk is {topk}; takes 0 to {MAX_TOPK}.")
         taps = tuple(sorted({span[1] if tap == -1 else tap for tap in taps} | ({span[1]} if span[1] < L else set())))
         if taps and not (span[0] <= taps[0] and taps[-1] <= span[1]):
-            raise ValueError(f"forward: taps is {list(taps)}; takes layers {span[0]} to {span[1]}.")
+            raise ValueError(f"{caller}: taps is {list(taps)}; takes layers {span[0]} to {span[1]}.")
         return taps
 
     def _forward(self, tree, view, first, span, head, topk, taps, hidden, limit, draws=None) -> StepOut:
@@ -220,7 +231,7 @@ class Model:
             step.draw(draws, shape)
         step.run(self.eager)
         arena.flushed()
-        view.draft_page, view.draft_rows = step.draft_page, shape.rows
+        view.draft_page, view.draft_rows, view.cache.drafted = step.draft_page, shape.rows, view
         out: StepOut = step.out(shape)
         if out.lse is not None:
             check_finite(out.lse)

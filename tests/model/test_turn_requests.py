@@ -9,6 +9,7 @@ import pytest
 import ramify
 from ramify import backends
 from ramify.draft.token_recycling import TokenRecycling
+from ramify.model.device_turns import DeviceTurn
 from ramify.registry import drafter as drafters
 from ramify.sampling.pipeline import Draws
 from ramify.testing.tiny_models import VOCABULARY
@@ -27,7 +28,7 @@ def test_turns_own_their_cache_until_they_are_closed(engine, folders):
     cache = model.new_cache([60, 60, 20])
     model.prefill([[1, 2, 3, 4]] * 3, cache)
     view, other, small = cache.of([0]), cache.of([1]), cache.of([2])
-    model.forward(TokenTree.roots([5]), view)
+    model.forward(TokenTree.roots([5]), other)
     with pytest.raises(ValueError, match="54 tokens in slot 2; takes at most 20"):  # its page has room for them
         model.turns(small, plain, [5], [50], None)
     turns = model.turns(view, plain, [5], [30], None)
@@ -36,11 +37,13 @@ def test_turns_own_their_cache_until_they_are_closed(engine, folders):
         lambda: model.turns(view, plain, [6], [30], None),
         lambda: model.forward(TokenTree.roots([5]), other),
         lambda: model.prefill([[7]], cache, [1]),
+        lambda: other.crop([2]),
     ):
         with pytest.raises(ValueError, match="turns of this cache are open; takes one at rest"):
             act()
-    with pytest.raises(ValueError, match="no forward has filled the draft region"):
-        view.commit([[0]])
+    for stale in (view, other):
+        with pytest.raises(ValueError, match="no forward has filled the draft region"):
+            stale.commit([[0]])
     turns.queue(1), turns.queue(1)
     with pytest.raises(ValueError, match="2 are in flight; takes no more before one was taken"):
         turns.queue(1)
@@ -53,16 +56,71 @@ def test_turns_own_their_cache_until_they_are_closed(engine, folders):
     again = model.turns(view, plain, first, [30], None)
     again.queue(1)
     again.take()
+    again.queue(1)
     cache.free([0])
     with pytest.raises(ValueError, match="they are closed or a slot was freed"):
         again.queue(1)
+    with pytest.raises(ValueError, match="nothing is in flight"):
+        again.take()
     with pytest.raises(ValueError, match="a slot of .* was freed"):
-        again.close()
         model.forward(TokenTree.roots([5]), view)
-    model.turns(other, plain, [6], [30], None)  # forgotten without an end, and so over
-    gc.collect()
-    model.forward(TokenTree.roots([5]), other)
+    for draws in (None, Draws(np.full(1, 0.7, np.float32), np.zeros(1, np.int64), np.zeros(1, np.int64))):
+        lost = model.turns(other, plain, [6], [30], draws)  # forgotten without an end, and so over
+        lost.queue(1)
+        lost.take()
+        del lost
+        gc.collect()
+        model.forward(TokenTree.roots([5]), other)
     cache.free([1, 2])
+
+
+def test_a_cache_freed_under_turns_leaves_nothing_behind(engine, folders):
+    """Its memory goes to another cache, which never had turns."""
+    model, plain = engine.load(folders["llama"]), drafters.build("plain").static()
+    cache = model.new_cache([60])
+    model.prefill([[1, 2, 3, 4]], cache)
+    turns = model.turns(cache.of([0]), plain, [5], [30], None)
+    turns.queue(1)
+    cache.free([0])
+    other = model.new_cache([60])
+    assert other.arena is cache.arena and not turns.open
+    model.prefill([[1, 2, 3]], other)
+    assert cache.lengths.tolist() == [0] and other.lengths.tolist() == [3]
+    other.free([0])
+
+
+def test_a_turn_that_fails_on_its_way_ends_all(engine, folders, monkeypatch):
+    """The device may have gone on by then: what it committed and nobody read is forgotten, and the text goes on from what was taken."""
+    model, plain = engine.load(folders["llama"]), drafters.build("plain").static()
+    cache = model.new_cache([60, 60])
+    model.prefill([[1, 2, 3, 4]] * 2, cache)
+    view, twin = cache.of([0]), cache.of([1])
+    turns = model.turns(view, plain, [5], [30], None)
+    turns.queue(1)
+    root = turns.take().emitted[0]
+    (turn,) = [each for each in cache.arena.programs.values() if isinstance(each, DeviceTurn)]
+
+    class Fails:
+        def run(self):
+            raise RuntimeError("out of luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(turn, "calls", [*turn.calls[:-2], Fails()])
+        patch.setattr(turn, "graph", None)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            turns.queue(1)
+    assert not turns.open and view.lengths.tolist() == [5]
+    rest = []
+    for each, first, left in ((view, root, 6), (twin, [5], 7)):
+        again = model.turns(each, plain, first, [left], None)
+        text = []
+        for _ in range(left):
+            again.queue(1)
+            text += again.take().emitted[0]
+        again.close()
+        rest.append(text)
+    assert root + rest[0] == rest[1]
+    cache.free([0, 1])
 
 
 def test_rows_of_no_token_raise_nothing_and_the_others_end_the_turns(engine, folders):
