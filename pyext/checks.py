@@ -111,11 +111,5 @@ def loaded_model(name: str, value: Any, caller: str = "") -> Any:
     return value
 
 
-def same_length(name: str, values: Any, other: str, others: Any, caller: str = "") -> None:
-    """Two sized things of equal length."""
-    if len(values) != len(others):
-        raise ValueError(f"{_who(caller)}{name} has {len(values)} entries and {other} has {len(others)}; takes equal numbers.")
-
-
 def _who(caller: str) -> str:
     return f"{caller}: " if caller else ""

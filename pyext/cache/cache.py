@@ -1,12 +1,19 @@
 """Cache: the sequences of one generation, each a list of pages and a length. Commit is the only place where it grows."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ramify.cache.arena import PAGE, Arena
 from ramify.checks import show
+
+
+class Draft(NamedTuple):
+    """Rows of a forward that nobody has committed yet: of each of its sequences the first page in the draft region, and how many."""
+
+    page: np.ndarray
+    rows: np.ndarray
 
 
 class Cache:
@@ -15,7 +22,7 @@ class Cache:
     lengths int32 [B]: committed tokens of each slot, both what attention walks and what RoPE counts (nothing is evicted yet).
     A slot's last, partly filled page is its open window; full pages are sealed and never written again, but for a crop.
     page_table int32 [B, P]: page of every 64 slots of a sequence. capacities int64 [B]: tokens that each may hold, -1 once it was freed.
-    drafted: the view whose forward filled the draft region last, until it commits.
+    draft: what the last forward left in the draft region, until it is committed.
     """
 
     def __init__(self, arena: Arena, capacities: Sequence[int], model: Any):
@@ -27,7 +34,7 @@ class Cache:
         self.page_table = np.zeros((len(capacities), width), np.int32)
         self._pages: list[list[int]] = [[] for _ in capacities]
         self.live = len(capacities)
-        self.drafted: CacheView | None = None
+        self.draft: Draft | None = None
 
     def of(self, slots: Sequence[int]) -> "CacheView":
         """The named slots, in this order, as one step sees them. Raises ValueError for slots that are not there, freed, or named twice."""
@@ -55,10 +62,11 @@ class Cache:
         """
         if not all(0 <= slot < len(self.capacities) for slot in slots):
             raise ValueError(f"Cache.free: slots is {show(slots)}; takes some of 0 to {len(self.capacities) - 1}.")
-        self.arena.leave(slots)
-        for slot in slots:
-            if self.capacities[slot] < 0:
-                continue
+        held = [slot for slot in dict.fromkeys(slots) if self.capacities[slot] > 0]
+        if not held:  # the arena may be another cache's by now
+            return
+        self.arena.leave(held)
+        for slot in held:
             self.arena.flush()
             self.arena.free_pages += self._pages[slot]
             self._pages[slot], self.lengths[slot], self.capacities[slot] = [], 0, -1
@@ -68,16 +76,13 @@ class Cache:
 
 
 class CacheView:
-    """Some slots of a cache in the order of a step's sequences. draft_page and draft_rows int32 [B] come from the
-    step that filled the draft region.
-    """
+    """Some slots of a cache in the order of a step's sequences. draft: of the last forward of this view."""
 
-    __slots__ = ("cache", "draft_page", "draft_rows", "slots")
+    __slots__ = ("cache", "draft", "slots")
 
     def __init__(self, cache: Cache, slots: Sequence[int]):
         self.cache, self.slots = cache, list(slots)
-        self.draft_page: np.ndarray | None = None
-        self.draft_rows: np.ndarray | None = None
+        self.draft: Draft | None = None
 
     @property
     def lengths(self) -> np.ndarray:
@@ -96,13 +101,13 @@ class CacheView:
         Raises ValueError unless the last forward of the cache was this view's, for a row that it did not run, or beyond a slot's capacity;
         TypeError for rows that are no whole numbers. Nothing is appended then.
         """
-        cache = self.cache
-        if cache.drafted is not self or self.draft_page is None or self.draft_rows is None:
+        cache, draft = self.cache, self.draft
+        if draft is None or draft is not cache.draft:
             raise ValueError("CacheView.commit: no forward has filled the draft region of this view; run model.forward(tree, view) first.")
-        paths = [_rows(slot, path, rows) for slot, path, rows in zip(self.slots, paths, self.draft_rows.tolist(), strict=True)]
+        paths = [_rows(slot, path, rows) for slot, path, rows in zip(self.slots, paths, draft.rows.tolist(), strict=True)]
         for slot, path in zip(self.slots, paths, strict=True):
             cache.reserve(slot, int(cache.lengths[slot]) + len(path))
-        cache.drafted = None
+        cache.draft = None
         for b, (slot, path) in enumerate(zip(self.slots, paths, strict=True)):
             count = len(path)
             if count == 0:
@@ -113,7 +118,7 @@ class CacheView:
             else:
                 at = np.arange(begin, begin + count)
                 target = cache.page_table[slot, at // PAGE] * PAGE + at % PAGE
-            cache.arena.note(path + self.draft_page[b] * PAGE, target)
+            cache.arena.note(path + draft.page[b] * PAGE, target)
             cache.lengths[slot] = begin + count
 
     def moved(self, counts: np.ndarray) -> None:

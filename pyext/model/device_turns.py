@@ -182,7 +182,7 @@ class DeviceTurns:
         if tree.table is not None:
             state.table.copy_(torch.from_numpy(tree.table), non_blocking=True)
         self._state, self._flight = state, deque[tuple[DeviceTurn, int, Any]]()
-        cache.drafted = None  # turns write there
+        cache.draft = None  # turns write there
         self.slots = frozenset(view.slots)
         self.open, arena.turns = True, weakref.ref(self)
 
@@ -197,7 +197,7 @@ class DeviceTurns:
         """
         if not 1 <= whole("rows", rows, caller="turns") <= MAX_ROWS:
             raise ValueError(f"turns: rows is {rows}; takes 1 to {MAX_ROWS}.")
-        if not self.open or self._view.freed:
+        if not self.open:
             raise ValueError("turns: they are closed or a slot was freed; takes no more. Ask model.turns for others.")
         if len(self._flight) == AHEAD:
             raise ValueError(f"turns: {AHEAD} are in flight; takes no more before one was taken. Call take.")

@@ -8,7 +8,7 @@ import torch
 
 from ramify.backends import MAX_TOPK
 from ramify.cache.arena import PAGE, PREFILL_ROWS
-from ramify.cache.cache import Cache, CacheView
+from ramify.cache.cache import Cache, CacheView, Draft
 from ramify.checks import INT32_MAX, show, whole
 from ramify.model.config import ModelConfig
 from ramify.model.device_steps import DeviceSteps
@@ -120,7 +120,8 @@ class Model:
         slots = list(range(len(prompts)) if slots is None else slots)
         if len(slots) != len(prompts):
             raise ValueError(f"prefill: prompts has {len(prompts)} texts; takes {len(slots)}, one for each of slots.")
-        for slot, ids in zip(slots, [self._prompt(*each) for each in zip(slots, prompts, strict=True)], strict=True):
+        texts = [self._prompt(slot, prompt) for slot, prompt in zip(slots, prompts, strict=True)]
+        for slot, ids in zip(slots, texts, strict=True):
             view = cache.of([slot])
             cache.reserve(slot, int(cache.lengths[slot]) + len(ids))
             for at in range(0, len(ids), chunk):
@@ -194,13 +195,14 @@ class Model:
         return DeviceTurns(self._steps, view, tree, roots, left, draws)
 
     def _prompt(self, slot: int, prompt: Sequence[int]) -> np.ndarray:
-        ids = np.asarray(prompt)
-        if ids.shape == (0,):
+        given = np.asarray(prompt)
+        if given.shape == (0,):
             raise ValueError(f"prefill: prompt of slot {slot} is empty; takes one token or more.")
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        if given.ndim != 1 or given.dtype.kind not in "iu":
             raise TypeError(f"prefill: prompt of slot {slot} is {show(prompt)}; takes token ids, which are whole numbers.")
-        self._check_tokens(np.clip(ids, -1, INT32_MAX).astype(np.int32), "prefill")
-        return ids.astype(np.int32)
+        ids = np.clip(given.astype(np.int64), -1, INT32_MAX).astype(np.int32)
+        self._check_tokens(ids, "prefill")
+        return ids
 
     def _check_request(self, span, taps, topk, hidden, caller: str = "forward") -> tuple[int, ...]:
         L = self.config.num_layers
@@ -231,7 +233,7 @@ class Model:
             step.draw(draws, shape)
         step.run(self.eager)
         arena.flushed()
-        view.draft_page, view.draft_rows, view.cache.drafted = step.draft_page, shape.rows, view
+        view.draft = view.cache.draft = Draft(step.draft_page, shape.rows)
         out: StepOut = step.out(shape)
         if out.lse is not None:
             check_finite(out.lse)

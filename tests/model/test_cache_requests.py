@@ -71,6 +71,8 @@ def test_prefill_refuses_before_anything_is_fed(model):
         with pytest.raises(error, match=says):
             model.prefill(prompts, cache, **given)
         assert cache.lengths.tolist() == [0, 0] and not kept
+    for dtype in (np.uint8, np.int16, np.uint64):
+        model.prefill([np.array([3, 4], dtype)], cache, [1])
     model.prefill([[1, 2]], cache, [0], topk=32, taps=(-1,), **seen)
     assert kept == [0]
     cache.free([0, 1])

@@ -86,6 +86,10 @@ def test_a_cache_freed_under_turns_leaves_nothing_behind(engine, folders):
     assert other.arena is cache.arena and not turns.open
     model.prefill([[1, 2, 3]], other)
     assert cache.lengths.tolist() == [0] and other.lengths.tolist() == [3]
+    turns = model.turns(other.of([0]), plain, [5], [30], None)
+    cache.free([0])  # once more, when the memory is no longer its own
+    assert turns.open
+    turns.close()
     other.free([0])
 
 
